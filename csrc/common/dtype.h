@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// The floating-point types of the kernels, and a function called with one of them chosen at run time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/tensor.h"
+
+namespace ctxops {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+CTXOPS_HD uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+CTXOPS_HD float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+CTXOPS_HD float load(float x) { return x; }
+CTXOPS_HD double load(double x) { return x; }
+CTXOPS_HD float load(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+// Selects instead of branches, in these two as well: the compiler vectorises them.
+CTXOPS_HD float load(Half x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  // 2^112 rebases the exponent and turns subnormal halves into normal floats exactly.
+  const uint32_t finite = float_bits(bits_float(magnitude) * bits_float(0x77800000u));
+  const uint32_t special = magnitude | 0x7f800000u;
+  return bits_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+}
+
+CTXOPS_HD void store(float* to, float x) { *to = x; }
+CTXOPS_HD void store(double* to, double x) { *to = x; }
+
+CTXOPS_HD void store(BFloat16* to, float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+CTXOPS_HD void store(Half* to, float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal: rebase the exponent, round to nearest even by a carry into the kept bits.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal: adding 0.5 leaves the rounded half in the low bits of the mantissa.
+  const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+}
+
+// Sums of half-precision values are kept in float.
+template <typename T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+inline DType accumulator_dtype(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+inline bool is_floating(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::float16 ||
+         dtype == DType::bfloat16;
+}
+
+template <typename T>
+struct Tag {
+  using type = T;
+};
+
+// Calls f(Tag<T>{}) with the C++ type of a floating dtype. The caller has checked is_floating().
+template <typename F>
+void dispatch_floating(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32: return f(Tag<float>{});
+    case DType::float64: return f(Tag<double>{});
+    case DType::float16: return f(Tag<Half>{});
+    case DType::bfloat16: return f(Tag<BFloat16>{});
+    default: return;
+  }
+}
+
+}  // namespace
+}  // namespace ctxops

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the extension by calling CMake. Everything declarative is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """``ctxops._C`` through CMake and ninja, configured afresh every time.
+
+    A build tree that an earlier, isolated build left behind names tools that are gone, and would
+    ship files that were deleted since.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        tree = (Path(self.build_temp) / "cmake").resolve()
+        shutil.rmtree(tree, ignore_errors=True)
+        options = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_FINDPYTHON": "NEW",
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        for name in ("CTXOPS_CUDA", "CTXOPS_CUDA_ARCHS", "CTXOPS_WERROR"):
+            if name in os.environ:
+                options[name] = os.environ[name]
+        configure = [f"-D{name}={value}" for name, value in options.items() if value]
+        subprocess.run(["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", *configure], check=True)
+        subprocess.run(["cmake", "--build", tree], check=True)
+
+
+
+setup(
+    ext_modules=[Extension("ctxops._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
