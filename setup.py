@@ -9,16 +9,24 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
 
+class FreshBuild(build):
+    """Starts from nothing: what an earlier build left would ship files that were deleted since."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_base, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """``ctxops._C`` through CMake and ninja, configured afresh every time.
 
-    A build tree that an earlier, isolated build left behind names tools that are gone, and would
-    ship files that were deleted since.
+    A build tree that an earlier, isolated build left behind names tools that are gone.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -43,5 +51,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("ctxops._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )

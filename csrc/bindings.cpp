@@ -9,9 +9,7 @@
 #include "third_party/dlpack.h"
 
 // Every kernel entry, one line each.
-#define CTXOPS_KERNELS(kernel)  \
-  kernel(pyramid_pool_forward)  \
-  kernel(pyramid_pool_backward)
+#define CTXOPS_KERNELS(kernel) kernel(pyramid_pool_forward) kernel(pyramid_pool_backward)
 
 namespace py = pybind11;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The floating-point types of the kernels, and a function called with one of them chosen at run time.
+// The floating-point types of the kernels, and a function called with one of them chosen at run
+// time.
 #pragma once
 
 #include <cstdint>

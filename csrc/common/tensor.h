@@ -13,20 +13,20 @@
 // Declares one kernel entry for every backend. A kernel returns nullptr, or the text of what is
 // wrong with its arguments or its launch. Its last argument is `int64_t executor`: the number of
 // threads on the CPU, the stream on CUDA.
-#define CTXOPS_DECLARE_KERNEL(name, ...)  \
-  namespace ctxops {                      \
-  namespace baseline {                    \
-  const char* name(__VA_ARGS__);          \
-  }                                       \
-  namespace avx2 {                        \
-  const char* name(__VA_ARGS__);          \
-  }                                       \
-  namespace avx512 {                      \
-  const char* name(__VA_ARGS__);          \
-  }                                       \
-  namespace cuda {                        \
-  const char* name(__VA_ARGS__);          \
-  }                                       \
+#define CTXOPS_DECLARE_KERNEL(name, ...) \
+  namespace ctxops {                     \
+  namespace baseline {                   \
+  const char* name(__VA_ARGS__);         \
+  }                                      \
+  namespace avx2 {                       \
+  const char* name(__VA_ARGS__);         \
+  }                                      \
+  namespace avx512 {                     \
+  const char* name(__VA_ARGS__);         \
+  }                                      \
+  namespace cuda {                       \
+  const char* name(__VA_ARGS__);         \
+  }                                      \
   }
 
 namespace ctxops {
@@ -38,7 +38,8 @@ constexpr int kMaxDims = 5;
 struct TensorView {
   void* data;
   int64_t size[kMaxDims];
-  int64_t stride[kMaxDims];  // in elements; 0 where the size is 0 or 1: torch leaves those meaningless
+  int64_t
+      stride[kMaxDims];  // in elements; 0 where the size is 0 or 1: torch leaves those meaningless
   int32_t ndim;
   DType dtype;
   int32_t cuda_device;  // -1: memory of the host

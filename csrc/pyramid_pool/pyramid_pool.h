@@ -50,7 +50,8 @@ CTXOPS_HD int64_t cell_start(const CellAxis& axis, int64_t cell) {
   return axis.tabled ? axis.bound[cell] : cell;
 }
 
-// The cell that starts at `position`, which is a boundary; for any other, the cell that contains it.
+// The cell that starts at `position`, which is a boundary; for any other, the cell that contains
+// it.
 CTXOPS_HD int64_t cell_at(const CellAxis& axis, int64_t position) {
   if (!axis.tabled) return position;
   int64_t low = 0, high = axis.count;
@@ -124,8 +125,8 @@ CTXOPS_HD bool is_better(A value, int32_t at, A best, int32_t best_at) {
 }
 
 template <typename F>
-CTXOPS_HD void for_bins_at(const IntList& sizes, int64_t height, int64_t width, int64_t h, int64_t w,
-                           const F& f) {
+CTXOPS_HD void for_bins_at(const IntList& sizes, int64_t height, int64_t width, int64_t h,
+                           int64_t w, const F& f) {
   int64_t offset = 0;
   for (int k = 0; k < sizes.count; ++k) {
     const int64_t n = sizes.value[k];
@@ -191,7 +192,7 @@ inline const char* check_backward(const TensorView& grad_output, const TensorVie
     return "grad_cells must be (B, R, Q, C) in the accumulator's dtype";
   }
   return is_dense(argmax, grad_input, DType::int32, B, S, C) ? nullptr
-                                                            : "argmax must be (B, S, C) int32";
+                                                             : "argmax must be (B, S, C) int32";
 }
 
 }  // namespace

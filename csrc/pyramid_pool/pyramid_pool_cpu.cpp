@@ -27,15 +27,15 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 T* at(const TensorView& view, int64_t b, int64_t c, int64_t h, int64_t w) {
-  return static_cast<T*>(view.data) + b * view.stride[0] + c * view.stride[1] +
-         h * view.stride[2] + w * view.stride[3];
+  return static_cast<T*>(view.data) + b * view.stride[0] + c * view.stride[1] + h * view.stride[2] +
+         w * view.stride[3];
 }
 
 // Element (b, r, q, c) of a contiguous (B, R, Q, C).
 template <typename T>
 T* cell(const TensorView& view, int64_t b, int64_t r, int64_t q, int64_t c) {
-  return static_cast<T*>(view.data) +
-         ((b * view.size[1] + r) * view.size[2] + q) * view.size[3] + c;
+  return static_cast<T*>(view.data) + ((b * view.size[1] + r) * view.size[2] + q) * view.size[3] +
+         c;
 }
 
 // Element (b, i, j) of a contiguous (B, I, J).

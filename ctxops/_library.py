@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch.library namespace ``ctxops``, and what every operator shares.
+
+An operator is ``define``d once with its schema, and registered for the devices that have a kernel.
+torch's dispatcher chooses among them; where it has none, the public function calls the operator's
+reference.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library, register_autograd, register_fake
+from torch.utils.dlpack import to_dlpack
+
+from ctxops import _native
+
+_LIBRARY = Library("ctxops", "DEF")
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+reference_active = False
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Routes every operator to its reference in plain torch while the context is open.
+
+    For second derivatives, export to ONNX, debugging, and devices without a kernel. The switch is
+    one flag for the whole process, not for the thread that sets it. It works around and inside
+    compiled and exported functions.
+    """
+    global reference_active
+    before, reference_active = reference_active, True
+    try:
+        yield
+    finally:
+        reference_active = before
+
+
+class Operator:
+    """One operator of the namespace: its schema, its kernels by device, its autograd rule.
+
+    ``kernels`` maps a device type to a function; ``fake`` allocates the outputs and computes
+    nothing; ``setup_context`` and ``backward`` are those of ``torch.library.register_autograd``.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        fake: Callable,
+        kernels: dict[str, Callable],
+        backward: Callable,
+        setup_context: Callable | None = None,
+    ) -> None:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema)
+        for device, kernel in kernels.items():
+            _LIBRARY.impl(name, kernel, device.upper())
+        register_fake(f"ctxops::{name}", fake, lib=_LIBRARY)
+        register_autograd(
+            f"ctxops::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+        self.devices = frozenset(kernels) | {"meta"}
+        self.overload = getattr(torch.ops.ctxops, name).default
+
+    def __call__(self, *arguments: object, differentiable: bool = True):
+        """Calls the operator. ``differentiable=False``: no input wants a gradient.
+
+        The autograd rule would find that out too, but in Python and through a second dispatch: 9 of
+        25 us of a call on a tiny tensor. A tracer must see the call as it is.
+        """
+        if differentiable or torch.compiler.is_compiling():
+            return self.overload(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*arguments)
+
+    def serves(self, tensor: Tensor) -> bool:
+        """Is there a kernel for this tensor, and has nobody asked for the reference?"""
+        return not reference_active and tensor.device.type in self.devices
+
+
+def native_devices(kernel: Callable) -> dict[str, Callable]:
+    """``kernels`` of an operator whose kernel is the extension's, on the devices that it serves."""
+    modules = {"cpu": _native.cpu, "cuda": _native.cuda}
+    return {device: kernel for device, module in modules.items() if module is not None}
+
+
+def no_second_derivative(name: str) -> Callable:
+    """The autograd rule of a backward kernel: it has none, and says so."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"the gradient of {name} cannot be differentiated again; call {name} under "
+            f"ctxops.use_reference() for second derivatives"
+        )
+
+    return backward
+
+
+def launch(name: str, like: Tensor, *arguments: object) -> None:
+    """Calls the extension's kernel ``name`` on the device of ``like``.
+
+    Tensors travel as DLPack capsules; the number of threads or the current stream comes last.
+    """
+    handed = [to_dlpack(a) if isinstance(a, Tensor) else a for a in arguments]
+    if like.is_cuda:
+        stream = torch.cuda.current_stream(like.device).cuda_stream
+        getattr(_native.cuda, name)(*handed, stream)
+    else:
+        getattr(_native.cpu, name)(*handed, torch.get_num_threads())
+
+
+def empty_map(
+    shape: Sequence[int], like: Tensor, layout: torch.memory_format | None = None
+) -> Tensor:
+    """An uninitialised map in the dtype and device of ``like``, in its or another memory format."""
+    layout = memory_format(like) if layout is None else layout
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if and only if the map is that and not also contiguous."""
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def inner_dense(x: Tensor) -> Tensor:
+    """``x`` itself where its channels or its columns lie side by side, else a contiguous copy."""
+    _, channels, _, width = x.shape
+    _, stride_c, _, stride_w = x.stride()
+    return x if stride_w == 1 or stride_c == 1 or width == 1 or channels == 1 else x.contiguous()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on; float64 stays, as in torch."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def check_map(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a floating (B, C, H, W) with C, H and W at least 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_dtype(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have C, H and W of at least 1, got {tuple(x.shape)}")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
+        )
+
+
+def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raises for dual tensors: the kernels have no forward-mode rule, and torch would yield zeros."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative; call it under ctxops.use_reference()"
+            )

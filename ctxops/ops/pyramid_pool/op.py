@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pyramid_pool: adaptive pooling to several grids in one pass over the map."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctxops import _library, _native
+from ctxops.ops.pyramid_pool.reference import reference
+
+_MODES = ("avg", "max")
+
+
+def pyramid_pool(
+    input: Tensor, output_sizes: Sequence[int] = (1, 3, 6, 8), *, mode: str = "avg"
+) -> Tensor:
+    r"""Pools a map to every n x n grid of ``output_sizes``, flattened and concatenated.
+
+    .. math::
+        y_{b,c,s} = \frac{1}{|\Omega_s|} \sum_{(h,w) \in \Omega_s} x_{b,c,h,w}
+        \qquad\text{or}\qquad \max_{(h,w) \in \Omega_s} x_{b,c,h,w}
+
+    Bin :math:`\Omega_s` in row i and column j of grid n covers rows
+    :math:`\lfloor iH/n \rfloor \dots \lceil (i+1)H/n \rceil - 1`, and columns likewise: torch's
+    adaptive bins. They may overlap, and a grid larger than the map repeats positions.
+
+    Args:
+        input: map of shape ``(B, C, H, W)``, contiguous or channels_last. Others are copied, unless
+            their channels or columns lie side by side.
+        output_sizes: at most 32 values of n, each in 1 ... 32768; H * W must be below 2**31.
+        mode: ``"avg"``, or ``"max"``: NaN wins, and the gradient goes to the first maximum in
+            row-major order.
+
+    Returns:
+        ``(B, C, S)`` with ``S = sum(n * n)``: bins row-major, grids in the order given.
+
+    Raises:
+        TypeError: ``input`` is no floating tensor, or a size is no integer.
+        ValueError: a wrong rank, an empty C, H or W, a size out of range, an unknown mode.
+        NotImplementedError: forward-mode or second derivatives (use :func:`ctxops.use_reference`).
+
+    Source: Zhu et al., Asymmetric Non-local Neural Networks, ICCV 2019, Fig. 4, eq. 8 and 12.
+
+    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast keeps the dtype.
+    Gradients: input.
+    Deterministic: yes, forward and backward, for any number of threads.
+    Memory: B * C * R * Q accumulators, R and Q the cells that all bins cut the axes into: at most
+        2 * sum(n) and the axis' length. mode="max" with gradient: twice that, and B * S * C int32.
+    """
+    sizes = _check(input, output_sizes, mode)
+    _library.check_forward_mode("pyramid_pool", input)
+    if not _FORWARD.serves(input):
+        return reference(input, sizes, mode)
+    maximum = mode == "max"
+    grad = _library.needs_grad(input)
+    return _FORWARD(input, sizes, maximum, maximum and grad, differentiable=grad)[0]
+
+
+def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, ...]:
+    _library.check_map("input", input)
+    if isinstance(output_sizes, int) or not 1 <= len(output_sizes) <= 32:
+        raise ValueError(f"output_sizes must hold 1 to 32 integers, got {output_sizes!r}")
+    for n in output_sizes:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"output_sizes must hold integers, got {n!r}")
+        if not 1 <= n <= 32768:
+            raise ValueError(f"output_sizes must be in 1 ... 32768, got {n}")
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}")
+    return tuple(output_sizes)
+
+
+def _new_cells(like: Tensor, size: Sequence[int], sizes: list[int]) -> Tensor:
+    """The workspace (B, R, Q, C) for a map of that size, in the accumulator's dtype."""
+    batch, channels, height, width = size
+    count = _native.extension.pyramid_pool_cells
+    shape = (batch, count(height, sizes), count(width, sizes), channels)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _allocate(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tuple[Tensor, Tensor]:
+    batch, channels, _, _ = input.shape
+    bins = sum(n * n for n in sizes)
+    output = input.new_empty((batch, channels, bins))
+    # The position of each maximum, (B, S, C): the kernels' own order.
+    argmax = input.new_empty((batch, bins, channels) if save else (0,), dtype=torch.int32)
+    return output, argmax
+
+
+def _forward(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tuple[Tensor, Tensor]:
+    output, argmax = _allocate(input, sizes, maximum, save)
+    if output.numel() == 0:
+        return output, argmax
+    cells = _new_cells(input, input.shape, sizes)
+    cell_argmax = torch.empty_like(cells, dtype=torch.int32) if save else argmax
+    _library.launch(
+        "pyramid_pool_forward", input,
+        _library.inner_dense(input), output, argmax, cells, cell_argmax, sizes, maximum,
+    )  # fmt: skip
+    return output, argmax
+
+
+def _allocate_backward(
+    grad: Tensor, argmax: Tensor, sizes: list[int], height: int, width: int, channels_last: bool
+) -> Tensor:
+    shape = (grad.shape[0], grad.shape[1], height, width)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return _library.empty_map(shape, grad, layout)
+
+
+def _backward(
+    grad: Tensor, argmax: Tensor, sizes: list[int], height: int, width: int, channels_last: bool
+) -> Tensor:
+    grad_input = _allocate_backward(grad, argmax, sizes, height, width, channels_last)
+    if grad_input.numel() == 0:
+        return grad_input
+    average = argmax.numel() == 0
+    grad_cells = _new_cells(grad, grad_input.shape, sizes) if average else argmax
+    _library.launch(
+        "pyramid_pool_backward", grad,
+        grad.transpose(1, 2).contiguous(), argmax, grad_cells, grad_input, sizes,
+    )  # fmt: skip
+    return grad_input
+
+
+def _setup_context(ctx, inputs, output):
+    input, ctx.sizes, _, _ = inputs
+    argmax = output[1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(argmax)
+    ctx.save_for_backward(argmax)
+    ctx.map_size = input.shape[2:]
+    ctx.channels_last = _library.memory_format(input) == torch.channels_last
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    (argmax,) = ctx.saved_tensors
+    grad_input = _BACKWARD(grad, argmax, ctx.sizes, *ctx.map_size, ctx.channels_last)
+    return grad_input, None, None, None
+
+
+_FORWARD = _library.Operator(
+    "pyramid_pool(Tensor input, int[] sizes, bool maximum, bool save) -> (Tensor, Tensor)",
+    fake=_allocate,
+    kernels=_library.native_devices(_forward),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+_BACKWARD = _library.Operator(
+    "pyramid_pool_bwd(Tensor grad, Tensor argmax, int[] sizes, SymInt height, SymInt width, "
+    "bool channels_last) -> Tensor",
+    fake=_allocate_backward,
+    kernels=_library.native_devices(_backward),
+    backward=_library.no_second_derivative("pyramid_pool"),
+)
