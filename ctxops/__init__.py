@@ -3,8 +3,19 @@
 
 from ctxops._library import use_reference
 from ctxops._native import build_info
+from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.nonlocal_attention import nonlocal_attention
 from ctxops.ops.pyramid_pool import pyramid_pool
+from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "pyramid_pool", "use_reference"]
+__all__ = [
+    "asymmetric_attention",
+    "build_info",
+    "nonlocal_attention",
+    "pyramid_pool",
+    "random_anchor_indices",
+    "sample_anchors",
+    "use_reference",
+]

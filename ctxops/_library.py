@@ -163,6 +163,32 @@ def check_map(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have C, H and W of at least 1, got {tuple(x.shape)}")
 
 
+def check_shape(
+    name: str, x: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str
+) -> None:
+    """Raises unless ``x`` is floating, on the query's device, and of that shape (None: any size)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_dtype(name, x)
+    if x.dim() != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape {meaning} = ({wanted}), got {tuple(x.shape)}")
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on the query's device {query.device}, got {x.device}")
+
+
+def check_same_dtype(**tensors: Tensor | None) -> None:
+    """Raises unless all tensors have the dtype of the first."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}"
+            )
+
+
 def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATING:
         raise TypeError(

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""asymmetric_attention: every position of a map attends to a few anchors."""
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ctxops import _library
+from ctxops.ops.asymmetric_attention.reference import reference
+
+# The logits and weights of one block of positions on the CPU stay below this many bytes.
+BLOCK_BYTES = 16 * 2**20
+
+
+def asymmetric_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    r"""Softmax attention of every position of a map to S anchors.
+
+    .. math::
+        y_{b,:,h,w} = \sum_s \operatorname{softmax}_s\!\big(
+            \text{scale} \cdot \langle q_{b,:,h,w},\, k_{b,:,s} \rangle + \text{bias}_{b,s}
+        \big)\; v_{b,:,s}
+
+    Args:
+        query: map of shape ``(B, C, H, W)``, contiguous or channels_last (others are copied).
+        key: ``(B, C, S)``, S at least 1.
+        value: ``(B, Cv, S)``.
+        bias: ``(B, S)``, added to the logits of each anchor. -inf takes an anchor out.
+        scale: factor of the dot products; ``None`` is ``C ** -0.5``, 0.0 is legal.
+
+    Returns:
+        ``(B, Cv, H, W)`` in the query's memory format.
+
+    Raises:
+        TypeError: no floating tensor, or dtypes that differ (outside autocast).
+        ValueError: wrong ranks, B, C or S that differ, devices that differ, no anchors.
+        NotImplementedError: forward-mode or second derivatives (use :func:`ctxops.use_reference`).
+
+    Source: Zhu et al., Asymmetric Non-local Neural Networks, ICCV 2019, eq. 9-10. The bias is ours:
+    it carries the query's bias when its projection is folded into the keys.
+
+    Dtypes: float32, float64, float16, bfloat16; products summed and softmax taken in float32
+        (float64). Autocast casts down.
+    Gradients: query, key, value, bias.
+    Deterministic: as torch's matrix products on the CPU; yes on CUDA's Triton path.
+    Memory: CPU: 16 MiB for a block of logits and weights, for half precision also for its float32
+        inputs and outputs; never N * S at once. CUDA: B * N float32 when a gradient is wanted.
+    """
+    _check(query, key, value, bias)
+    _library.check_forward_mode("asymmetric_attention", query, key, value, bias)
+    query, key, value, bias = _library.autocast(query, key, value, bias)
+    _library.check_same_dtype(query=query, key=key, value=value, bias=bias)
+    scale = query.shape[1] ** -0.5 if scale is None else float(scale)
+    if not _FORWARD.serves(query):
+        output = reference(query, key, value, bias, scale)
+        return output.contiguous(memory_format=_library.memory_format(query))
+    grad = _library.needs_grad(query, key, value, bias)
+    save = grad and _uses_triton(query)
+    return _FORWARD(query, key, value, bias, scale, save, differentiable=grad)[0]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
+    _library.check_map("query", query)
+    batch, channels, _, _ = query.shape
+    _library.check_shape("key", key, query, (batch, channels, None), "(B, C, S)")
+    anchors = key.shape[2]
+    if anchors == 0:
+        raise ValueError(f"key must have at least one anchor, got {tuple(key.shape)}")
+    _library.check_shape("value", value, query, (batch, None, anchors), "(B, Cv, S)")
+    if value.shape[1] == 0:
+        raise ValueError(f"value must have at least one channel, got {tuple(value.shape)}")
+    if bias is not None:
+        _library.check_shape("bias", bias, query, (batch, anchors), "(B, S)")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _uses_triton(query: Tensor) -> bool:
+    """On CUDA, except for float64, which Triton's matrix products do not serve."""
+    return query.is_cuda and query.dtype != torch.float64 and _has_triton()
+
+
+def _allocate(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, save: bool
+) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = query.shape
+    output = _library.empty_map((batch, value.shape[1], height, width), query)
+    # The logarithm of each position's softmax denominator, (B, N): spares the backward a pass.
+    lse = query.new_empty((batch, height * width) if save else (0,), dtype=torch.float32)
+    return output, lse
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, save: bool
+) -> tuple[Tensor, Tensor]:
+    output, lse = _allocate(query, key, value, bias, scale, save)
+    if output.numel() == 0:
+        return output, lse
+    query = query.contiguous(memory_format=_library.memory_format(query))
+    if _uses_triton(query):
+        from ctxops.ops.asymmetric_attention import triton_kernels
+
+        triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
+    else:
+        _forward_in_blocks(query, key, value, bias, scale, output)
+    return output, lse
+
+
+def _positions(x: Tensor, image: int) -> Tensor:
+    """One image of a map as a matrix (N, C), a view in either memory format."""
+    _, channels, height, width = x.shape
+    return x[image].permute(1, 2, 0).view(height * width, channels)
+
+
+def _blocks(positions: int, bytes_each: int) -> Iterator[slice]:
+    """Cuts positions into equal blocks that stay below BLOCK_BYTES."""
+    count = -(-positions * bytes_each // BLOCK_BYTES)
+    size = max(1, -(-positions // count))
+    for start in range(0, positions, size):
+        yield slice(start, min(start + size, positions))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Softmax weights (n, S) of a block of positions (n, C) for the keys (C, S)."""
+    logits = query @ key
+    if scale != 1.0:
+        logits.mul_(scale)
+    if bias is not None:
+        logits.add_(bias)
+    return logits.softmax(dim=1)
+
+
+def _forward_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, output: Tensor
+) -> None:
+    dtype = _accumulator(query.dtype)
+    channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
+    bytes_each = dtype.itemsize * (2 * anchors + (0 if exact else channels + value.shape[1]))
+    for image in range(len(query)):
+        k, v = key[image].to(dtype), value[image].to(dtype)
+        b = None if bias is None else bias[image].to(dtype)
+        q, o = _positions(query, image), _positions(output, image)
+        for block in _blocks(len(q), bytes_each):
+            weights = _weights(q[block].to(dtype), k, b, scale)
+            if exact:
+                torch.mm(weights, v.t(), out=o[block])
+            else:
+                o[block] = weights @ v.t()
+
+
+def _allocate_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _library.empty_map(query.shape, query),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        query.new_empty((0,) if bias is None else bias.shape),
+    )
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _allocate_backward(grad, query, key, value, bias, lse, scale)
+    if query.numel() == 0:
+        return grads
+    layout = _library.memory_format(query)
+    query, grad = query.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    if lse.numel() > 0:
+        from ctxops.ops.asymmetric_attention import triton_kernels
+
+        grad_bias = grads[3] if bias is not None else None
+        triton_kernels.backward(
+            grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias
+        )
+    else:
+        _backward_in_blocks(grad, query, key, value, bias, scale, *grads)
+    return grads
+
+
+def _backward_in_blocks(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    dtype = _accumulator(query.dtype)
+    channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
+    bytes_each = dtype.itemsize * (4 * anchors + (0 if exact else 2 * channels + value.shape[1]))
+    for image in range(len(query)):
+        k, v = key[image].to(dtype), value[image].to(dtype)
+        b = None if bias is None else bias[image].to(dtype)
+        q, dq, do = (_positions(x, image) for x in (query, grad_query, grad))
+        dk, dv, db = torch.zeros_like(k), torch.zeros_like(v), k.new_zeros(anchors)
+        for block in _blocks(len(q), bytes_each):
+            q_block, do_block = q[block].to(dtype), do[block].to(dtype)
+            weights = _weights(q_block, k, b, scale)
+            dv.addmm_(do_block.t(), weights)
+            # d(logits) = weights * (d(weights) - sum of weights * d(weights))
+            dlogits = (do_block @ v).mul_(weights)
+            dlogits.sub_(weights.mul_(dlogits.sum(dim=1, keepdim=True)))
+            if bias is not None:
+                db.add_(dlogits.sum(dim=0))
+            dlogits.mul_(scale)
+            dk.addmm_(q_block.t(), dlogits)
+            if exact:
+                torch.mm(dlogits, k.t(), out=dq[block])
+            else:
+                dq[block] = dlogits @ k.t()
+        grad_key[image], grad_value[image] = dk, dv
+        if bias is not None:
+            grad_bias[image] = db
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, bias, ctx.scale, _ = inputs
+    lse = output[1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, bias, lse)
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None, None, None
+    *tensors, lse = ctx.saved_tensors
+    dq, dk, dv, db = _BACKWARD(grad, *tensors, lse, ctx.scale)
+    return dq, dk, dv, None if tensors[3] is None else db, None, None
+
+
+_KERNELS = ("cpu", "cuda")
+_FORWARD = _library.Operator(
+    "asymmetric_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, "
+    "bool save) -> (Tensor, Tensor)",
+    fake=_allocate,
+    kernels=dict.fromkeys(_KERNELS, _forward),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+_BACKWARD = _library.Operator(
+    "asymmetric_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    "Tensor lse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_allocate_backward,
+    kernels=dict.fromkeys(_KERNELS, _backward),
+    backward=_library.no_second_derivative("asymmetric_attention"),
+)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nonlocal_attention: every position of a map attends to every position of another."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ctxops import _library
+from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.nonlocal_attention.reference import reference
+
+# All of torch's backends but the one that forms the N x N matrix: where none of these takes the
+# tensors, torch raises instead of falling back to it.
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+# The widest head that CUDA's flash kernels take.
+_FLASH_WIDTH = 256
+
+
+def nonlocal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
+) -> Tensor:
+    r"""Softmax attention of every position of a map to every position of another map.
+
+    .. math::
+        y_{b,:,i} = \sum_j \operatorname{softmax}_j\!\big(
+            \text{scale} \cdot \langle q_{b,:,i},\, k_{b,:,j} \rangle \big)\; v_{b,:,j}
+
+    It is torch's ``scaled_dot_product_attention`` with the maps laid out, padded and split such
+    that a fused backend takes them: the N x N weights are never formed.
+
+    Args:
+        query: map of shape ``(B, C, H, W)``; channels_last spares a copy of each map.
+        key: map of shape ``(B, C, H2, W2)``.
+        value: map of shape ``(B, Cv, H2, W2)``. With Cv = C nothing is padded.
+        scale: factor of the dot products; ``None`` is ``C ** -0.5``, 0.0 is legal.
+
+    Returns:
+        ``(B, Cv, H, W)`` in the query's memory format.
+
+    Raises:
+        TypeError: no floating tensor, or dtypes that differ (outside autocast).
+        ValueError: wrong ranks, B, C or sizes that differ, devices that differ, empty maps.
+        NotImplementedError: forward-mode derivatives (use :func:`ctxops.use_reference`). Second
+            derivatives raise torch's own error.
+
+    Source: Wang et al., Non-local Neural Networks, CVPR 2018; Zhu et al., ICCV 2019, eq. 2-4 (one
+    map) and eq. 15-16 (two maps).
+
+    Dtypes: float32, float64, float16, bfloat16. Autocast casts down.
+    Gradients: query, key, value.
+    Deterministic: as torch's fused backends, on CUDA only under
+        ``torch.use_deterministic_algorithms``.
+    Memory: contiguous maps are copied once each, as is the output; C != Cv pads the narrower maps
+        to the wider; and what the backend needs, which is linear in the positions.
+    """
+    _check(query, key, value)
+    _library.check_forward_mode("nonlocal_attention", query, key, value)
+    query, key, value = _library.autocast(query, key, value)
+    _library.check_same_dtype(query=query, key=key, value=value)
+    scale = query.shape[1] ** -0.5 if scale is None else float(scale)
+    if _library.reference_active or query.device.type not in ("cpu", "cuda"):
+        output = reference(query, key, value, scale)
+        return output.contiguous(memory_format=_library.memory_format(query))
+    if query.is_cuda and query.dtype == torch.float64:
+        # No fused backend takes float64 there; the positions of the other map serve as anchors.
+        return asymmetric_attention(query, key.flatten(2), value.flatten(2), scale=scale)
+    return _fused(query, key, value, scale)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    _library.check_map("query", query)
+    batch, channels, _, _ = query.shape
+    _library.check_map("key", key)
+    _library.check_shape("key", key, query, (batch, channels, None, None), "(B, C, H2, W2)")
+    height, width = key.shape[2:]
+    _library.check_map("value", value)
+    _library.check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H2, W2)")
+
+
+def _sequence(x: Tensor, width: int) -> Tensor:
+    """A map (B, C, H, W) as a sequence (B, 1, N, width) with its channels side by side."""
+    sequence = x.permute(0, 2, 3, 1).flatten(1, 2)
+    if sequence.shape[2] < width:
+        sequence = F.pad(sequence, (0, width - sequence.shape[2]))
+    return sequence.contiguous()[:, None]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, channels, height, width = query.shape
+    value_channels = value.shape[1]
+    head = part = max(channels, value_channels)
+    if query.is_cuda:
+        # Wide values go in parts that flash takes. Widths are multiples of 16 bytes there.
+        part = min(head, max(channels, _FLASH_WIDTH))
+        head = -(-part // 8) * 8
+    q, k = _sequence(query, head), _sequence(key, head)
+    outputs = []
+    with sdpa_kernel(_FUSED):
+        for v in value.split(part, dim=1):
+            attended = F.scaled_dot_product_attention(q, k, _sequence(v, head), scale=scale)
+            outputs.append(attended[:, 0, :, : v.shape[1]])
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    output = output.view(batch, height, width, value_channels).permute(0, 3, 1, 2)
+    return output.contiguous(memory_format=_library.memory_format(query))
