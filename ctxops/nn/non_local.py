@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctxops.nn.pointwise import PointwiseConv2d, pointwise
+from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.nonlocal_attention import nonlocal_attention
+from ctxops.ops.pyramid_pool import pyramid_pool
+from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
+
+_SHARE = ("query_key", "key_value", None)
+_FUSE = (None, "add", "concat")
+_VARIANTS = ("released", "paper")
+_SAMPLING = ("avg", "max", "random")
+
+
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+class _NonLocalBlock(nn.Module):
+    """Projections of a query map and a context map, W_o, and the fusion with the query map."""
+
+    def __init__(
+        self,
+        query_channels: int,
+        context_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None,
+        *,
+        share: str | None,
+        fuse: str | None,
+        fuse_activation: bool,
+        bias: bool,
+        variant: str,
+        scale: float | None,
+        out_norm: bool,
+        norm_layer: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__()
+        out_channels = query_channels if out_channels is None else out_channels
+        sizes = {
+            "query_channels": query_channels,
+            "context_channels": context_channels,
+            "key_channels": key_channels,
+            "value_channels": value_channels,
+            "out_channels": out_channels,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        _check_choice("share", share, _SHARE)
+        _check_choice("fuse", fuse, _FUSE)
+        _check_choice("variant", variant, _VARIANTS)
+        if share == "key_value" and key_channels != value_channels:
+            raise ValueError(
+                f"share='key_value' needs equal widths, got key_channels {key_channels} and "
+                f"value_channels {value_channels}"
+            )
+        if fuse == "add" and out_channels != query_channels:
+            raise ValueError(
+                f"fuse='add' needs out_channels equal to the map's {query_channels}, "
+                f"got {out_channels}"
+            )
+        self.share, self.fuse, self.variant = share, fuse, variant
+        self.query_channels, self.context_channels = query_channels, context_channels
+        self.out_channels = out_channels
+        released_scale = key_channels**-0.5
+        self.scale = (
+            (released_scale if variant == "released" else 1.0) if scale is None else scale
+        )
+
+        def embedding(channels: int) -> nn.Module:
+            convolution = PointwiseConv2d(channels, key_channels, bias=bias)
+            if variant == "paper":
+                return convolution
+            return nn.Sequential(convolution, norm_layer(key_channels), nn.ReLU(inplace=True))
+
+        self.key = embedding(context_channels)
+        self.query = self.key if share == "query_key" else embedding(query_channels)
+        self.value = (
+            self.key
+            if share == "key_value"
+            else PointwiseConv2d(context_channels, value_channels, bias=bias)
+        )
+        self.out = PointwiseConv2d(value_channels, out_channels, bias=bias)
+        nn.init.zeros_(self.out.weight)
+        if bias:
+            nn.init.zeros_(self.out.bias)
+        self.out_norm = norm_layer(out_channels) if out_norm else None
+        if fuse == "concat":
+            layers = [
+                PointwiseConv2d(out_channels + query_channels, out_channels, bias=bias),
+                norm_layer(out_channels),
+            ]
+            self.fusion = nn.Sequential(*layers, *[nn.ReLU(inplace=True)] * fuse_activation)
+        else:
+            self.fusion = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"variant={self.variant!r}, share={self.share!r}, fuse={self.fuse!r}, "
+            f"scale={self.scale:.6g}, out projection starts at zero"
+        )
+
+    def _check_maps(self, **maps: tuple[Tensor, int]) -> None:
+        for name, (x, channels) in maps.items():
+            if x.dim() != 4 or x.shape[1] != channels:
+                raise ValueError(
+                    f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}"
+                )
+
+    def _fuse(self, context: Tensor, x: Tensor, *, projected: bool = False) -> Tensor:
+        """The block's last step, on W_o's output and the query's map ``x``.
+
+        The fusion's weight splits into a part for each, so ``cat(context, x)`` is never made.
+        ``projected``: the part for the context has been applied already.
+        """
+        if self.out_norm is not None:
+            context = self.out_norm(context)
+        if self.fuse is None:
+            return context
+        if self.fuse == "add":
+            return context + x
+        convolution, *rest = self.fusion
+        for_context, for_map = self._fusion_weights()
+        if not projected:
+            context = pointwise(context, for_context)
+        y = pointwise(x, for_map, convolution.bias).add_(context)
+        for layer in rest:
+            y = layer(y)
+        return y
+
+    def _fusion_weights(self) -> Sequence[Tensor]:
+        return self.fusion[0].weight.split([self.out_channels, self.query_channels], dim=1)
+
+
+class _DenseBlock(_NonLocalBlock):
+    """Attention between all positions."""
+
+    def _attend(self, x: Tensor, context: Tensor) -> Tensor:
+        key = self.key(context)
+        query = key if self.share == "query_key" else self.query(x)
+        value = key if self.share == "key_value" else self.value(context)
+        attended = nonlocal_attention(query, key, value, scale=self.scale)
+        return self._fuse(self.out(attended), x)
+
+
+class NonLocal2d(_DenseBlock):
+    """Non-local block: every position attends to every other (ANN, eq. 1-5).
+
+    ``O = softmax(scale * query^T key) value``, then ``W_o(O)``, then the fusion.
+
+    Args:
+        in_channels: channels of the map.
+        key_channels: channels of query and key.
+        value_channels: channels of the value.
+        out_channels: channels of W_o; None: in_channels.
+        share: "query_key" (released code): one embedding for both. "key_value" (the paper's text):
+            the value is the key. None: three embeddings.
+        fuse: None returns ``W_o(O)``; "add" adds the map; "concat" owns the 1x1 convolution and
+            norm that follow ``cat(W_o(O), x)``.
+        bias: biases in all 1x1 convolutions.
+        variant: "released": query and key are conv + norm + ReLU, scale ``key_channels ** -0.5``.
+            "paper": plain linear embeddings, scale 1.
+        scale: overrides the variant's.
+        out_norm: a norm after W_o (appendix C of the paper).
+        norm_layer: makes a norm from a number of channels.
+
+    W_o starts at zero, as in the released code: so does the block's ``W_o(O)``.
+
+    Shape: ``(B, in_channels, H, W)`` -> ``(B, out_channels, H, W)``, in the same memory format.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        *,
+        share: str | None = "query_key",
+        fuse: str | None = None,
+        bias: bool = True,
+        variant: str = "released",
+        scale: float | None = None,
+        out_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            in_channels,
+            key_channels,
+            value_channels,
+            out_channels,
+            share=share,
+            fuse=fuse,
+            fuse_activation=False,
+            bias=bias,
+            variant=variant,
+            scale=scale,
+            out_norm=out_norm,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_maps(x=(x, self.query_channels))
+        return self._attend(x, x)
+
+
+class FusionNonLocal2d(_DenseBlock):
+    """Fusion non-local block: a high-level map attends to a low-level one (ANN, eq. 14-17).
+
+    Args:
+        low_channels: channels of the low-level map, of which key and value are made.
+        high_channels: channels of the high-level map, of which the query is made.
+        out_channels: channels of W_o; None: high_channels.
+
+    All others as in :class:`NonLocal2d`; nothing is shared between query and key.
+
+    Shape: ``(B, low_channels, H2, W2)``, ``(B, high_channels, H, W)`` -> ``(B, out_channels, H, W)``.
+    """
+
+    def __init__(
+        self,
+        low_channels: int,
+        high_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        *,
+        fuse: str | None = None,
+        bias: bool = True,
+        variant: str = "released",
+        scale: float | None = None,
+        out_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__(
+            high_channels,
+            low_channels,
+            key_channels,
+            value_channels,
+            out_channels,
+            share=None,
+            fuse=fuse,
+            fuse_activation=False,
+            bias=bias,
+            variant=variant,
+            scale=scale,
+            out_norm=out_norm,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        self._check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        return self._attend(high, low)
+
+
+class _AnchorBlock(_NonLocalBlock):
+    """Attention of all positions to S sampled anchors."""
+
+    def __init__(
+        self,
+        query_channels: int,
+        context_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None,
+        output_sizes: Sequence[int],
+        *,
+        sampling: str,
+        fold: bool,
+        share: str | None,
+        fuse: str | None,
+        fuse_activation: bool,
+        bias: bool,
+        variant: str,
+        scale: float | None,
+        out_norm: bool,
+        norm_layer: Callable[[int], nn.Module],
+    ) -> None:
+        super().__init__(
+            query_channels,
+            context_channels,
+            key_channels,
+            value_channels,
+            out_channels,
+            share=share,
+            fuse=fuse,
+            fuse_activation=fuse_activation,
+            bias=bias,
+            variant=variant,
+            scale=scale,
+            out_norm=out_norm,
+            norm_layer=norm_layer,
+        )
+        _check_choice("sampling", sampling, _SAMPLING)
+        if not output_sizes or any(n < 1 for n in output_sizes):
+            raise ValueError(f"output_sizes must hold positive integers, got {output_sizes!r}")
+        self.output_sizes, self.sampling, self.fold = tuple(output_sizes), sampling, fold
+
+    def extra_repr(self) -> str:
+        return (
+            f"output_sizes={self.output_sizes}, sampling={self.sampling!r}, fold={self.fold}, "
+            + super().extra_repr()
+        )
+
+    def _sampler(self, context: Tensor) -> Callable[[Tensor], Tensor]:
+        """What takes a map to its anchors: the same positions for key and value."""
+        if self.sampling != "random":
+            return lambda x: pyramid_pool(x, self.output_sizes, mode=self.sampling)
+        height, width = context.shape[2:]
+        indices = random_anchor_indices(height, width, self.output_sizes, device=context.device)
+        return lambda x: sample_anchors(x, indices)
+
+    def _attend(self, x: Tensor, context: Tensor) -> Tensor:
+        sample = self._sampler(context)
+        if self.fold and self.sampling != "max":
+            return self._attend_folded(x, context, sample)
+        key_map = self.key(context)
+        query = key_map if self.share == "query_key" else self.query(x)
+        key = sample(key_map)
+        value = key if self.share == "key_value" else sample(self.value(context))
+        attended = asymmetric_attention(query, key, value, scale=self.scale)
+        return self._fuse(self.out(attended), x)
+
+    def _attend_folded(
+        self, x: Tensor, context: Tensor, sample: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The same function with every linear step on the few anchors instead of the map.
+
+        Average and random sampling commute with a 1x1 convolution. A norm and a ReLU do not.
+        """
+        linear = self.variant == "paper"
+        anchors = sample(context) if linear or self.share != "key_value" else None
+        key_map = None if linear else self.key(context)
+        key = self.key(anchors) if linear else sample(key_map)
+        value = key if self.share == "key_value" else self.value(anchors)
+
+        bias = None
+        if linear and self._folds(key.shape[2], key.shape[1], self.query_channels):
+            # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
+            query, weight = x, self.query.weight.flatten(1)
+            if self.query.bias is not None:
+                bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
+            key = pointwise(key, weight.t())
+        elif self.share == "query_key" and not linear:
+            query = key_map
+        else:
+            query = self.query(x)
+
+        # W_o (V P) + b = (W_o V + b) P, for the weights of a position sum to one; so does what
+        # follows W_o, as long as nothing stands between.
+        following = [(self.out.weight, self.out.bias)]
+        if self.fuse == "concat" and self.out_norm is None:
+            following.append((self._fusion_weights()[0], None))
+        while following and self._folds(value.shape[2], value.shape[1], len(following[0][0])):
+            value = pointwise(value, *following.pop(0))
+        context = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
+        for layer in following:
+            context = pointwise(context, *layer)
+        return self._fuse(context, x, projected=self.out_norm is None)
+
+    @staticmethod
+    def _folds(anchors: int, inner: int, outer: int) -> bool:
+        """Does attention of width ``outer`` cost less than one of ``inner`` and a convolution?"""
+        return anchors * outer <= anchors * inner + inner * outer
+
+
+class APNB(_AnchorBlock):
+    """Asymmetric pyramid non-local block: attention to S pooled anchors (ANN, eq. 8-11, Fig. 3).
+
+    ``O = softmax(scale * query^T P(key)) P(value)`` with the pyramid sampling ``P``, then
+    ``W_o(O)``, then the fusion.
+
+    Args:
+        in_channels: channels of the map.
+        key_channels: channels of query and key.
+        value_channels: channels of the value.
+        out_channels: channels of W_o; None: in_channels.
+        output_sizes: the grids of the pyramid; S is the sum of their squares.
+        share: "query_key" (released code): one embedding for both, run once. "key_value" (the
+            paper's text): the value is the key. None: three embeddings.
+        fuse: None returns ``W_o(O)``; "add" adds the map; "concat" owns the 1x1 convolution, norm
+            and ReLU that follow ``cat(W_o(O), x)``, and splits its weight instead.
+        bias: biases in all 1x1 convolutions.
+        variant: "released": query and key are conv + norm + ReLU, scale ``key_channels ** -0.5``.
+            "paper": plain linear embeddings, scale 1.
+        sampling: "avg", "max" or "random" (Table 7), which draws anew in every forward.
+        fold: exact algebra that moves linear steps to the anchors, wherever it saves operations:
+            the value and W_o, the fusion, in the paper's form also query and key. Not with "max".
+        scale: overrides the variant's.
+        out_norm: a norm after W_o (appendix C of the paper).
+        norm_layer: makes a norm from a number of channels.
+
+    W_o starts at zero, as in the released code. A shared query and key embedding updates its
+    running statistics once per forward; the released code runs it twice.
+
+    Shape: ``(B, in_channels, H, W)`` -> ``(B, out_channels, H, W)``, in the same memory format.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        output_sizes: Sequence[int] = (1, 3, 6, 8),
+        *,
+        share: str | None = "query_key",
+        fuse: str | None = None,
+        bias: bool = True,
+        variant: str = "released",
+        sampling: str = "avg",
+        fold: bool = True,
+        scale: float | None = None,
+        out_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            in_channels,
+            key_channels,
+            value_channels,
+            out_channels,
+            output_sizes,
+            sampling=sampling,
+            fold=fold,
+            share=share,
+            fuse=fuse,
+            fuse_activation=True,
+            bias=bias,
+            variant=variant,
+            scale=scale,
+            out_norm=out_norm,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_maps(x=(x, self.query_channels))
+        return self._attend(x, x)
+
+
+class AFNB(_AnchorBlock):
+    """Asymmetric fusion non-local block: a high-level map attends to anchors of a low-level one.
+
+    ANN, section 3.3: :class:`FusionNonLocal2d` with the pyramid sampling of :class:`APNB` on key
+    and value.
+
+    Args:
+        low_channels: channels of the low-level map, of which key and value are made.
+        high_channels: channels of the high-level map, of which the query is made.
+        out_channels: channels of W_o; None: high_channels.
+
+    All others as in :class:`APNB`; query, key and value share nothing, and ``fuse="concat"`` ends
+    with the norm, without a ReLU.
+
+    Shape: ``(B, low_channels, H2, W2)``, ``(B, high_channels, H, W)`` -> ``(B, out_channels, H, W)``.
+    """
+
+    def __init__(
+        self,
+        low_channels: int,
+        high_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        output_sizes: Sequence[int] = (1, 3, 6, 8),
+        *,
+        fuse: str | None = None,
+        bias: bool = True,
+        variant: str = "released",
+        sampling: str = "avg",
+        fold: bool = True,
+        scale: float | None = None,
+        out_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__(
+            high_channels,
+            low_channels,
+            key_channels,
+            value_channels,
+            out_channels,
+            output_sizes,
+            sampling=sampling,
+            fold=fold,
+            share=None,
+            fuse=fuse,
+            fuse_activation=False,
+            bias=bias,
+            variant=variant,
+            scale=scale,
+            out_norm=out_norm,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        self._check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        return self._attend(high, low)
