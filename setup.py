@@ -48,7 +48,6 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", tree], check=True)
 
 
-
 setup(
     ext_modules=[Extension("ctxops._C", sources=[])],
     cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},

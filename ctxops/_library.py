@@ -61,9 +61,7 @@ class Operator:
         for device, kernel in kernels.items():
             _LIBRARY.impl(name, kernel, device.upper())
         register_fake(f"ctxops::{name}", fake, lib=_LIBRARY)
-        register_autograd(
-            f"ctxops::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        register_autograd(f"ctxops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         self.devices = frozenset(kernels) | {"meta"}
         self.overload = getattr(torch.ops.ctxops, name).default
 
@@ -152,6 +150,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
+@contextlib.contextmanager
+def no_autocast(device: str) -> Iterator[None]:
+    """For kernels made of torch's own operations, which autocast would cast down once more."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
 def check_map(name: str, x: Tensor) -> None:
     """Raises unless ``x`` is a floating (B, C, H, W) with C, H and W at least 1."""
     if not isinstance(x, Tensor):
@@ -166,7 +174,7 @@ def check_map(name: str, x: Tensor) -> None:
 def check_shape(
     name: str, x: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str
 ) -> None:
-    """Raises unless ``x`` is floating, on the query's device, and of that shape (None: any size)."""
+    """Raises unless ``x`` is floating, on the query's device, and has that shape (None: any)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     check_dtype(name, x)
@@ -191,13 +199,11 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
 
 def check_dtype(name: str, x: Tensor) -> None:
     if x.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}"
-        )
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
 def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raises for dual tensors: the kernels have no forward-mode rule, and torch would yield zeros."""
+    """Raises for dual tensors: kernels have no forward-mode rule, and torch would yield zeros."""
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:

@@ -72,9 +72,7 @@ class _NonLocalBlock(nn.Module):
         self.query_channels, self.context_channels = query_channels, context_channels
         self.out_channels = out_channels
         released_scale = key_channels**-0.5
-        self.scale = (
-            (released_scale if variant == "released" else 1.0) if scale is None else scale
-        )
+        self.scale = (released_scale if variant == "released" else 1.0) if scale is None else scale
 
         def embedding(channels: int) -> nn.Module:
             convolution = PointwiseConv2d(channels, key_channels, bias=bias)
@@ -224,7 +222,8 @@ class FusionNonLocal2d(_DenseBlock):
 
     All others as in :class:`NonLocal2d`; nothing is shared between query and key.
 
-    Shape: ``(B, low_channels, H2, W2)``, ``(B, high_channels, H, W)`` -> ``(B, out_channels, H, W)``.
+    Shape: low ``(B, low_channels, H2, W2)``, high ``(B, high_channels, H, W)``
+        -> ``(B, out_channels, H, W)``.
     """
 
     def __init__(
@@ -462,7 +461,8 @@ class AFNB(_AnchorBlock):
     All others as in :class:`APNB`; query, key and value share nothing, and ``fuse="concat"`` ends
     with the norm, without a ReLU.
 
-    Shape: ``(B, low_channels, H2, W2)``, ``(B, high_channels, H, W)`` -> ``(B, out_channels, H, W)``.
+    Shape: low ``(B, low_channels, H2, W2)``, high ``(B, high_channels, H, W)``
+        -> ``(B, out_channels, H, W)``.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[b, o, ...] = sum_i weight[o, i] x[b, i, ...] + bias[o]`` on maps or on anchors.
 

@@ -114,7 +114,8 @@ def _forward(
 
         triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
     else:
-        _forward_in_blocks(query, key, value, bias, scale, output)
+        with _library.no_autocast(query.device.type):
+            _forward_in_blocks(query, key, value, bias, scale, output)
     return output, lse
 
 
@@ -199,11 +200,10 @@ def _backward(
         from ctxops.ops.asymmetric_attention import triton_kernels
 
         grad_bias = grads[3] if bias is not None else None
-        triton_kernels.backward(
-            grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias
-        )
+        triton_kernels.backward(grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias)
     else:
-        _backward_in_blocks(grad, query, key, value, bias, scale, *grads)
+        with _library.no_autocast(query.device.type):
+            _backward_in_blocks(grad, query, key, value, bias, scale, *grads)
     return grads
 
 

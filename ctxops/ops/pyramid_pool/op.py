@@ -42,7 +42,7 @@ def pyramid_pool(
 
     Source: Zhu et al., Asymmetric Non-local Neural Networks, ICCV 2019, Fig. 4, eq. 8 and 12.
 
-    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast keeps the dtype.
+    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast keeps it.
     Gradients: input.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: B * C * R * Q accumulators, R and Q the cells that all bins cut the axes into: at most
@@ -66,6 +66,10 @@ def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, 
             raise TypeError(f"output_sizes must hold integers, got {n!r}")
         if not 1 <= n <= 32768:
             raise ValueError(f"output_sizes must be in 1 ... 32768, got {n}")
+    if input.shape[2] * input.shape[3] >= 2**31 - 1:
+        raise ValueError(
+            f"input must have fewer than 2147483647 positions, got {tuple(input.shape)}"
+        )
     if mode not in _MODES:
         raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}")
     return tuple(output_sizes)

@@ -43,7 +43,9 @@ def sample_anchors(input: Tensor, indices: Tensor) -> Tensor:
     if indices.dim() != 1:
         raise ValueError(f"indices must have shape (S,), got {tuple(indices.shape)}")
     if indices.device != input.device:
-        raise ValueError(f"indices must be on the map's device {input.device}, got {indices.device}")
+        raise ValueError(
+            f"indices must be on the map's device {input.device}, got {indices.device}"
+        )
     if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel() > 0:
         low, high = (int(x) for x in indices.aminmax())
         positions = input.shape[2] * input.shape[3]

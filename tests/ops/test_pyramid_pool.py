@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import DTYPES, LAYOUTS, check_operator, random_like
+
+import ctxops
+from ctxops import _native
+from ctxops.ops.pyramid_pool.reference import reference
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 17),
+    (1, 5, 13, 1),
+    (2, 16, 7, 11),
+    (1, 70, 29, 31),
+    (2, 300, 16, 24),
+    (3, 2, 97, 33),
+    (1, 2, 5, 600),
+]
+MODES = ["avg", "max"]
+
+
+def check(x, sizes=(1, 3, 6, 8), mode="avg"):
+    pool, plain = (
+        partial(f, output_sizes=sizes, mode=mode) for f in (ctxops.pyramid_pool, reference)
+    )
+    check_operator(pool, plain, [x])
+
+
+def torch_pools(x, sizes, mode):
+    pool = F.adaptive_avg_pool2d if mode == "avg" else F.adaptive_max_pool2d
+    return torch.cat([pool(x, n).flatten(2) for n in sizes], dim=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reference_is_torchs_adaptive_pooling(shape, mode):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours, theirs = reference(x, (1, 3, 6, 8), mode), torch_pools(x, (1, 3, 6, 8), mode)
+    torch.testing.assert_close(ours, theirs)
+    upstream = random_like(ours)
+    (a,), (b,) = torch.autograd.grad(ours, x, upstream), torch.autograd.grad(theirs, x, upstream)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, layout, dtype, mode, device):
+    check(LAYOUTS[layout](torch.randn(shape, device=device, dtype=dtype)), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(layout, mode, device):
+    check(LAYOUTS[layout](torch.randn(2, 20, 9, 14, device=device)), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS)
+def test_every_instruction_set(isa, mode, monkeypatch):
+    kernels = getattr(_native.extension, isa, None)
+    if kernels is None:
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(_native, "cpu", kernels)
+    for dtype in DTYPES:
+        for layout in ("contiguous", "channels_last"):
+            check(LAYOUTS[layout](torch.randn(2, 37, 19, 23, dtype=dtype)), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1,), (7,), (2, 2), (6, 3, 1), (40,), (1, 50, 13), (150, 200), tuple(range(1, 33))],
+    ids=str,
+)
+def test_grids(sizes, mode, device):
+    check(torch.randn(1, 3, 31, 260, device=device), sizes, mode)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 40, 40))),
+    sizes=st.lists(st.integers(1, 45), min_size=1, max_size=5),
+    layout=st.sampled_from(list(LAYOUTS)),
+    mode=st.sampled_from(MODES),
+)
+def test_drawn_shapes(shape, sizes, layout, mode):
+    check(LAYOUTS[layout](torch.randn(shape)), tuple(sizes), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_ties_go_to_the_first_maximum(layout, mode, device):
+    x = torch.randint(-1, 2, (2, 5, 12, 9), device=device).float()
+    check(LAYOUTS[layout](x), mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_values_that_are_not_finite_stay_in_their_bins(value, layout, mode, device):
+    x = torch.randn(1, 3, 24, 24, device=device)
+    x[0, 1, 5, 7] = value
+    output = ctxops.pyramid_pool(LAYOUTS[layout](x), mode=mode)
+    expected = reference(x, (1, 3, 6, 8), mode)
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    assert output[0, [0, 2]].isfinite().all()
+    assert output[0, 1].isfinite().sum() >= 100
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_of_half_precision_do_not_overflow(layout, device):
+    x = LAYOUTS[layout](torch.full((1, 2, 64, 64), 60000.0, dtype=torch.float16, device=device))
+    assert torch.equal(ctxops.pyramid_pool(x), x[:, :, 0, :1].expand(1, 2, 110))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_of_zero(mode, device):
+    x = torch.randn(0, 3, 5, 7, device=device, requires_grad=True)
+    y = ctxops.pyramid_pool(x, mode=mode)
+    assert y.shape == (0, 3, 110)
+    y.backward(y)
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_tiny_maps(mode, device):
+    x = torch.randn(70_000, 1, 2, 3, device=device)
+    torch.testing.assert_close(
+        ctxops.pyramid_pool(x, (1, 2), mode=mode), reference(x, (1, 2), mode)
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck(layout, mode, device):
+    x = LAYOUTS[layout](
+        torch.randn(2, 3, 5, 4, dtype=torch.float64, device=device)
+    ).requires_grad_()
+    assert torch.autograd.gradcheck(
+        partial(ctxops.pyramid_pool, output_sizes=(1, 2, 6), mode=mode), x
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_opcheck(layout, mode, device):
+    x = LAYOUTS[layout](torch.randn(2, 3, 7, 9, device=device))
+    maximum, sizes = mode == "max", [1, 2]
+    forward = torch.ops.ctxops.pyramid_pool.default
+    for input in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(forward, (input, sizes, maximum, maximum and input.requires_grad))
+    y, argmax = forward(x, sizes, maximum, maximum)
+    arguments = (random_like(y), argmax, sizes, 7, 9, layout == "channels_last")
+    torch.library.opcheck(torch.ops.ctxops.pyramid_pool_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradient_has_the_memory_format_of_the_input(layout, device):
+    x = LAYOUTS[layout](torch.randn(2, 3, 7, 9, device=device)).requires_grad_()
+    ctxops.pyramid_pool(x).sum().backward()
+    assert x.grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_once_for_all_sizes(mode, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def pool(x):
+        return ctxops.pyramid_pool(x.relu(), mode=mode).sin()
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((12, 10), (17, 9), (31, 45)):
+            x = torch.randn(2, 3, *size, device=device, requires_grad=True)
+            y = ctxops.pyramid_pool(x.relu(), mode=mode).sin()
+            torch.testing.assert_close(pool(x), y)
+            (a,), (b,) = (torch.autograd.grad(f, x, y.detach()) for f in (pool(x), y))
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_keeps_the_dtype(device):
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert ctxops.pyramid_pool(torch.randn(1, 2, 4, 4, device=device)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_deterministic(layout, mode, device):
+    x = LAYOUTS[layout](torch.randn(2, 70, 33, 47, device=device)).requires_grad_()
+    upstream = torch.randn(2, 70, 110, device=device)
+    threads = torch.get_num_threads()
+
+    def run():
+        y = ctxops.pyramid_pool(x, mode=mode)
+        return y, *torch.autograd.grad(y, x, upstream)
+
+    first = run()
+    try:
+        for repetition in range(20):
+            torch.set_num_threads(1 + repetition % 3)
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0],), TypeError, "input must be a torch.Tensor, got list"),
+        ((torch.ones(1, 2, 3, 3, dtype=torch.int64),), TypeError, "input must be float32.*int64"),
+        ((torch.ones(1, 2, 3, 3, dtype=torch.complex64),), TypeError, "input must be .*complex64"),
+        (
+            (torch.ones(2, 3, 3),),
+            ValueError,
+            r"input must have shape \(B, C, H, W\), got \(2, 3, 3\)",
+        ),
+        ((torch.ones(1, 0, 3, 3),), ValueError, r"input must have C, H and W.*\(1, 0, 3, 3\)"),
+        ((torch.ones(1, 2, 0, 3),), ValueError, r"input must have C, H and W.*\(1, 2, 0, 3\)"),
+        (
+            (torch.ones(1, 2, 3, 3), (1, 0)),
+            ValueError,
+            "output_sizes must be in 1 ... 32768, got 0",
+        ),
+        (
+            (torch.ones(1, 2, 3, 3), (-2,)),
+            ValueError,
+            "output_sizes must be in 1 ... 32768, got -2",
+        ),
+        ((torch.ones(1, 2, 3, 3), (40000,)), ValueError, "output_sizes must be in .* got 40000"),
+        ((torch.ones(1, 2, 3, 3), ()), ValueError, "output_sizes must hold 1 to 32"),
+        ((torch.ones(1, 2, 3, 3), (1,) * 33), ValueError, "output_sizes must hold 1 to 32"),
+        ((torch.ones(1, 2, 3, 3), 6), ValueError, "output_sizes must hold 1 to 32 integers, got 6"),
+        ((torch.ones(1, 2, 3, 3), (1.5,)), TypeError, "output_sizes must hold integers, got 1.5"),
+        ((torch.ones(1, 2, 3, 3), ("3",)), TypeError, "output_sizes must hold integers, got '3'"),
+    ],
+    ids=lambda x: None,
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ctxops.pyramid_pool(*arguments)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode must be 'avg' or 'max', got 'median'"):
+        ctxops.pyramid_pool(torch.ones(1, 2, 3, 3), mode="median")
+
+
+def test_a_map_of_too_many_positions():
+    x = torch.empty(1).expand(1, 1, 2**16, 2**15)
+    with pytest.raises(ValueError, match="input must have fewer than 2147483647 positions"):
+        ctxops.pyramid_pool(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives(mode, device):
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64, device=device, requires_grad=True)
+
+    def cubed(x):
+        return ctxops.pyramid_pool(x, (1, 2), mode=mode) ** 3
+
+    (grad,) = torch.autograd.grad(cubed(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"pyramid_pool.*use_reference"):
+        grad.sum().backward()
+    with ctxops.use_reference():
+        assert torch.autograd.gradgradcheck(cubed, x)
+
+
+def test_forward_mode_raises():
+    x = torch.randn(1, 2, 5, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="pyramid_pool has no forward-mode"):
+            ctxops.pyramid_pool(dual)
+        ctxops.pyramid_pool(x)
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements():
+    x = torch.zeros(1, 3, 27_000, 27_000, device="cuda", dtype=torch.float16)
+    x[0, 2, -1, -1] = 8192
+    x.requires_grad_()
+    y = ctxops.pyramid_pool(x, (1, 8), mode="max")
+    assert y[0, 2, 0] == 8192
+    assert y[0, 2, -1] == 8192
+    y[0, 2, -1].backward()
+    assert x.grad[0, 2, -1, -1] == 1
+
+
+@pytest.mark.cuda
+def test_graph_capture_on_a_side_stream():
+    x = torch.randn(2, 64, 40, 30, device="cuda")
+    expected = ctxops.pyramid_pool(x)
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        y = ctxops.pyramid_pool(static)
+    static.copy_(x)
+    graph.replay()
+    torch.testing.assert_close(y, expected)
