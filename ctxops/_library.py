@@ -23,6 +23,9 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 reference_active = False
 
+# The operators by name, in the order of their definition; for `ctxops info`.
+operators: dict[str, "Operator"] = {}
+
 
 @contextlib.contextmanager
 def use_reference() -> Iterator[None]:
@@ -62,7 +65,8 @@ class Operator:
             _LIBRARY.impl(name, kernel, device.upper())
         register_fake(f"ctxops::{name}", fake, lib=_LIBRARY)
         register_autograd(f"ctxops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        self.devices = frozenset(kernels) | {"meta"}
+        self.name, self.devices = name, frozenset(kernels) | {"meta"}
+        operators[name] = self
         self.overload = getattr(torch.ops.ctxops, name).default
 
     def __call__(self, *arguments: object, differentiable: bool = True):

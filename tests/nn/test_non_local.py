@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import LAYOUTS, random_like
+from torch import nn
+
+import ctxops
+from ctxops.nn import AFNB, APNB, FusionNonLocal2d, NonLocal2d, non_local
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Nothing at zero or one: neither W_o nor the norms hide what the block computes."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, std=0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return module
+
+
+def embed(convolution, x):
+    weight, bias = convolution.weight.flatten(1), convolution.bias
+    y = torch.einsum("oi,bihw->bohw", weight, x)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def follow(layer, x):
+    """A norm or an activation; running statistics are left alone."""
+    if isinstance(layer, nn.ReLU):
+        return x.relu()
+    mean, variance = layer.running_mean.clone(), layer.running_var.clone()
+    return F.batch_norm(x, mean, variance, layer.weight, layer.bias, layer.training)
+
+
+def apply(branch, x):
+    """A branch of a block: a 1x1 convolution, then whatever follows it."""
+    if not isinstance(branch, nn.Sequential):
+        return embed(branch, x)
+    x = embed(branch[0], x)
+    for layer in branch[1:]:
+        x = follow(layer, x)
+    return x
+
+
+def formula(block, x, context, sample=lambda x: x):
+    """The block as the paper's equations have it, one after the other."""
+    query, key = apply(block.query, x), sample(apply(block.key, context)).flatten(2)
+    value = key if block.share == "key_value" else sample(apply(block.value, context)).flatten(2)
+    weights = (block.scale * torch.einsum("bchw,bcs->bhws", query, key)).softmax(-1)
+    y = embed(block.out, torch.einsum("bhws,bcs->bchw", weights, value))
+    if block.out_norm is not None:
+        y = follow(block.out_norm, y)
+    if block.fuse == "add":
+        return y + x
+    if block.fuse == "concat":
+        return apply(block.fusion, torch.cat([y, x], dim=1))
+    return y
+
+
+def assert_same(block, inputs, expected_of):
+    """Outputs and all gradients equal those of ``expected_of(*inputs)``, in float64."""
+    inputs = [x.double().requires_grad_() for x in inputs]
+    leaves = [*inputs, *block.parameters()]
+    expected = expected_of(*inputs)
+    upstream = random_like(expected)
+    expected_grads = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
+    actual = block(*inputs)
+    torch.testing.assert_close(actual, expected)
+    grads = torch.autograd.grad(actual, leaves, upstream, allow_unused=True)
+    for a, b in zip(grads, expected_grads, strict=True):
+        # A parameter without influence may be unused or get zeros.
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-6, atol=1e-8)
+
+
+FORMS = [
+    {"variant": variant, "share": share, "fuse": fuse, "bias": bias, "out_norm": out_norm}
+    for variant, share, fuse, bias, out_norm in itertools.product(
+        ("released", "paper"),
+        ("query_key", "key_value", None),
+        (None, "add", "concat"),
+        (True, False),
+        (True, False),
+    )
+]
+
+
+def name(form):
+    return "-".join(f"{k}={v}" for k, v in form.items())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("sampling", ["avg", "max"])
+@pytest.mark.parametrize("fold", [True, False], ids=["fold", "plain"])
+@pytest.mark.parametrize("form", FORMS, ids=name)
+def test_apnb_is_its_formula(form, fold, sampling, training):
+    block = randomise(APNB(12, 6, 6, output_sizes=(1, 2, 3), fold=fold, sampling=sampling, **form))
+    block.double().train(training)
+
+    def pool(x):
+        return ctxops.pyramid_pool(x, (1, 2, 3), mode=sampling)
+
+    x = torch.randn(2, 12, 7, 9)
+    assert_same(block, [x], lambda x: formula(block, x, x, pool))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["fold", "plain"])
+@pytest.mark.parametrize("form", FORMS, ids=name)
+def test_random_sampling(form, fold, monkeypatch):
+    indices = ctxops.random_anchor_indices(7, 9, (1, 3))
+    monkeypatch.setattr(non_local, "random_anchor_indices", lambda *_, device: indices)
+    block = randomise(APNB(12, 6, 6, output_sizes=(1, 3), fold=fold, sampling="random", **form))
+    block.double()
+
+    def sample(x):
+        return ctxops.sample_anchors(x, indices)
+
+    assert_same(block, [torch.randn(2, 12, 7, 9)], lambda x: formula(block, x, x, sample))
+
+
+def test_random_sampling_draws_anew():
+    block = randomise(APNB(6, 4, 4, output_sizes=(2,), sampling="random")).eval()
+    x = torch.randn(1, 6, 30, 30)
+    assert not torch.allclose(block(x), block(x))
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f["share"] is None], ids=name)
+def test_afnb_is_its_formula(form):
+    form = {k: v for k, v in form.items() if k != "share"}
+    block = randomise(AFNB(10, 12, 6, 5, output_sizes=(1, 2, 3), **form)).double()
+    low, high = torch.randn(2, 10, 5, 8), torch.randn(2, 12, 7, 9)
+
+    def pool(x):
+        return ctxops.pyramid_pool(x, (1, 2, 3))
+
+    assert_same(block, [low, high], lambda low, high: formula(block, high, low, pool))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=name)
+def test_non_local_is_its_formula(form):
+    block = randomise(NonLocal2d(12, 6, 6, **form)).double()
+    assert_same(block, [torch.randn(2, 12, 4, 5)], lambda x: formula(block, x, x))
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if f["share"] is None], ids=name)
+def test_fusion_non_local_is_its_formula(form):
+    form = {k: v for k, v in form.items() if k != "share"}
+    block = randomise(FusionNonLocal2d(10, 12, 6, 8, **form)).double()
+    low, high = torch.randn(2, 10, 3, 4), torch.randn(2, 12, 4, 5)
+    assert_same(block, [low, high], lambda low, high: formula(block, high, low))
+
+
+@pytest.mark.parametrize("widths", [(12, 6, 5, 20), (4, 9, 13, 3), (40, 3, 30, 2)], ids=str)
+@pytest.mark.parametrize("fuse", [None, "concat"])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_folding_decided_by_any_widths(widths, fuse, variant):
+    channels, key, value, out = widths
+    block = randomise(
+        APNB(channels, key, value, out, (1, 2), share=None, fuse=fuse, variant=variant)
+    ).double()
+    x = torch.randn(2, channels, 6, 5)
+    assert_same(
+        block, [x], lambda x: formula(block, x, x, lambda x: ctxops.pyramid_pool(x, (1, 2)))
+    )
+
+
+def test_folding_does_fewer_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, counts = torch.randn(1, 64, 16, 16), {}
+    for fold in (True, False):
+        block = APNB(64, 32, 32, output_sizes=(1, 2), fold=fold, variant="paper").eval()
+        with FlopCounterMode(display=False) as counter:
+            block(x)
+        counts[fold] = counter.get_total_flops()
+    assert counts[True] < counts[False] / 4
+
+
+def test_parameter_counts_of_the_released_network():
+    def parameters(module):
+        return sum(p.numel() for p in module.parameters())
+
+    embedding, projection = 256 + 2 * 256, 256  # bias and norm, bias
+    afnb = AFNB(1024, 2048, 256, 256, fuse="concat")
+    assert parameters(afnb) == (
+        (2048 * 256 + embedding)
+        + (1024 * 256 + embedding)
+        + (1024 * 256 + projection)
+        + (256 * 2048 + 2048)
+        + (4096 * 2048 + 3 * 2048)
+    )
+    apnb = APNB(512, 256, 256, fuse="concat")
+    assert parameters(apnb) == (
+        (512 * 256 + embedding)
+        + (512 * 256 + projection)
+        + (256 * 512 + 512)
+        + (1024 * 512 + 3 * 512)
+    )
+    # ANN on ResNet-101 (deep stem, no auxiliary head): 42,623,936 in the backbone; a 3x3 convolution
+    # with norm stands between the blocks, a classifier after them.
+    reduction, classifier = 2048 * 512 * 9 + 3 * 512, 512 * 19 + 19
+    total = 42_623_936 + parameters(afnb) + reduction + parameters(apnb) + classifier
+    assert total == 62_964_435
+
+
+@pytest.mark.parametrize("block", [APNB(8, 4, 4), NonLocal2d(8, 4, 4)], ids=["APNB", "NonLocal2d"])
+def test_output_projection_starts_at_zero_and_says_so(block):
+    assert not block(torch.randn(1, 8, 6, 6)).any()
+    assert "starts at zero" in repr(block)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("fuse", [None, "add", "concat"])
+def test_keeps_the_memory_format(layout, fuse, device):
+    x = LAYOUTS[layout](torch.randn(2, 16, 7, 9, device=device))
+    for block in (APNB(16, 8, 8, fuse=fuse), NonLocal2d(16, 8, 8, fuse=fuse)):
+        y = block.to(device)(x)
+        assert y.stride() == LAYOUTS[layout](y).stride()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_compiles_once_for_all_sizes(variant, training, device):
+    torch._dynamo.reset()
+    block = randomise(APNB(16, 8, 8, output_sizes=(1, 3), fuse="concat", variant=variant))
+    block = block.to(device).train(training)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((12, 10), (17, 9), (31, 45)):
+            x = torch.randn(2, 16, *size, device=device)
+            torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("kind", [APNB, NonLocal2d])
+def test_exports_with_dynamic_sizes(kind):
+    block = randomise(kind(8, 4, 4)).eval()
+    height, width = (torch.export.Dim(n, min=2, max=4096) for n in ("height", "width"))
+    program = torch.export.export(
+        block, (torch.randn(1, 8, 12, 10),), dynamic_shapes=[{2: height, 3: width}]
+    )
+    for size in ((17, 23), (5, 40)):
+        x = torch.randn(1, 8, *size)
+        torch.testing.assert_close(program.module()(x), block(x))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["fold", "plain"])
+def test_autocast(fold, device):
+    block = randomise(APNB(16, 8, 8, fold=fold)).to(device).eval()
+    x = torch.randn(2, 16, 12, 9, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = block(x)
+    assert y.dtype == torch.bfloat16
+    expected = block(x)
+    assert (y - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: APNB(8, 4, 4, share="all"), "share must be one of .* got 'all'"),
+        (lambda: APNB(8, 4, 4, fuse="sum"), "fuse must be one of .* got 'sum'"),
+        (lambda: APNB(8, 4, 4, variant="mine"), "variant must be one of .* got 'mine'"),
+        (lambda: APNB(8, 4, 4, sampling="median"), "sampling must be one of .* got 'median'"),
+        (lambda: APNB(8, 4, 5, share="key_value"), "key_channels 4 and value_channels 5"),
+        (lambda: APNB(8, 4, 4, 6, fuse="add"), "out_channels equal to the map's 8, got 6"),
+        (lambda: APNB(8, 0, 4), "key_channels must be at least 1, got 0"),
+        (lambda: APNB(8, 4, 4, output_sizes=(1, 0)), "output_sizes must hold positive integers"),
+        (lambda: APNB(8, 4, 4)(torch.ones(1, 7, 5, 5)), r"x must have shape \(B, 8, H, W\), got"),
+        (lambda: APNB(8, 4, 4)(torch.ones(8, 5, 5)), r"x must have shape \(B, 8, H, W\), got"),
+        (
+            lambda: AFNB(6, 8, 4, 4)(torch.ones(1, 8, 5, 5), torch.ones(1, 8, 5, 5)),
+            r"low must have shape \(B, 6, H, W\), got \(1, 8, 5, 5\)",
+        ),
+    ],
+    ids=lambda x: None,
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
