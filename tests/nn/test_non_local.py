@@ -200,8 +200,8 @@ def test_parameter_counts_of_the_released_network():
         + (256 * 512 + 512)
         + (1024 * 512 + 3 * 512)
     )
-    # ANN on ResNet-101 (deep stem, no auxiliary head): 42,623,936 in the backbone; a 3x3 convolution
-    # with norm stands between the blocks, a classifier after them.
+    # ANN on ResNet-101 (deep stem, no auxiliary head) has 42,623,936 in the backbone; a 3x3
+    # convolution with norm stands between the blocks, a classifier after them.
     reduction, classifier = 2048 * 512 * 9 + 3 * 512, 512 * 19 + 19
     total = 42_623_936 + parameters(afnb) + reduction + parameters(apnb) + classifier
     assert total == 62_964_435

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The references export to ONNX with sizes that stay open."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ctxops
+from ctxops.nn import APNB
+
+pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
+onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
+
+
+class Pool(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x):
+        return ctxops.pyramid_pool(x, mode=self.mode)
+
+
+def block():
+    module = APNB(8, 4, 4, fuse="concat").eval()
+    nn.init.normal_(module.out.weight)
+    return module
+
+
+@pytest.mark.parametrize("module", [Pool("avg"), Pool("max"), block()], ids=["avg", "max", "APNB"])
+def test_onnx_with_dynamic_sizes(module, tmp_path):
+    path = tmp_path / "module.onnx"
+    x = torch.randn(1, 8, 12, 10)
+    with ctxops.use_reference(), torch.no_grad():
+        dynamic = [{2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}]
+        torch.onnx.export(module, (x,), path, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((12, 10), (17, 23), (5, 7), (33, 8)):
+        x = torch.randn(1, 8, *size)
+        (exported,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(exported, module(x).detach(), rtol=1e-4, atol=1e-5)

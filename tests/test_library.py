@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from numerics import LAYOUTS
+
+import ctxops
+from ctxops import _library
+from ctxops.ops.pyramid_pool.reference import reference
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_empty_map_takes_the_memory_format(layout):
+    like = LAYOUTS[layout](torch.randn(2, 3, 4, 5))
+    empty = _library.empty_map((2, 7, 4, 5), like)
+    assert empty.stride() == LAYOUTS[layout](torch.randn(2, 7, 4, 5)).stride()
+
+
+def test_memory_format_of_an_ambiguous_map_is_contiguous():
+    one_channel = torch.randn(2, 1, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert _library.memory_format(one_channel) == torch.contiguous_format
+
+
+def test_use_reference_switches_and_restores(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "ctxops.ops.pyramid_pool.op.reference", lambda *a: calls.append(a) or reference(*a)
+    )
+    x = torch.randn(1, 2, 5, 5)
+    ctxops.pyramid_pool(x)
+    assert not calls
+    with ctxops.use_reference():
+        ctxops.pyramid_pool(x)
+        with ctxops.use_reference():
+            pass
+        ctxops.pyramid_pool(x)
+    assert len(calls) == 2
+    with pytest.raises(ZeroDivisionError), ctxops.use_reference():
+        raise ZeroDivisionError
+    ctxops.pyramid_pool(x)
+    assert len(calls) == 2
+
+
+def test_use_reference_around_a_compiled_function():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: ctxops.pyramid_pool(x, (1, 2)), fullgraph=True)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    plain = compiled(x)
+    with ctxops.use_reference():
+        torch.testing.assert_close(compiled(x), plain)
+    torch.testing.assert_close(compiled(x), plain)
+
+
+def test_use_reference_inside_a_compiled_function():
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def both(x):
+        with ctxops.use_reference():
+            a = ctxops.pyramid_pool(x, (1, 2))
+        return a, ctxops.pyramid_pool(x, (1, 2))
+
+    torch.testing.assert_close(*both(torch.randn(1, 2, 6, 6)))
+    assert not _library.reference_active
+
+
+def test_a_device_without_kernels_is_served_by_the_reference():
+    x = torch.empty(2, 3, 9, 8, device="meta")
+    assert ctxops.pyramid_pool(x).shape == (2, 3, 110)
+    key, value = (torch.empty(2, 3, 5, device="meta") for _ in range(2))
+    assert ctxops.asymmetric_attention(x, key, value).shape == x.shape
+
+
+def test_works_under_inference_mode():
+    x = torch.randn(1, 2, 9, 8)
+    with torch.inference_mode():
+        assert torch.equal(ctxops.pyramid_pool(x), ctxops.pyramid_pool(x))
+
+
+def test_public_names_all_exist():
+    assert all(hasattr(ctxops, name) for name in ctxops.__all__)
