@@ -21,7 +21,7 @@
 #define CTXOPS_SHARED(T, name, count) __shared__ T name[count]
 
 // T* name: the shared_bytes of the launch.
-#define CTXOPS_DYNAMIC_SHARED(T, name)                                    \
+#define CTXOPS_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char ctxops_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(ctxops_dynamic_shared)
 

@@ -7,6 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 3;  // on a multiprocessor at least: 80 registers for a thread
 
 // Below this many threads the rows of a cell are divided among teams. A property of the problem and
 // not of the device, so that sums are the same on every device.
@@ -66,7 +67,13 @@ __device__ Pack<T, V> load_pack(const T* from) {
 
 template <int V, typename T>
 __device__ void store_pack(T* to, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  if constexpr (sizeof pack == 16) {  // a struct of scalars is not always stored at once
+    uint4 words;
+    memcpy(&words, &pack, sizeof words);
+    __stwb(reinterpret_cast<uint4*>(to), words);
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  }
 }
 
 template <typename T>
@@ -131,20 +138,6 @@ size_t partials_bytes(int count) {
   return count * (sizeof(A) + (kMode == Mode::argmaximum ? sizeof(int32_t) : 0));
 }
 
-template <typename A, Mode kMode>
-__device__ void add_cell(const Forward& p, int64_t b, int64_t r, int64_t q, int64_t c,
-                         Running<A, kMode>* total) {
-  total->include(*cell<A>(p.cells, b, r, q, c),
-                 kMode == Mode::argmaximum ? *cell<int32_t>(p.cell_argmax, b, r, q, c) : 0);
-}
-
-template <typename A, Mode kMode>
-__device__ void write_cell(const Forward& p, int64_t b, int64_t r, int64_t q, int64_t c,
-                           const Running<A, kMode>& total) {
-  *cell<A>(p.cells, b, r, q, c) = total.value;
-  if constexpr (kMode == Mode::argmaximum) *cell<int32_t>(p.cell_argmax, b, r, q, c) = total.at;
-}
-
 // Where column `i` of a team's strip lies in its slots: neighbouring threads use neighbouring slots
 // when they put what they have loaded in packs.
 template <int V>
@@ -162,7 +155,7 @@ CTXOPS_HD int item_slots(const BlockLayout& layout, int elements) {
 // neighbouring planes: every thread reduces the rows of its columns, strip by strip, then the block
 // reduces the columns of each cell.
 template <typename T, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     cells_width_inner_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   constexpr int kPacks = kElements<T> / V;
@@ -171,73 +164,84 @@ __global__ void __launch_bounds__(kThreads)
   const int slots = item_slots(layout, kElements<T>);
   const Partials<A, kMode> partials(shared, layout.items * slots);
   const Place me = place_in(layout);
-
-  const int64_t C = p.input.size[1], W = p.input.size[3], R = p.rows.count;
-  const int64_t planes = p.input.size[0] * C, row_stride = p.input.stride[2];
   const int strip = layout.lanes * kElements<T>;
-  const int my_slots = me.item * slots + me.team * strip;
+  const int my_slots = me.item * slots + me.team * strip + me.lane;
+  // Neighbouring threads write the cells of neighbouring planes.
+  const int to_item = threadIdx.x % layout.items, to_piece = threadIdx.x / layout.items;
+
+  const int64_t C = p.input.size[1], W = p.input.size[3], R = p.rows.count, Q = p.columns.count;
+  const int64_t planes = p.input.size[0] * C, row_stride = p.input.stride[2];
   const int64_t works = (planes + layout.items - 1) / layout.items * R;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
-    const int64_t r = work % R, first_plane = work / R * layout.items;
-    const int64_t plane = first_plane + me.item;
-    const int64_t top = cell_start(p.rows, r), bottom = cell_start(p.rows, r + 1);
-    const int64_t my_bottom = plane < planes ? bottom : top;
-    const T* const map = at<T>(p.input, plane / C, plane % C, top, 0);  // rows of the cells, W
+    const int64_t r = work % R, plane = work / R * layout.items + me.item;
+    const int64_t top = cell_start(p.rows, r);
+    const unsigned rows =
+        plane < planes ? static_cast<unsigned>(cell_start(p.rows, r + 1) - top) : 0;
+    const T* const map = at<T>(p.input, plane / C, plane % C, top, 0);  // (rows, W)
+
+    const int64_t to_plane = work / R * layout.items + to_item;
+    const int64_t to = ((to_plane / C * R + r) * Q) * C + to_plane % C;
+    A* const cells = static_cast<A*>(p.cells.data) + to;                          // (Q,), C apart
+    int32_t* const cell_argmax = static_cast<int32_t*>(p.cell_argmax.data) + to;  // (Q,), C apart
 
     for (int64_t left = 0; left < W; left += strip) {
       Running<A, kMode> column[kElements<T>];
-      for (int64_t h = top + me.team; h < my_bottom; h += kUnroll * layout.teams) {
+      const T* const here = map + left + me.lane * V;
+      const int32_t position = static_cast<int32_t>(top * W + left) + me.lane * V;
+      bool inside[kPacks];
+#pragma unroll
+      for (int n = 0; n < kPacks; ++n) inside[n] = left + (n * layout.lanes + me.lane) * V < W;
+
+      for (unsigned i = me.team; i < rows; i += kUnroll * layout.teams) {
         Pack<T, V> x[kUnroll][kPacks];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+          const unsigned h = i + u * layout.teams;
 #pragma unroll
           for (int n = 0; n < kPacks; ++n) {
-            const int64_t here = h + u * layout.teams, w = left + (n * layout.lanes + me.lane) * V;
-            if (here < my_bottom && w < W) {
-              x[u][n] = load_pack<V>(map + (here - top) * row_stride + w);
+            if (h < rows && inside[n]) {
+              x[u][n] = load_pack<V>(here + h * row_stride + n * layout.lanes * V);
             }
           }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+          const unsigned h = i + u * layout.teams;
 #pragma unroll
           for (int n = 0; n < kPacks; ++n) {
-            const int64_t here = h + u * layout.teams, w = left + (n * layout.lanes + me.lane) * V;
-            if (here < my_bottom && w < W) {
+            if (h < rows && inside[n]) {
+              const int32_t first = position + static_cast<int32_t>(h * W) + n * layout.lanes * V;
 #pragma unroll
               for (int k = 0; k < V; ++k) {
-                column[n * V + k].include(load(x[u][n].x[k]),
-                                          static_cast<int32_t>(here * W + w + k));
+                column[n * V + k].include(load(x[u][n].x[k]), first + k);
               }
             }
           }
         }
       }
 #pragma unroll
-      for (int k = 0; k < kElements<T>; ++k) {
-        partials.put(my_slots + k * layout.lanes + me.lane, column[k]);
-      }
+      for (int k = 0; k < kElements<T>; ++k) partials.put(my_slots + k * layout.lanes, column[k]);
       __syncthreads();
 
       const int64_t right = left + strip < W ? left + strip : W;
-      const int64_t first_q = cell_at(p.columns, left), last_q = cell_at(p.columns, right - 1);
-      const int64_t pieces = (last_q - first_q + 1) * layout.items;
-      for (int64_t i = threadIdx.x; i < pieces; i += kThreads) {
-        const int item = static_cast<int>(i % layout.items);
-        const int64_t q = first_q + i / layout.items, to = first_plane + item;
-        if (to >= planes) continue;
+      const int64_t end_q = cell_at(p.columns, right - 1) + 1;
+      for (int64_t q = cell_at(p.columns, left) + to_piece; to_plane < planes && q < end_q;
+           q += kThreads / layout.items) {
         const int64_t start = cell_start(p.columns, q), stop = cell_start(p.columns, q + 1);
         const int begin = static_cast<int>((start > left ? start : left) - left);
         const int end = static_cast<int>((stop < right ? stop : right) - left);
         Running<A, kMode> total;
-        if (start < left) add_cell(p, to / C, r, q, to % C, &total);
+        if (start < left) {
+          total.include(cells[q * C], kMode == Mode::argmaximum ? cell_argmax[q * C] : 0);
+        }
         for (int team = 0; team < layout.teams; ++team) {
           for (int k = begin; k < end; ++k) {
-            partials.add_to(&total, item * slots + team * strip + slot_of<V>(k, layout.lanes));
+            partials.add_to(&total, to_item * slots + team * strip + slot_of<V>(k, layout.lanes));
           }
         }
-        write_cell(p, to / C, r, q, to % C, total);
+        cells[q * C] = total.value;
+        if constexpr (kMode == Mode::argmaximum) cell_argmax[q * C] = total.at;
       }
       __syncthreads();
     }
@@ -336,25 +340,25 @@ __device__ void reduce_rectangle(const Source& source, int64_t rows, int64_t col
   }
 }
 
-// Adds up what the teams of every item found and calls write(item, channel, total), the channel
-// counted within the tile of the item. Every thread of the block calls it.
+// Adds up what the teams of an item found and calls write(channel, total), the channel counted
+// within the tile of the thread's own item. Every thread of the block calls it.
 template <int V, typename A, Mode kMode, typename Write>
 __device__ void combine_teams(const Partials<A, kMode>& partials, const BlockLayout& layout,
                               const Place& me, const Running<A, kMode> (&found)[V],
                               const Write& write) {
-  const int tile = layout.lanes * V, slots = item_slots(layout, V);
+  const int tile = layout.lanes * V, first_slot = me.item * item_slots(layout, V);
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    partials.put(me.item * slots + me.team * tile + k * layout.lanes + me.lane, found[k]);
+    partials.put(first_slot + me.team * tile + k * layout.lanes + me.lane, found[k]);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < layout.items * tile; i += kThreads) {
-    const int item = i / tile, channel = i % tile;
+  for (int channel = me.team * layout.lanes + me.lane; channel < tile;
+       channel += layout.teams * layout.lanes) {
     Running<A, kMode> total;
     for (int team = 0; team < layout.teams; ++team) {
-      partials.add_to(&total, item * slots + team * tile + slot_of<V>(channel, layout.lanes));
+      partials.add_to(&total, first_slot + team * tile + slot_of<V>(channel, layout.lanes));
     }
-    write(item, channel, total);
+    write(channel, total);
   }
   __syncthreads();
 }
@@ -370,7 +374,7 @@ __device__ CellTile cell_tile(int64_t index, int64_t R, int64_t Q, int64_t tiles
 
 // Cells of a map with unit stride along C. An item is a cell and a tile of channels.
 template <typename T, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     cells_channels_inner_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   CTXOPS_DYNAMIC_SHARED(A, shared);
@@ -384,27 +388,31 @@ __global__ void __launch_bounds__(kThreads)
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * layout.items; first < items;
        first += static_cast<int64_t>(gridDim.x) * layout.items) {
+    const bool valid = first + me.item < items;
+    const CellTile my = cell_tile(first + me.item, R, Q, tiles, tile);
+    const int64_t c = my.c + me.lane * V;
     Running<A, kMode> found[V];
-    const CellTile mine = cell_tile(first + me.item, R, Q, tiles, tile);
-    const int64_t c = mine.c + me.lane * V;
-    if (first + me.item < items && c < C) {
-      const int64_t top = cell_start(p.rows, mine.r), left = cell_start(p.columns, mine.q);
-      const MapSource<T, V> source{at<T>(p.input, mine.b, c, top, left), p.input.stride[2],
+    if (valid && c < C) {
+      const int64_t top = cell_start(p.rows, my.r), left = cell_start(p.columns, my.q);
+      const MapSource<T, V> source{at<T>(p.input, my.b, c, top, left), p.input.stride[2],
                                    p.input.stride[3], top * W + left, W};
-      reduce_rectangle<V>(source, cell_start(p.rows, mine.r + 1) - top,
-                          cell_start(p.columns, mine.q + 1) - left, me, layout.teams, found);
+      reduce_rectangle<V>(source, cell_start(p.rows, my.r + 1) - top,
+                          cell_start(p.columns, my.q + 1) - left, me, layout.teams, found);
     }
-    combine_teams<V>(partials, layout, me, found, [&](int item, int channel, const auto& total) {
-      const CellTile to = cell_tile(first + item, R, Q, tiles, tile);
-      if (first + item >= items || to.c + channel >= C) return;
-      write_cell(p, to.b, to.r, to.q, to.c + channel, total);
+    const int64_t to = ((my.b * R + my.r) * Q + my.q) * C + my.c;
+    A* const cells = static_cast<A*>(p.cells.data) + to;                          // (tile,)
+    int32_t* const cell_argmax = static_cast<int32_t*>(p.cell_argmax.data) + to;  // (tile,)
+    combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
+      if (!valid || my.c + channel >= C) return;
+      cells[channel] = total.value;
+      if constexpr (kMode == Mode::argmaximum) cell_argmax[channel] = total.at;
     });
   }
 }
 
 // Bins from cells. An item is a bin and a tile of channels.
 template <typename T, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     bins_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   CTXOPS_DYNAMIC_SHARED(A, shared);
@@ -418,32 +426,29 @@ __global__ void __launch_bounds__(kThreads)
 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * layout.items; first < items;
        first += static_cast<int64_t>(gridDim.x) * layout.items) {
+    const bool valid = first + me.item < items;
+    const CellTile my = cell_tile(valid ? first + me.item : 0, 1, S, tiles, tile);
+    const Bin bin = bin_at(p.sizes, my.q);
+    const int64_t top = bin_start(bin.i, bin.n, H), bottom = bin_end(bin.i, bin.n, H);
+    const int64_t left = bin_start(bin.j, bin.n, W), right = bin_end(bin.j, bin.n, W);
+    const int64_t c = my.c + me.lane * V;
     Running<A, kMode> found[V];
-    const CellTile mine = cell_tile(first + me.item, 1, S, tiles, tile);
-    const int64_t c = mine.c + me.lane * V;
-    if (first + me.item < items && c < C) {
-      const Bin bin = bin_at(p.sizes, mine.q);
-      const int64_t top = cell_at(p.rows, bin_start(bin.i, bin.n, H));
-      const int64_t left = cell_at(p.columns, bin_start(bin.j, bin.n, W));
-      const CellSource<A, kMode, V> source{
-          cell<A>(p.cells, mine.b, top, left, c),
-          kMode == Mode::argmaximum ? cell<int32_t>(p.cell_argmax, mine.b, top, left, c) : nullptr,
-          p.columns.count * C, C};
-      reduce_rectangle<V>(source, cell_at(p.rows, bin_end(bin.i, bin.n, H)) - top,
-                          cell_at(p.columns, bin_end(bin.j, bin.n, W)) - left, me, layout.teams,
-                          found);
+    if (valid && c < C) {
+      const int64_t r = cell_at(p.rows, top), q = cell_at(p.columns, left);
+      const int64_t from = ((my.b * p.rows.count + r) * p.columns.count + q) * C + c;
+      const CellSource<A, kMode, V> source{static_cast<const A*>(p.cells.data) + from,
+                                           static_cast<const int32_t*>(p.cell_argmax.data) + from,
+                                           p.columns.count * C, C};
+      reduce_rectangle<V>(source, cell_at(p.rows, bottom) - r, cell_at(p.columns, right) - q, me,
+                          layout.teams, found);
     }
-    combine_teams<V>(partials, layout, me, found, [&](int item, int channel, const auto& total) {
-      const CellTile to = cell_tile(first + item, 1, S, tiles, tile);
-      if (first + item >= items || to.c + channel >= C) return;
-      const Bin bin = bin_at(p.sizes, to.q);
-      const A area = static_cast<A>((bin_end(bin.i, bin.n, H) - bin_start(bin.i, bin.n, H)) *
-                                    (bin_end(bin.j, bin.n, W) - bin_start(bin.j, bin.n, W)));
-      store(row<T>(p.output, to.b, to.c + channel, to.q),
+    const A area = static_cast<A>((bottom - top) * (right - left));
+    combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
+      const int64_t to = my.c + channel;
+      if (!valid || to >= C) return;
+      store(row<T>(p.output, my.b, to, my.q),
             kMode == Mode::mean ? total.value / area : total.value);
-      if constexpr (kMode == Mode::argmaximum) {
-        *row<int32_t>(p.argmax, to.b, to.q, to.c + channel) = total.at;
-      }
+      if constexpr (kMode == Mode::argmaximum) *row<int32_t>(p.argmax, my.b, my.q, to) = total.at;
     });
   }
 }
@@ -481,32 +486,37 @@ __global__ void __launch_bounds__(kThreads)
   CTXOPS_DYNAMIC_SHARED(T, shared);
   const Place me = place_in(layout);
 
-  const int64_t C = p.grad_input.size[1], W = p.grad_input.size[3], R = p.rows.count;
+  const int64_t C = p.grad_input.size[1], W = p.grad_input.size[3];
+  const int64_t R = p.rows.count, Q = p.columns.count;
   const int64_t planes = p.grad_input.size[0] * C, row_stride = p.grad_input.stride[2];
   const int strip = layout.lanes * kElements<T>, slots = strip + 1;
+  const int from_item = threadIdx.x % layout.items, from_piece = threadIdx.x / layout.items;
   const int64_t works = (planes + layout.items - 1) / layout.items * R;
 
   for (int64_t work = blockIdx.x; work < works; work += gridDim.x) {
-    const int64_t r = work % R, first_plane = work / R * layout.items;
-    const int64_t plane = first_plane + me.item;
-    const int64_t top = cell_start(p.rows, r), bottom = cell_start(p.rows, r + 1);
-    const int64_t my_bottom = plane < planes ? bottom : top;
-    T* const map = at<T>(p.grad_input, plane / C, plane % C, top, 0);  // rows of the cells, W
+    const int64_t r = work % R, plane = work / R * layout.items + me.item;
+    const int64_t top = cell_start(p.rows, r);
+    const unsigned rows =
+        plane < planes ? static_cast<unsigned>(cell_start(p.rows, r + 1) - top) : 0;
+    T* const map = at<T>(p.grad_input, plane / C, plane % C, top, 0);  // (rows, W)
+
+    const int64_t from_plane = work / R * layout.items + from_item;
+    const A* const cells = static_cast<const A*>(p.grad_cells.data) +
+                           ((from_plane / C * R + r) * Q) * C + from_plane % C;  // (Q,), C apart
 
     for (int64_t left = 0; left < W; left += strip) {
       const int64_t right = left + strip < W ? left + strip : W;
-      const int64_t first_q = cell_at(p.columns, left), last_q = cell_at(p.columns, right - 1);
-      const int64_t pieces = (last_q - first_q + 1) * layout.items;
-      for (int64_t i = threadIdx.x; i < pieces; i += kThreads) {
-        const int item = static_cast<int>(i % layout.items);
-        const int64_t q = first_q + i / layout.items, from = first_plane + item;
-        if (from >= planes) continue;
+      const int64_t end_q = cell_at(p.columns, right - 1) + 1;
+      for (int64_t q = cell_at(p.columns, left) + from_piece; from_plane < planes && q < end_q;
+           q += kThreads / layout.items) {
         const int64_t start = cell_start(p.columns, q), stop = cell_start(p.columns, q + 1);
         const int begin = static_cast<int>((start > left ? start : left) - left);
         const int end = static_cast<int>((stop < right ? stop : right) - left);
         T value;
-        store(&value, p.grad_cells.data ? *cell<A>(p.grad_cells, from / C, r, q, from % C) : A(0));
-        for (int k = begin; k < end; ++k) shared[item * slots + slot_of<V>(k, layout.lanes)] = value;
+        store(&value, p.grad_cells.data ? cells[q * C] : A(0));
+        for (int k = begin; k < end; ++k) {
+          shared[from_item * slots + slot_of<V>(k, layout.lanes)] = value;
+        }
       }
       __syncthreads();
 
@@ -515,11 +525,14 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kElements<T>; ++k) {
         x[k / V].x[k % V] = shared[me.item * slots + k * layout.lanes + me.lane];
       }
-      for (int64_t h = top + me.team; h < my_bottom; h += layout.teams) {
+      bool inside[kPacks];
+#pragma unroll
+      for (int n = 0; n < kPacks; ++n) inside[n] = left + (n * layout.lanes + me.lane) * V < W;
+      for (unsigned h = me.team; h < rows; h += layout.teams) {
+        T* const to = map + h * row_stride + left + me.lane * V;
 #pragma unroll
         for (int n = 0; n < kPacks; ++n) {
-          const int64_t w = left + (n * layout.lanes + me.lane) * V;
-          if (w < W) store_pack(map + (h - top) * row_stride + w, x[n]);
+          if (inside[n]) store_pack(to + n * layout.lanes * V, x[n]);
         }
       }
       __syncthreads();
@@ -561,8 +574,7 @@ __global__ void __launch_bounds__(kThreads)
 // A maximum sends its gradient to one position of a map of zeros. One thread for one channel of one
 // bin; the first of the bins that chose a position writes the sum of all, in their order.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    send_maxima_kernel(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(kThreads) send_maxima_kernel(const __grid_constant__ Backward p) {
   using A = Accumulator<T>;
   const int64_t C = p.grad_input.size[1], H = p.grad_input.size[2], W = p.grad_input.size[3];
   const int64_t S = p.grad_output.size[1], items = p.grad_input.size[0] * S * C;
@@ -668,9 +680,8 @@ const char* launch_bins(const Forward& p, cudaStream_t stream) {
     const BlockLayout layout = block_layout(C, V, cells_of_a_bin);
     const int64_t items = p.input.size[0] * S * divide_up(C, layout.lanes * V);
     return CTXOPS_LAUNCH((bins_kernel<T, kMode, V>), grid_size(divide_up(items, layout.items)),
-                         kThreads,
-                         (partials_bytes<A, kMode>(layout.items * item_slots(layout, V))), stream,
-                         p, layout);
+                         kThreads, (partials_bytes<A, kMode>(layout.items * item_slots(layout, V))),
+                         stream, p, layout);
   });
 }
 
