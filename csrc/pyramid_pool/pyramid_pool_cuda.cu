@@ -13,7 +13,7 @@ constexpr int kBlocks = 3;  // on a multiprocessor at least: 80 registers for a 
 // not of the device, so that sums are the same on every device.
 constexpr int64_t kBusyThreads = 1 << 18;
 
-enum class Mode { mean, maximum, argmaximum };
+enum class Mode { mean, maximum };
 
 // A block works on `items` pieces at a time. The positions of a piece are dealt to `teams`; a team
 // is `lanes` threads side by side in memory. Powers of two whose product is kThreads.
@@ -35,7 +35,7 @@ __device__ Place place_in(const BlockLayout& layout) {
 struct Forward {
   TensorView input;
   TensorView output;
-  TensorView argmax;
+  TensorView argmax;  // this and cell_argmax without memory: not wanted
   TensorView cells;
   TensorView cell_argmax;
   IntList sizes;
@@ -95,6 +95,21 @@ __device__ T* row(const TensorView& view, int64_t b, int64_t i, int64_t j) {
   return static_cast<T*>(view.data) + (b * view.size[1] + i) * view.size[2] + j;
 }
 
+// The positions from element `offset` on, where they are wanted.
+__device__ int32_t* positions(const TensorView& view, int64_t offset) {
+  return view.data ? static_cast<int32_t*>(view.data) + offset : nullptr;
+}
+
+// Element `offset` of a contiguous tensor. The few that are written so need no kernel of their own.
+template <typename A>
+__device__ void store_as(const TensorView& view, int64_t offset, A x) {
+  switch (view.dtype) {
+    case DType::float16: return store(static_cast<Half*>(view.data) + offset, x);
+    case DType::bfloat16: return store(static_cast<BFloat16*>(view.data) + offset, x);
+    default: return store(static_cast<A*>(view.data) + offset, x);
+  }
+}
+
 // A running sum, or a running maximum with its position. A maximum starts behind every position, so
 // that even -inf replaces it.
 template <typename A, Mode kMode>
@@ -105,8 +120,6 @@ struct Running {
   __device__ void include(A x, int32_t x_at) {
     if constexpr (kMode == Mode::mean) {
       value += x;
-    } else if constexpr (kMode == Mode::maximum) {
-      value = x > value || x != x ? x : value;
     } else {
       const bool better = is_better(x, x_at, value, at);
       value = better ? x : value;
@@ -126,16 +139,16 @@ struct Partials {
 
   __device__ void put(int slot, const Running<A, kMode>& partial) const {
     value[slot] = partial.value;
-    if constexpr (kMode == Mode::argmaximum) at[slot] = partial.at;
+    if constexpr (kMode == Mode::maximum) at[slot] = partial.at;
   }
   __device__ void add_to(Running<A, kMode>* total, int slot) const {
-    total->include(value[slot], kMode == Mode::argmaximum ? at[slot] : 0);
+    total->include(value[slot], kMode == Mode::maximum ? at[slot] : 0);
   }
 };
 
 template <typename A, Mode kMode>
 size_t partials_bytes(int count) {
-  return count * (sizeof(A) + (kMode == Mode::argmaximum ? sizeof(int32_t) : 0));
+  return count * (sizeof(A) + (kMode == Mode::maximum ? sizeof(int32_t) : 0));
 }
 
 // Where column `i` of a team's strip lies in its slots: neighbouring threads use neighbouring slots
@@ -182,8 +195,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
     const int64_t to_plane = work / R * layout.items + to_item;
     const int64_t to = ((to_plane / C * R + r) * Q) * C + to_plane % C;
-    A* const cells = static_cast<A*>(p.cells.data) + to;                          // (Q,), C apart
-    int32_t* const cell_argmax = static_cast<int32_t*>(p.cell_argmax.data) + to;  // (Q,), C apart
+    A* const cells = static_cast<A*>(p.cells.data) + to;        // (Q,), C apart
+    int32_t* const cell_argmax = positions(p.cell_argmax, to);  // (Q,), C apart
 
     for (int64_t left = 0; left < W; left += strip) {
       Running<A, kMode> column[kElements<T>];
@@ -233,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const int end = static_cast<int>((stop < right ? stop : right) - left);
         Running<A, kMode> total;
         if (start < left) {
-          total.include(cells[q * C], kMode == Mode::argmaximum ? cell_argmax[q * C] : 0);
+          total.include(cells[q * C], cell_argmax ? cell_argmax[q * C] : 0);
         }
         for (int team = 0; team < layout.teams; ++team) {
           for (int k = begin; k < end; ++k) {
@@ -241,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           }
         }
         cells[q * C] = total.value;
-        if constexpr (kMode == Mode::argmaximum) cell_argmax[q * C] = total.at;
+        if (cell_argmax) cell_argmax[q * C] = total.at;
       }
       __syncthreads();
     }
@@ -291,16 +304,13 @@ struct MapSource {
   }
 };
 
-// A rectangle of cells, likewise; cells bring their positions along.
+// A rectangle of cells, likewise; the cells of maxima may bring their positions along.
 template <typename A, Mode kMode, int V>
 struct CellSource {
   struct Sample {
     Pack<A, V> value;
-    Pack<int32_t, kMode == Mode::argmaximum ? V : 1> position;
-    __device__ int32_t at(int k) const {
-      if constexpr (kMode == Mode::argmaximum) return position.x[k];
-      return 0;
-    }
+    Pack<int32_t, V> position;
+    __device__ int32_t at(int k) const { return position.x[k]; }
   };
   const A* data;
   const int32_t* positions;
@@ -309,7 +319,7 @@ struct CellSource {
   __device__ Sample sample(int64_t i, int64_t j) const {
     const int64_t offset = i * row_stride + j * column_stride;
     Sample sample = {load_pack<V>(data + offset), {}};
-    if constexpr (kMode == Mode::argmaximum) sample.position = load_pack<V>(positions + offset);
+    if (kMode == Mode::maximum && positions) sample.position = load_pack<V>(positions + offset);
     return sample;
   }
 };
@@ -400,21 +410,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                           cell_start(p.columns, my.q + 1) - left, me, layout.teams, found);
     }
     const int64_t to = ((my.b * R + my.r) * Q + my.q) * C + my.c;
-    A* const cells = static_cast<A*>(p.cells.data) + to;                          // (tile,)
-    int32_t* const cell_argmax = static_cast<int32_t*>(p.cell_argmax.data) + to;  // (tile,)
+    A* const cells = static_cast<A*>(p.cells.data) + to;        // (tile,)
+    int32_t* const cell_argmax = positions(p.cell_argmax, to);  // (tile,)
     combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
       if (!valid || my.c + channel >= C) return;
       cells[channel] = total.value;
-      if constexpr (kMode == Mode::argmaximum) cell_argmax[channel] = total.at;
+      if (cell_argmax) cell_argmax[channel] = total.at;
     });
   }
 }
 
 // Bins from cells. An item is a bin and a tile of channels.
-template <typename T, Mode kMode, int V>
+template <typename A, Mode kMode, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     bins_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
-  using A = Accumulator<T>;
   CTXOPS_DYNAMIC_SHARED(A, shared);
   const Partials<A, kMode> partials(shared, layout.items * item_slots(layout, V));
   const Place me = place_in(layout);
@@ -437,8 +446,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int64_t r = cell_at(p.rows, top), q = cell_at(p.columns, left);
       const int64_t from = ((my.b * p.rows.count + r) * p.columns.count + q) * C + c;
       const CellSource<A, kMode, V> source{static_cast<const A*>(p.cells.data) + from,
-                                           static_cast<const int32_t*>(p.cell_argmax.data) + from,
-                                           p.columns.count * C, C};
+                                           positions(p.cell_argmax, from), p.columns.count * C, C};
       reduce_rectangle<V>(source, cell_at(p.rows, bottom) - r, cell_at(p.columns, right) - q, me,
                           layout.teams, found);
     }
@@ -446,9 +454,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
       const int64_t to = my.c + channel;
       if (!valid || to >= C) return;
-      store(row<T>(p.output, my.b, to, my.q),
-            kMode == Mode::mean ? total.value / area : total.value);
-      if constexpr (kMode == Mode::argmaximum) *row<int32_t>(p.argmax, my.b, my.q, to) = total.at;
+      store_as(p.output, (my.b * C + to) * S + my.q,
+               kMode == Mode::mean ? total.value / area : total.value);
+      if (int32_t* const argmax = positions(p.argmax, (my.b * S + my.q) * C + to)) {
+        *argmax = total.at;
+      }
     });
   }
 }
@@ -611,10 +621,12 @@ bool packs_fit(const TensorView& view, int inner) {
   return aligned(view, sizeof(T) * V);
 }
 
-// f(width of a pack): packs of 16 bytes of T, or single elements.
+// f(width of a pack): packs of 16 bytes of T, or single elements. A warp's doubles fill its loads.
 template <typename T, typename F>
 const char* with_packs(bool fit, const F& f) {
-  if (fit) return f(std::integral_constant<int, kElements<T>>{});
+  if constexpr (sizeof(T) < 8) {
+    if (fit) return f(std::integral_constant<int, kElements<T>>{});
+  }
   return f(std::integral_constant<int, 1>{});
 }
 
@@ -668,18 +680,16 @@ const char* launch_cells(const Forward& p, cudaStream_t stream) {
   });
 }
 
-template <typename T, Mode kMode>
+template <typename A, Mode kMode>
 const char* launch_bins(const Forward& p, cudaStream_t stream) {
-  using A = Accumulator<T>;
   const int64_t C = p.input.size[1], S = p.output.size[2];
   const int64_t cells_of_a_bin = p.sizes.count * p.rows.count * p.columns.count / S;
-  const bool packs = packs_fit<A, kElements<A>>(p.cells, 3) &&
-                     (kMode != Mode::argmaximum || aligned(p.cell_argmax, 16));
+  const bool packs = packs_fit<A, kElements<A>>(p.cells, 3) && aligned(p.cell_argmax, 16);
   return with_packs<A>(packs, [&](auto width) {
     constexpr int V = decltype(width)::value;
     const BlockLayout layout = block_layout(C, V, cells_of_a_bin);
     const int64_t items = p.input.size[0] * S * divide_up(C, layout.lanes * V);
-    return CTXOPS_LAUNCH((bins_kernel<T, kMode, V>), grid_size(divide_up(items, layout.items)),
+    return CTXOPS_LAUNCH((bins_kernel<A, kMode, V>), grid_size(divide_up(items, layout.items)),
                          kThreads, (partials_bytes<A, kMode>(layout.items * item_slots(layout, V))),
                          stream, p, layout);
   });
@@ -688,7 +698,7 @@ const char* launch_bins(const Forward& p, cudaStream_t stream) {
 template <typename T, Mode kMode>
 const char* forward(const Forward& p, cudaStream_t stream) {
   if (const char* error = launch_cells<T, kMode>(p, stream)) return error;
-  return launch_bins<T, kMode>(p, stream);
+  return launch_bins<Accumulator<T>, kMode>(p, stream);
 }
 
 template <typename T>
@@ -757,25 +767,20 @@ const char* pyramid_pool_forward(const TensorView& input, const TensorView& outp
   if (element_count(input) == 0) return nullptr;
   const DeviceGuard guard(input.cuda_device);
   if (guard.error() != nullptr) return guard.error();
-  const Forward p{input,
-                  output,
-                  argmax,
-                  cells,
-                  cell_argmax,
-                  sizes,
-                  make_cell_axis(input.size[2], sizes),
-                  make_cell_axis(input.size[3], sizes)};
+  Forward p{input,
+            output,
+            argmax,
+            cells,
+            cell_argmax,
+            sizes,
+            make_cell_axis(input.size[2], sizes),
+            make_cell_axis(input.size[3], sizes)};
+  if (element_count(argmax) == 0) p.argmax.data = p.cell_argmax.data = nullptr;
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   const char* error = nullptr;
   dispatch_floating(input.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (!maximum) {
-      error = forward<T, Mode::mean>(p, on);
-    } else if (element_count(argmax) == 0) {
-      error = forward<T, Mode::maximum>(p, on);
-    } else {
-      error = forward<T, Mode::argmaximum>(p, on);
-    }
+    error = maximum ? forward<T, Mode::maximum>(p, on) : forward<T, Mode::mean>(p, on);
   });
   return error;
 }
