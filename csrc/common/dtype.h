@@ -36,25 +36,38 @@ CTXOPS_HD float load(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bit
 
 // Selects instead of branches, in these two as well: the compiler vectorises them.
 CTXOPS_HD float load(Half x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   // 2^112 rebases the exponent and turns subnormal halves into normal floats exactly.
   const uint32_t finite = float_bits(bits_float(magnitude) * bits_float(0x77800000u));
   const uint32_t special = magnitude | 0x7f800000u;
   return bits_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+#endif
 }
 
 CTXOPS_HD void store(float* to, float x) { *to = x; }
 CTXOPS_HD void store(double* to, double x) { *to = x; }
 
 CTXOPS_HD void store(BFloat16* to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
   to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+#endif
 }
 
 CTXOPS_HD void store(Half* to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
   const uint32_t bits = float_bits(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal: rebase the exponent, round to nearest even by a carry into the kept bits.
@@ -65,6 +78,7 @@ CTXOPS_HD void store(Half* to, float x) {
   half = magnitude >= 0x47800000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to->bits = static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
+#endif
 }
 
 // Sums of half-precision values are kept in float.

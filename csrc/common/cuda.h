@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a .cu file needs of the CUDA runtime. With CTXOPS_CUDA_ON_CPU the same file compiles for the
+// host, where the tests run it under sanitizers.
+#pragma once
+
+#include <cstdint>
+
+#if defined(CTXOPS_CUDA_ON_CPU)
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_runtime.h>
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...): nullptr, or the text of its error.
+#define CTXOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   \
+  ([&]() -> const char* {                                               \
+    kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+    return ::ctxops::error_text(cudaGetLastError());                    \
+  }())
+
+// T name[count] in the memory that the threads of a block share.
+#define CTXOPS_SHARED(T, name, count) __shared__ T name[count]
+
+// T* name: the shared_bytes of the launch.
+#define CTXOPS_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char ctxops_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(ctxops_dynamic_shared)
+
+#define CTXOPS_LARGEST_GRID INT32_MAX
+#endif
+
+namespace ctxops {
+namespace {
+
+inline const char* error_text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Makes a device the current one and the former one current again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = error_text(cudaGetDevice(&former_));
+    if (error_ != nullptr || device == former_) return;
+    error_ = error_text(cudaSetDevice(device));
+    changed_ = error_ == nullptr;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(former_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  const char* error() const { return error_; }
+
+ private:
+  int former_ = 0;
+  bool changed_ = false;
+  const char* error_ = nullptr;
+};
+
+// The x of a grid; a kernel walks over its blocks' work in strides of gridDim.x.
+inline unsigned grid_size(int64_t blocks) {
+  return static_cast<unsigned>(blocks < CTXOPS_LARGEST_GRID ? blocks : CTXOPS_LARGEST_GRID);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace ctxops

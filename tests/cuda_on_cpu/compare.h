@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensors for the programs that hold a CUDA kernel against its CPU twin: random, with memory that
+// ends where the tensor ends, and poisoned where nothing was written.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/tensor.h"
+
+namespace compare {
+
+using ctxops::DType;
+using ctxops::TensorView;
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::exit(1);
+}
+
+inline DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float64") return DType::float64;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  fail("no dtype " + name);
+}
+
+inline size_t bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+    case DType::int64: return 8;
+    case DType::float32:
+    case DType::int32: return 4;
+    default: return 2;
+  }
+}
+
+// Distance of neighbouring numbers near 1.
+inline double epsilon(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return std::ldexp(1.0, -52);
+    case DType::float32: return std::ldexp(1.0, -23);
+    case DType::float16: return std::ldexp(1.0, -10);
+    case DType::bfloat16: return std::ldexp(1.0, -7);
+    default: return 0;
+  }
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+
+  uint32_t bits() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state_ >> 33);
+  }
+  int64_t below(int64_t n) { return bits() % n; }
+  double in_unit() { return bits() / std::ldexp(1.0, 30) - 1; }  // -1 ... 1
+
+ private:
+  uint64_t state_;
+};
+
+// How the elements of a tensor lie: its dimensions from the innermost to the outermost, elements
+// left free behind each of them, and before the first.
+struct Layout {
+  std::vector<int> order;
+  std::vector<int64_t> gap;
+  int64_t offset = 0;
+};
+
+inline Layout row_major(int ndim) {
+  Layout layout;
+  for (int i = ndim - 1; i >= 0; --i) layout.order.push_back(i);
+  layout.gap.assign(ndim, 0);
+  return layout;
+}
+
+class Tensor {
+ public:
+  Tensor(DType dtype, const std::vector<int64_t>& sizes, const Layout& layout) {
+    view_.ndim = static_cast<int32_t>(sizes.size());
+    view_.dtype = dtype;
+    view_.cuda_device = 0;
+    int64_t stride = 1, last = 0, elements = 1;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      const int dim = layout.order[i];
+      view_.size[dim] = sizes[dim];
+      view_.stride[dim] = sizes[dim] > 1 ? stride : 0;
+      last += (sizes[dim] - 1) * view_.stride[dim];
+      elements *= sizes[dim];
+      stride = stride * sizes[dim] + layout.gap[i];
+    }
+    offset_ = layout.offset;
+    const int64_t stored = elements == 0 ? 0 : offset_ + last + 1;
+    memory_.assign(stored * bytes_of(dtype), 0xff);
+    memory_.shrink_to_fit();
+  }
+  Tensor(DType dtype, const std::vector<int64_t>& sizes)
+      : Tensor(dtype, sizes, row_major(static_cast<int>(sizes.size()))) {}
+
+  TensorView view() {
+    view_.data = memory_.data() + offset_ * bytes_of(view_.dtype);
+    return view_;
+  }
+  int64_t stored() const { return static_cast<int64_t>(memory_.size() / bytes_of(view_.dtype)); }
+  DType dtype() const { return view_.dtype; }
+
+  // Element i of the memory, gaps included.
+  double get(int64_t i) const {
+    const unsigned char* from = memory_.data() + i * bytes_of(view_.dtype);
+    switch (view_.dtype) {
+      case DType::float64: return as<double>(from);
+      case DType::float32: return as<float>(from);
+      case DType::float16: return ctxops::load(as<ctxops::Half>(from));
+      case DType::bfloat16: return ctxops::load(as<ctxops::BFloat16>(from));
+      default: return as<int32_t>(from);
+    }
+  }
+  void set(int64_t i, double x) {
+    unsigned char* to = memory_.data() + i * bytes_of(view_.dtype);
+    ctxops::dispatch_floating(view_.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      T value;
+      ctxops::store(&value, static_cast<ctxops::Accumulator<T>>(x));
+      std::memcpy(to, &value, sizeof value);
+    });
+  }
+
+  template <typename F>
+  void fill(const F& value) {
+    for (int64_t i = 0; i < stored(); ++i) set(i, value());
+  }
+
+  bool same_bits(const Tensor& other) const { return memory_ == other.memory_; }
+
+ private:
+  template <typename T>
+  static T as(const unsigned char* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+
+  TensorView view_ = {};
+  int64_t offset_ = 0;
+  std::vector<unsigned char> memory_;
+};
+
+// Fails unless |expected - actual| <= relative * |expected| + absolute everywhere, in the gaps too;
+// NaN equals NaN, an infinity itself.
+inline void expect_close(const std::string& what, const Tensor& expected, const Tensor& actual,
+                         double relative, double absolute) {
+  for (int64_t i = 0; i < expected.stored(); ++i) {
+    const double a = expected.get(i), b = actual.get(i);
+    if (a == b || (a != a && b != b)) continue;
+    if (std::fabs(a - b) <= relative * std::fabs(a) + absolute && std::isfinite(a)) continue;
+    fail(what + ": element " + std::to_string(i) + " of the memory is " + std::to_string(b) +
+         ", expected " + std::to_string(a));
+  }
+}
+
+inline void expect_equal(const std::string& what, const Tensor& expected, const Tensor& actual) {
+  expect_close(what, expected, actual, 0, 0);
+}
+
+inline void expect_same_bits(const std::string& what, const Tensor& one, const Tensor& other) {
+  if (!one.same_bits(other)) fail(what + ": the order of the threads changes the result");
+}
+
+}  // namespace compare

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels of pyramid_pool, run on the host, against the CPU kernels.
+// Usage: pyramid_pool <dtype> avg|max <layout> small|batch
+#include "pyramid_pool/pyramid_pool.h"
+
+#include "common/cuda.h"
+#include "compare.h"
+
+namespace {
+
+using namespace compare;
+using ctxops::IntList;
+
+struct Case {
+  int64_t B, C, H, W;
+  std::vector<int64_t> sizes;
+};
+
+const std::vector<Case> kSmall = {
+    {1, 1, 1, 1, {1}},         {2, 3, 7, 5, {1, 2, 3, 6}}, {2, 16, 12, 16, {1, 3, 6}},
+    {3, 8, 8, 24, {4, 4}},     {2, 5, 1, 13, {1, 3}},      {3, 9, 17, 1, {1, 3, 5}},
+    {1, 6, 3, 4, {5, 9}},       // grids larger than the map
+    {1, 300, 3, 4, {1, 2}},     // more channels than a tile
+    {1, 3, 4, 300, {1, 3, 6}},  // more columns than a strip
+    {1, 8, 5, 576, {1, 7}},     // likewise, in packs
+    {1, 2, 64, 8, {1, 2}},      // few planes: several teams
+    {1, 1, 1, 263, {131}},      // more boundaries than kMaxCells
+    {0, 3, 4, 4, {1, 2}},
+};
+const std::vector<Case> kBatch = {{70000, 1, 1, 1, {1}}};  // more maps than a grid has rows
+
+Layout layout_named(const std::string& name) {
+  if (name == "contiguous") return {{3, 2, 1, 0}, {0, 0, 0, 0}};
+  if (name == "channels_last") return {{1, 3, 2, 0}, {0, 0, 0, 0}};
+  if (name == "wide_rows") return {{3, 2, 1, 0}, {8, 16, 24, 0}};
+  if (name == "wide_pixels") return {{1, 3, 2, 0}, {8, 16, 24, 0}};
+  if (name == "odd_rows") return {{3, 1, 2, 0}, {3, 1, 5, 0}, 1};
+  if (name == "odd_pixels") return {{1, 2, 3, 0}, {3, 1, 5, 0}, 1};
+  fail("no layout " + name);
+}
+
+IntList int_list(const std::vector<int64_t>& values) {
+  IntList list = {};
+  for (const int64_t value : values) list.value[list.count++] = value;
+  return list;
+}
+
+struct Problem {
+  Case shape;
+  DType dtype;
+  bool maximum, save;
+  Layout layout;
+
+  int64_t bins() const { return ctxops::grid_bins(int_list(shape.sizes)); }
+  std::vector<int64_t> cells() const {
+    const IntList sizes = int_list(shape.sizes);
+    return {shape.B, ctxops::make_cell_axis(shape.H, sizes).count,
+            ctxops::make_cell_axis(shape.W, sizes).count, shape.C};
+  }
+  DType accumulator() const { return ctxops::accumulator_dtype(dtype); }
+};
+
+struct Forward {
+  Tensor output, argmax, cells, cell_argmax;
+
+  explicit Forward(const Problem& p)
+      : output(p.dtype, {p.shape.B, p.shape.C, p.bins()}),
+        argmax(saved(p, {p.shape.B, p.bins(), p.shape.C})),
+        cells(p.accumulator(), p.cells()),
+        cell_argmax(saved(p, p.cells())) {}
+
+  static Tensor saved(const Problem& p, const std::vector<int64_t>& sizes) {
+    return p.save ? Tensor(DType::int32, sizes) : Tensor(DType::int32, {0});
+  }
+};
+
+struct Backward {
+  Tensor grad_cells, grad_input;
+
+  // Without positions, as for an empty batch, the kernel takes the gradient for one of means.
+  explicit Backward(const Problem& p)
+      : grad_cells(p.accumulator(),
+                   p.maximum && p.shape.B > 0 ? std::vector<int64_t>{0} : p.cells()),
+        grad_input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout) {}
+};
+
+template <typename Kernel>
+Forward run_forward(const Problem& p, Tensor& input, const Kernel& kernel, int64_t executor) {
+  Forward result(p);
+  const char* error =
+      kernel(input.view(), result.output.view(), result.argmax.view(), result.cells.view(),
+             result.cell_argmax.view(), int_list(p.shape.sizes), p.maximum, executor);
+  if (error != nullptr) fail(std::string("forward: ") + error);
+  return result;
+}
+
+template <typename Kernel>
+Backward run_backward(const Problem& p, Tensor& grad_output, Tensor& argmax, const Kernel& kernel,
+                      int64_t executor) {
+  Backward result(p);
+  const char* error = kernel(grad_output.view(), argmax.view(), result.grad_cells.view(),
+                             result.grad_input.view(), int_list(p.shape.sizes), executor);
+  if (error != nullptr) fail(std::string("backward: ") + error);
+  return result;
+}
+
+// Calls f with the usual order of threads and with the other one on a grid of a few blocks.
+template <typename F>
+auto in_both_orders(const F& f) {
+  cuda_on_cpu::settings = {cuda_on_cpu::Order::ascending, INT32_MAX};
+  auto ascending = f();
+  cuda_on_cpu::settings = {cuda_on_cpu::Order::descending, 3};
+  return std::make_pair(std::move(ascending), f());
+}
+
+// Sums differ by rounding: in the accumulator, then in the output's dtype.
+void expect_rounded(const std::string& what, const Problem& p, const Tensor& expected,
+                    const Tensor& actual) {
+  if (p.maximum) return expect_equal(what, expected, actual);
+  expect_close(what, expected, actual, 2 * epsilon(expected.dtype()),
+               64 * epsilon(p.accumulator()));
+}
+
+void check(const Problem& p, uint64_t seed) {
+  Random random(seed);
+  // Few different values, so that maxima tie, and some that are no numbers.
+  const auto value = [&]() -> double {
+    switch (random.below(300)) {
+      case 0: return NAN;
+      case 1: return INFINITY;
+      case 2: return -INFINITY;
+      default: return p.maximum ? std::floor(random.in_unit() * 8) / 4 : random.in_unit();
+    }
+  };
+  Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
+  input.fill(value);
+
+  Forward expected = run_forward(p, input, ctxops::baseline::pyramid_pool_forward, 1);
+  auto [one, other] =
+      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward, 0); });
+  expect_rounded("output", p, expected.output, one.output);
+  expect_rounded("cells", p, expected.cells, one.cells);
+  expect_equal("argmax", expected.argmax, one.argmax);
+  expect_same_bits("output", one.output, other.output);
+  expect_same_bits("argmax", one.argmax, other.argmax);
+  if (p.maximum && !p.save) return;
+
+  Tensor grad_output(p.dtype, {p.shape.B, p.bins(), p.shape.C});
+  grad_output.fill(value);
+  Backward expected_back =
+      run_backward(p, grad_output, expected.argmax, ctxops::baseline::pyramid_pool_backward, 1);
+  auto [back, other_back] = in_both_orders([&] {
+    return run_backward(p, grad_output, expected.argmax, ctxops::cuda::pyramid_pool_backward, 0);
+  });
+  expect_rounded("grad_input", p, expected_back.grad_input, back.grad_input);
+  expect_same_bits("grad_input", back.grad_input, other_back.grad_input);
+}
+
+// The kernels run on the device of the tensors and on the stream that they are given, and leave the
+// current device as it was.
+void check_device(const Problem& p) {
+  const auto on_device_1 = [](Tensor& tensor) {
+    TensorView view = tensor.view();
+    view.cuda_device = 1;
+    return view;
+  };
+  Forward result(p);
+  Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
+  const char* error = ctxops::cuda::pyramid_pool_forward(
+      on_device_1(input), on_device_1(result.output), on_device_1(result.argmax),
+      on_device_1(result.cells), on_device_1(result.cell_argmax), int_list(p.shape.sizes),
+      p.maximum, 7);
+  if (error != nullptr) fail(error);
+  if (cuda_on_cpu::last_launch.device != 1) fail("the kernel ran on another device");
+  if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != 7) fail("another stream");
+  if (cuda_on_cpu::current_device != 0) fail("the current device was not restored");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 5) fail("usage: pyramid_pool <dtype> avg|max <layout> small|batch");
+  const bool maximum = std::string(argv[2]) == "max", small = std::string(argv[4]) == "small";
+  Problem p = {{}, dtype_named(argv[1]), maximum, false, layout_named(argv[3])};
+  uint64_t seed = 0;
+  for (const Case& shape : small ? kSmall : kBatch) {
+    p.shape = shape;
+    for (const bool save : {false, true}) {
+      if (save && !maximum) continue;
+      std::printf("(%ld, %ld, %ld, %ld)%s\n", shape.B, shape.C, shape.H, shape.W,
+                  save ? " with positions" : "");
+      std::fflush(stdout);
+      p.save = save;
+      check(p, ++seed);
+    }
+  }
+  p.shape = kSmall[1];
+  check_device(p);
+}

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, compiled for the host and run under sanitizers, against the CPU kernels.
+
+``cuda_on_cpu.h`` stands in for the CUDA runtime; it is itself tested by ``harness.cpp``.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+GXX = shutil.which("g++")
+MISUSE = 97  # the exit code of cuda_on_cpu.h
+
+# Without optimisation the kernels compile in a third of the time.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = [
+    "-std=c++17", "-O0", "-g1", *SANITIZE, "-fno-strict-aliasing",
+    "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
+    "-DCTXOPS_CUDA_ON_CPU", "-DCTXOPS_ISA=baseline", f"-I{CSRC}", f"-I{HERE}",
+]  # fmt: skip
+
+
+def _sources(op: str) -> list[Path]:
+    return [HERE / f"{op}.cpp", CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_cpu.cpp"]
+
+
+PROGRAMS = {"harness": [HERE / "harness.cpp"], "pyramid_pool": _sources("pyramid_pool")}
+
+pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++")
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> dict[str, Path]:
+    """The path of each program, by name."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    objects = {s: folder / f"{s.name}.o" for sources in PROGRAMS.values() for s in sources}
+
+    def compile_one(source: Path) -> None:
+        _run(GXX, *FLAGS, "-x", "c++", "-c", source, "-o", objects[source])
+
+    longest_first = sorted(objects, key=lambda source: source.suffix != ".cu")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, longest_first))
+    for name, sources in PROGRAMS.items():
+        _run(GXX, *SANITIZE, *(objects[s] for s in sources), "-o", folder / name)
+    return {name: folder / name for name in PROGRAMS}
+
+
+def _execute(program: Path, *arguments: str, order: str = "ascending"):
+    # Leaks are looked for with ptrace, which containers often forbid.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "CTXOPS_THREAD_ORDER": order}
+    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("sum_of_a_warp", [496.0] * 64),
+        ("neighbour", [*map(float, range(1, 64)), 0.0]),
+    ],
+)
+def test_right_kernel(programs, kernel, expected, order):
+    done = _execute(programs["harness"], kernel, order=order)
+    assert done.returncode == 0, done.stderr
+    assert [float(x) for x in done.stdout.split()] == expected
+
+
+def test_shuffle_stays_within_its_mask(programs):
+    done = _execute(programs["harness"], "half_a_warp")
+    assert done.returncode == 0, done.stderr
+    first_warp = done.stdout.split()[:32]
+    assert first_warp[:15] == [str(lane + 1) for lane in range(15)]
+    assert all("nan" in x for x in first_warp[16:])
+
+
+def test_missing_barrier_depends_on_the_order(programs):
+    runs = [
+        _execute(programs["harness"], "missing_barrier", order=order)
+        for order in ("ascending", "descending")
+    ]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert runs[0].stdout != runs[1].stdout
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("early_return", "threads returned before a barrier of their block"),
+        ("absent_lanes", "deadlock"),
+        ("unnamed_lane", "a lane waits for a mask that does not name it"),
+        ("barriers_of_two_kinds", "deadlock"),
+        ("two_barriers", "threads of a block wait at different barriers"),
+    ],
+)
+def test_misused_barrier(programs, kernel, message, order):
+    done = _execute(programs["harness"], kernel, order=order)
+    assert done.returncode == MISUSE
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("kernel", ["out_of_bounds", "static_out_of_bounds", "device_memory"])
+def test_address_out_of_bounds(programs, kernel):
+    done = _execute(programs["harness"], kernel)
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert kernel in done.stderr
+
+
+def test_launch_error(programs):
+    done = _execute(programs["harness"], "empty_grid")
+    assert done.returncode == 1
+    assert "invalid configuration argument" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize(
+    "layout",
+    ["contiguous", "channels_last", "wide_rows", "wide_pixels", "odd_rows", "odd_pixels"],
+)
+def test_pyramid_pool(programs, layout, mode, dtype):
+    done = _execute(programs["pyramid_pool"], dtype, mode, layout, "small")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_pyramid_pool_of_a_large_batch(programs, mode):
+    done = _execute(programs["pyramid_pool"], "float32", mode, "contiguous", "batch")
+    assert done.returncode == 0, done.stdout + done.stderr
