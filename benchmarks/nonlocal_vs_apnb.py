@@ -85,15 +85,15 @@ class Block:
 
         Each convolution once, as multiply-accumulates + bias; batch norm 2 and ReLU 1 for each
         element; a matrix product 2 for each multiply-accumulate, but of NB's two only one counts;
-        adaptive pooling window + 1 for each bin.
+        adaptive pooling window + 1 for each bin, once for key and value together.
         """
         n, s, c, k = self.positions, ANCHORS, self.channels, self.key_channels
         count = 3 * n * c * k + n * (2 * k + c) + 3 * n * k
         if family == "NB":
             return self.batch * (count + 2 * n * n * k)
-        windows = [-(-self.height // g) * -(-self.width // g) for g in OUTPUT_SIZES]
+        windows = [(self.height // g) * (self.width // g) for g in OUTPUT_SIZES]
         pooling = sum(g * g * (window + 1) for g, window in zip(OUTPUT_SIZES, windows, strict=True))
-        return self.batch * (count + 4 * n * s * k + 2 * k * pooling)
+        return self.batch * (count + 4 * n * s * k + k * pooling)
 
     def peak_bytes(self, family: str, itemsize: int, backward: bool) -> int:
         """An upper bound of what a call holds beyond its input.
@@ -178,8 +178,8 @@ def accuracy_line(entries: Sequence[Entry]) -> str | None:
     if not any(e.against == "float64" for e in entries if e.contender.ours):
         return None
     return (
-        f"against the released APNB in float64, relative L2 error: ctxops {error('ctxops APNB'):.2e}, "
-        f"as released {error('APNB as released'):.2e}."
+        "relative L2 error against the released APNB in float64: "
+        f"ctxops {error('ctxops APNB'):.2e}, as released {error('APNB as released'):.2e}."
     )
 
 
@@ -194,8 +194,8 @@ def counting_lines(block: Block) -> list[str]:
     if block.paper("APNB") == TABLE_1["APNB", (256, 128)]:
         convolutions = 3 * block.positions * block.channels * block.key_channels / 1e9
         lines.append(
-            "The 43.5 GFLOPs that Table 1 prints for APNB do not follow from its formula: the three "
-            f"1x1 convolutions alone are {convolutions:.1f}."
+            "The 43.5 GFLOPs that Table 1 prints for APNB do not follow from the paper's formula: "
+            f"the three 1x1 convolutions alone are {convolutions:.1f}."
         )
     return lines
 
@@ -206,8 +206,7 @@ def add_breakdown(report: Report, checked: Sequence[list[Entry]], options: Optio
         names = ("NB as released", "APNB as released", "ctxops APNB")
         rows = [row for name in names if (row := result.fastest(name))]
         report.breakdown[result.case.title] = {
-            row.entry.contender.label: time_by_operation(row.entry.runner, options.device)
-            for row in rows
+            row.name: time_by_operation(row.entry.runner, options.device) for row in rows
         }
 
 

@@ -5,13 +5,15 @@ from harness.breakdown import time_by_operation
 from harness.check import Entry, MismatchError, check_case, relative_error
 from harness.contender import Case, Contender, Oracle, Paper, both_formats
 from harness.memory import peak_memory
-from harness.options import Options, add_options, parse_size, read_options
+from harness.options import Options, add_options, parse_shape, parse_size, read_options
 from harness.program import run_benchmark
 from harness.report import Report
+from harness.timing import Effort
 
 __all__ = [
     "Case",
     "Contender",
+    "Effort",
     "Entry",
     "MismatchError",
     "Options",
@@ -21,6 +23,7 @@ __all__ = [
     "add_options",
     "both_formats",
     "check_case",
+    "parse_shape",
     "parse_size",
     "peak_memory",
     "read_options",

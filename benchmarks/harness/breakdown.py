@@ -5,14 +5,15 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from harness.profiler import make_profiler
 
 # The first group with a match names an operation. The order matters: "softmax" before "max".
 GROUPS = {
     "convolution": r"conv",
     "softmax": r"softmax",
     "pooling": r"pool",
-    "batch norm + ReLU": r"batch_norm|relu|threshold|clamp_min",
+    "norm + ReLU": r"batch_norm|relu|threshold|clamp_min",
     "fused attention": r"attention",
     "matmul": r"matmul|::linear|::b?mm\b|addb?mm|baddbmm",
 }
@@ -28,9 +29,8 @@ def time_by_operation(
     innermost of its callers (itself included) that has one: the copy inside a matmul is matmul.
     """
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     call()
-    with profile(activities=activities) as recorded:
+    with make_profiler(device) as recorded:
         for _ in range(repeats):
             call()
         if cuda:

@@ -102,8 +102,11 @@ class Runner:
                 return (self.function(*self.inputs),)
         inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
         output = self.function(*inputs)
-        wanted = inputs + self.parameters
-        return output.detach(), *torch.autograd.grad(output, wanted, self.upstream)
+        output.backward(self.upstream)
+        gradients = [leaf.grad for leaf in inputs + self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return output.detach(), *gradients
 
     def compile(self) -> None:
         """From now on the function runs under ``torch.compile``."""

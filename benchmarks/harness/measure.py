@@ -8,6 +8,7 @@ import torch
 
 from harness.check import Entry, check_case
 from harness.contender import Case
+from harness.interference import Interference
 from harness.memory import peak_memory
 from harness.roofline import Roofline, measure_roofline
 from harness.timing import Effort, Timing, interleave, make_clock
@@ -38,10 +39,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The rows of one case, in the order of its contenders."""
+    """The rows of one case, in the order of its contenders.
+
+    ``foreign_cores``: mean number of cores that other programs used during the rounds.
+    """
 
     case: Case
     rows: tuple[Row, ...]
+    foreign_cores: float | None = None
 
     @property
     def reference(self) -> Row | None:
@@ -110,7 +115,9 @@ def _measure_case(
     running = [entry for entry in entries if entry.runner is not None]
     # The run under the profiler is also the last warm-up: the check was the first.
     memory = {id(entry): peak_memory(entry.runner, device) for entry in running}
+    interference = Interference()
     timings = interleave([entry.runner for entry in running], make_clock(device), effort, tick)
+    foreign_cores = interference.cores()
     timed = {id(entry): timing for entry, timing in zip(running, timings, strict=True)}
     rows = tuple(Row(entry, timed.get(id(entry)), memory.get(id(entry))) for entry in entries)
-    return Result(case, rows)
+    return Result(case, rows, foreign_cores)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from harness.profiler import make_profiler
 
 
 def peak_memory(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> int:
@@ -31,7 +32,7 @@ def storage_bytes(tensors: tuple[Tensor, ...]) -> dict[int, int]:
 def _peak_cpu(
     call: Callable[[], tuple[Tensor, ...]], device: torch.device
 ) -> tuple[int, tuple[Tensor, ...]]:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with make_profiler(device, profile_memory=True) as recorded:
         results = call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

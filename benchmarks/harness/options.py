@@ -25,11 +25,15 @@ class Options:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cpu or cuda[:index] (default: %(default)s)")
+    parser.add_argument(
+        "--device", default=default, help="cpu or cuda[:index] (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=_count, help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=_count, default=100, help="at most so many samples per row")
-    parser.add_argument("--seconds", type=float, help="time to spend on the rounds of a case")
+    parser.add_argument(
+        "--rounds", type=_count, default=100, help="at most so many samples per row"
+    )
+    parser.add_argument("--seconds", type=_duration, help="time to spend on the rounds of a case")
     parser.add_argument("--quick", action="store_true", help="a small case, within a minute")
     parser.add_argument("--json", type=_output, metavar="FILE", help="write every number")
     parser.add_argument("--plot", type=_output, metavar="FILE.png", help="draw time and memory")
@@ -71,6 +75,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _duration(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
 def _output(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
@@ -80,7 +91,16 @@ def _output(text: str) -> Path:
 
 def parse_size(text: str) -> tuple[int, int]:
     """HxW, such as 96x96."""
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"must be HxW, such as 96x96, got {text!r}")
-    return int(height), int(width)
+    return _parse_extents(text, "HxW, such as 96x96", 2)
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """BxCxHxW, such as 1x256x96x96."""
+    return _parse_extents(text, "BxCxHxW, such as 1x256x96x96", 4)
+
+
+def _parse_extents(text: str, form: str, count: int) -> tuple[int, ...]:
+    parts = text.split("x")
+    if len(parts) != count or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
+    return tuple(int(p) for p in parts)

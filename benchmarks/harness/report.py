@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from harness.contender import Paper
+from harness.interference import NOTEWORTHY_CORES
 from harness.machine import machine_line
 from harness.measure import Result, Row
 from harness.options import require
@@ -16,14 +17,14 @@ MIB = 2**20
 LEGEND = (
     "ms: median. MiB: peak memory beyond inputs and results. GFLOP: 2 per multiply-accumulate of "
     "convolutions and matrix products, as executed. GB/s: inputs, parameters and results moved "
-    "once, over the median. roof: shortest time for the row's own GFLOP and bytes, over the median. "
-    "error: relative L2."
+    "once, over the median. roof: shortest time for the row's own GFLOP and bytes, over the "
+    "median. error: relative L2."
 )
 
 
 @dataclasses.dataclass
 class Report:
-    """``lines``: sentences below the table of each case. ``breakdown``: seconds by row label and
+    """``lines``: sentences below the table of each case. ``breakdown``: seconds by row name and
     group of operations, for each case by its title."""
 
     benchmark: str
@@ -49,18 +50,21 @@ def summarize(result: Result) -> list[str]:
             continue
         speed.append(f"{rival.timing.median / ours.timing.median:.2f} x {name}")
         if ours.memory:
-            memory.append(f"1/{rival.memory / ours.memory:.1f} of {name}")
+            memory.append(f"{_share(ours.memory, rival.memory)} of {name}")
     lines = [f"{ours.name} is {', '.join(speed)}"] if speed else []
     if memory:
         lines.append(f"its memory is {', '.join(memory)}")
     return [line + "." for line in lines + absent]
 
 
+def _share(part: float, whole: float) -> str:
+    return f"1/{whole / part:.1f}" if part <= whole else f"{part / max(whole, 1):.1f} x that"
+
+
 def print_report(report: Report) -> None:
     rich_console = require("rich.console")
     console = rich_console.Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
+    console.width = max(console.width, 130)
     console.print(machine_line(report.machine))
     roof = report.roofline
     console.print(
@@ -69,10 +73,15 @@ def print_report(report: Report) -> None:
     )
     for result in report.results:
         console.print(_table(result, roof))
+        if (result.foreign_cores or 0.0) > NOTEWORTHY_CORES:
+            console.print(
+                f"DISTURBED: other programs kept {result.foreign_cores:.2f} cores busy meanwhile.",
+                style="yellow",
+            )
         title = result.case.title
         notes = [_note(row) for row in result.rows if row.entry.contender.note]
         for line in [*summarize(result), *report.lines.get(title, []), *dict.fromkeys(notes)]:
-            console.print(line, style=None)
+            console.print(line)
         if title in report.breakdown:
             console.print(_breakdown_table(title, report.breakdown[title]))
     console.print(LEGEND, style="dim")
@@ -83,16 +92,15 @@ def _note(row: Row) -> str:
 
 
 def _table(result: Result, roof: Roofline):
-    Table = require("rich.table").Table
     papers = any(row.entry.contender.paper for row in result.rows)
     reference = result.reference.name if result.reference else "-"
-    table = Table(title=result.case.title, title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("format", no_wrap=True)
-    names = ["ms", "p20 - p80", "faster", "MiB", "GFLOP", "GB/s", "roof", "error"]
+    table = _empty_table(result.case.title)
+    table.add_column("")
+    table.add_column("format")
+    names = ["ms", "p20", "p80", "faster", "MiB", "GFLOP", "GB/s", "roof", "error"]
     for name in names + (["paper: GFLOPs", "MB", "ms"] if papers else []):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.caption = f"faster: than {reference} in the first row"
+        table.add_column(name, justify="right")
+    table.caption = f"faster: than {reference} in its first row"
     for row in result.rows:
         contender = row.entry.contender
         cells = [contender.name, contender.format_name, *_figures(row, result, roof)]
@@ -101,16 +109,24 @@ def _table(result: Result, roof: Roofline):
     return table
 
 
+def _empty_table(title: str):
+    table = require("rich.table").Table(title=title, title_justify="left", title_style="bold")
+    table.box = require("rich.box").SIMPLE_HEAD
+    table.caption_justify = "left"
+    return table
+
+
 def _figures(row: Row, result: Result, roof: Roofline) -> list[str]:
     if row.timing is None:
-        return ["does not fit:", f"{row.entry.needs / 2**30:.1f} GiB", *[""] * 6]
+        return ["does not fit:", "needs", f"{row.entry.needs / 2**30:.1f} GiB", *[""] * 6]
     t, entry = row.timing, row.entry
     return [
         f"{t.median * 1e3:.2f}",
-        f"{t.p20 * 1e3:.2f} - {t.p80 * 1e3:.2f}",
+        f"{t.p20 * 1e3:.2f}",
+        f"{t.p80 * 1e3:.2f}",
         f"{result.ratio(row):.2f} x",
         f"{row.memory / MIB:.1f}",
-        f"{entry.flops / 1e9:.1f}",
+        f"{entry.flops / 1e9:#.3g}",
         f"{row.bytes_per_second() / 1e9:.1f}",
         f"{row.roofline_share(roof):.0%}",
         "" if entry.error is None else f"{entry.error:.1e}",
@@ -124,11 +140,11 @@ def _paper(paper: Paper | None) -> list[str]:
 
 
 def _breakdown_table(title: str, rows: dict[str, dict[str, float]]):
-    Table = require("rich.table").Table
-    groups = list(dict.fromkeys(group for times in rows.values() for group in times))
-    table = Table(title=f"{title}: ms by operation", title_justify="left")
+    times_of = list(rows.values())
+    groups = [g for g in times_of[0] if any(times.get(g) for times in times_of)]
+    table = _empty_table(f"{title}: ms by operation, each row in its faster format")
     for name in ["", *groups, "sum"]:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left")
     for label, times in rows.items():
         values = [times.get(group, 0.0) for group in groups]
         table.add_row(label, *(f"{1e3 * v:.2f}" for v in [*values, sum(values)]))
@@ -157,6 +173,7 @@ def _case_record(result: Result, report: Report) -> dict[str, object]:
     return {
         "title": title,
         "backward": result.case.backward,
+        "foreign_cores": result.foreign_cores,
         "rows": [_row_record(row, result, report.roofline) for row in result.rows],
         "summary": summarize(result) + report.lines.get(title, []),
         "breakdown_seconds": report.breakdown.get(title),

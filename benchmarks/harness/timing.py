@@ -41,7 +41,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How long to measure a case: rounds until ``seconds`` are over, at least and at most so many."""
+    """How long to measure a case: rounds until ``seconds`` are over, within these bounds."""
 
     seconds: float = 60.0
     fewest: int = 5
