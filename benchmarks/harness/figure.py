@@ -1,33 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """One figure of a report: time and memory of every contender, in its faster memory format."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from harness.measure import Result, Row
+from harness.measure import Result
 from harness.options import require
 from harness.report import MIB, Report
 
-_OURS, _RIVAL, _TEXT = "#d1495b", "#9fb1bd", "#333333"
+_OURS, _RIVAL, _TEXT = "#d1495b", "#b8c4cc", "#333333"
 
 
 def draw(report: Report, path: Path) -> None:
-    """A line of two panels for each case, horizontal bars on logarithmic axes."""
+    """A band of two panels for each case, with horizontal bars from zero."""
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
-    bars = max(len(_names(result)) for result in report.results)
-    height = 0.7 + len(report.results) * (0.75 + 0.3 * bars)
-    figure, panels = pyplot.subplots(
-        len(report.results), 2, figsize=(9.5, height), squeeze=False, layout="constrained"
-    )
-    for (time_panel, memory_panel), result in zip(panels, report.results, strict=True):
-        _bars(time_panel, result, _milliseconds, labels=True)
-        _bars(memory_panel, result, _mebibytes, labels=False)
-        time_panel.set_title(f"{result.case.title}: time (ms)", loc="left", fontsize=10)
-        memory_panel.set_title("memory beyond input and output (MiB)", loc="left", fontsize=10)
+    heights = [0.85 + 0.32 * len(_names(result)) for result in report.results]
+    figure = pyplot.figure(figsize=(9.5, sum(heights) + 0.3), layout="constrained")
+    bands = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+    for band, result in zip(bands[:, 0], report.results, strict=True):
+        _draw_case(band, result)
     machine = report.machine
-    caption = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
-    figure.supxlabel(f"{caption}, {report.settings['dtype']}", fontsize=8, color=_TEXT)
+    words = [machine["device"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
+    caption = ", ".join([*words, report.settings["dtype"]])
+    bands[-1, 0].supxlabel(caption, x=0.99, ha="right", fontsize=8, color=_TEXT)
     figure.savefig(path, dpi=160)
     pyplot.close(figure)
 
@@ -36,32 +31,33 @@ def _names(result: Result) -> list[str]:
     return list(dict.fromkeys(row.name for row in result.rows))
 
 
-def _milliseconds(row: Row) -> float:
-    return row.timing.median * 1e3
+def _draw_case(band, result: Result) -> None:
+    band.suptitle(result.case.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    time_panel, memory_panel = band.subplots(1, 2)
+    rows = {name: result.fastest(name) for name in _names(result)}
+    times = {name: row and row.timing.median * 1e3 for name, row in rows.items()}
+    memory = {name: row and row.memory / MIB for name, row in rows.items()}
+    _draw_bars(time_panel, times, result.ours)
+    _draw_bars(memory_panel, memory, result.ours)
+    time_panel.set_yticks(range(len(rows)), rows, fontsize=9)
+    time_panel.set_title("time, ms", loc="left", fontsize=9)
+    memory_panel.set_title("memory beyond input and results, MiB", loc="left", fontsize=9)
 
 
-def _mebibytes(row: Row) -> float:
-    return row.memory / MIB
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _bars(panel, result: Result, quantity: Callable[[Row], float], labels: bool) -> None:
-    names = _names(result)
-    rows = [result.fastest(name) for name in names]
-    values = [quantity(row) if row else 0.0 for row in rows]
-    least = min((v for v in values if v > 0), default=1.0)
-    # A logarithmic axis has no zero: bars start well below the smallest of them.
-    start = least / 4
-    lengths = [max(v - start, 0.0) for v in values]
-    colors = [_OURS if name == result.ours else _RIVAL for name in names]
-    panel.barh(range(len(names)), lengths, left=start, color=colors, height=0.7)
-    panel.set_xscale("log")
-    panel.set_xlim(start, max([*values, least]) * 4)
-    for y, (row, value) in enumerate(zip(rows, values, strict=True)):
-        text = f" {value:.3g}" if row else " does not fit"
-        panel.text(max(value, start), y, text, va="center", fontsize=9, color=_TEXT)
-    panel.set_yticks(range(len(names)), names if labels else [""] * len(names), fontsize=9)
+def _draw_bars(panel, values: dict[str, float | None], ours: str | None) -> None:
+    for y, (name, value) in enumerate(values.items()):
+        color = _OURS if name == ours else _RIVAL
+        panel.barh(y, value or 0.0, color=color, height=0.7)
+        text = " does not fit" if value is None else f" {_number(value)}"
+        weight = "bold" if name == ours else "normal"
+        panel.text(value or 0.0, y, text, va="center", fontsize=9, color=_TEXT, fontweight=weight)
+    panel.set_xlim(0, 1.2 * max([v for v in values.values() if v] or [1.0]))
+    panel.set_yticks([])
     panel.invert_yaxis()
     panel.tick_params(length=0)
     panel.xaxis.set_visible(False)
-    for side in ("top", "right", "bottom"):
-        panel.spines[side].set_visible(False)
+    panel.spines[["top", "right", "bottom"]].set_visible(False)

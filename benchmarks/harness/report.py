@@ -127,7 +127,7 @@ def _figures(row: Row, result: Result, roof: Roofline) -> list[str]:
         f"{result.ratio(row):.2f} x",
         f"{row.memory / MIB:.1f}",
         f"{entry.flops / 1e9:#.3g}",
-        f"{row.bytes_per_second() / 1e9:.1f}",
+        f"{row.bytes_per_second() / 1e9:#.3g}",
         f"{row.roofline_share(roof):.0%}",
         "" if entry.error is None else f"{entry.error:.1e}",
     ]
