@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared harness of the benchmarks: a Case of Contenders in, a table, a file, a figure out."""
+
+from harness.breakdown import time_by_operation
+from harness.check import Entry, MismatchError, check_case, relative_error
+from harness.contender import Case, Contender, Oracle, Paper, both_formats
+from harness.memory import peak_memory
+from harness.options import Options, add_options, parse_shape, parse_size, read_options
+from harness.program import run_benchmark
+from harness.report import Report
+from harness.timing import Effort
+
+__all__ = [
+    "Case",
+    "Contender",
+    "Effort",
+    "Entry",
+    "MismatchError",
+    "Options",
+    "Oracle",
+    "Paper",
+    "Report",
+    "add_options",
+    "both_formats",
+    "check_case",
+    "parse_shape",
+    "parse_size",
+    "peak_memory",
+    "read_options",
+    "relative_error",
+    "run_benchmark",
+    "time_by_operation",
+]

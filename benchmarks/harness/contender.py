@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: contenders, the cases that they meet in, and one of them ready to run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[..., Tensor]
+
+FORMAT_NAMES = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """The figures that the paper prints for a row."""
+
+    gflops: float
+    megabytes: float
+    milliseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One row: a way to compute what the case asks for.
+
+    ``build`` makes the function or module, which takes the case's inputs in ``memory_format``;
+    ``compile`` puts it under ``torch.compile``. Rows of one ``family`` must give equal results.
+    ``peak_bytes`` predicts the most memory that a call holds beyond its inputs.
+    ``flops`` (2 per multiply-accumulate) is None where torch's counter sees every product;
+    ``traffic`` (bytes that have to move once) is None where it follows from inputs and outputs.
+    """
+
+    name: str
+    build: Callable[[], Function]
+    peak_bytes: int
+    memory_format: torch.memory_format = torch.contiguous_format
+    compile: bool = False
+    family: str = ""
+    ours: bool = False
+    flops: int | None = None
+    traffic: int | None = None
+    paper: Paper | None = None
+    note: str = ""
+
+    @property
+    def format_name(self) -> str:
+        return FORMAT_NAMES[self.memory_format]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.format_name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """The result of a family computed in float64: ``build`` makes a function that takes it."""
+
+    build: Callable[[], Function]
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One comparison: inputs (contiguous, on the device) and the rows that meet on them.
+
+    The first contender is the eager reference that ratios refer to. A family without an oracle, or
+    with one that does not fit into memory, is compared with its first row.
+    """
+
+    title: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    output_shape: tuple[int, ...]
+    contenders: tuple[Contender, ...]
+    oracles: Mapping[str, Oracle] = dataclasses.field(default_factory=dict)
+    backward: bool = False
+    remark: str = ""
+
+
+def both_formats(contender: Contender) -> tuple[Contender, Contender]:
+    """The same contender on contiguous and on channels_last maps."""
+    return contender, dataclasses.replace(contender, memory_format=torch.channels_last)
+
+
+class Runner:
+    """A contender bound to its inputs. A call returns the output, and with ``upstream`` also the
+    gradients of the inputs, then of the parameters in the order of ``parameter_names``."""
+
+    def __init__(
+        self, function: Function, inputs: tuple[Tensor, ...], upstream: Tensor | None
+    ) -> None:
+        self.function = function
+        self.inputs = inputs
+        self.upstream = upstream
+        named = _named_parameters(function)
+        self.parameter_names, self.parameters = tuple(named), tuple(named.values())
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        if self.upstream is None:
+            with torch.no_grad():
+                return (self.function(*self.inputs),)
+        inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
+        output = self.function(*inputs)
+        output.backward(self.upstream)
+        gradients = [leaf.grad for leaf in inputs + self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return output.detach(), *gradients
+
+    def compile(self) -> None:
+        """From now on the function runs under ``torch.compile``."""
+        # Formats, sizes and modules share a code object; each needs its own compiled version.
+        torch._dynamo.config.recompile_limit = 256
+        self.function = torch.compile(self.function, dynamic=False)
+
+    def traffic(self, output_bytes: int) -> int:
+        """Bytes that have to move once, in and out of memory.
+
+        Forward: inputs + parameters + output. Forward and backward: 3 (inputs + parameters) + 2
+        output, since the backward reads all of them again and the upstream gradient, and writes the
+        gradients.
+        """
+        read = sum(x.nbytes for x in self.inputs + self.parameters)
+        return read + output_bytes if self.upstream is None else 3 * read + 2 * output_bytes
+
+
+def _named_parameters(function: Function) -> dict[str, nn.Parameter]:
+    """Sorted by name. A shared parameter has the first of its names, in whatever order the module
+    registered them."""
+    if not isinstance(function, nn.Module):
+        return {}
+    seen: set[int] = set()
+    named = sorted(function.named_parameters(remove_duplicate=False), key=lambda item: item[0])
+    return {name: p for name, p in named if not (id(p) in seen or seen.add(id(p)))}
+
+
+def as_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A map in the memory format; what is no map stays as it is."""
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x

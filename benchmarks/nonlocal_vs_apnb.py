@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Table 1 of ANN (Zhu et al., ICCV 2019): a non-local block (NB) against its asymmetric pyramid
+form (APNB), beside what this machine measures.
+
+    python benchmarks/nonlocal_vs_apnb.py --quick
+    python benchmarks/nonlocal_vs_apnb.py --json table1.json --plot table1.png
+    python benchmarks/nonlocal_vs_apnb.py --size 96x96 --backward --train
+    python benchmarks/nonlocal_vs_apnb.py --size 256x128 --breakdown
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctxops.nn import APNB
+from harness import (
+    Case,
+    Contender,
+    Entry,
+    Options,
+    Oracle,
+    Paper,
+    Report,
+    add_options,
+    both_formats,
+    parse_size,
+    read_options,
+    run_benchmark,
+    time_by_operation,
+)
+from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
+
+OUTPUT_SIZES = (1, 3, 6, 8)
+ANCHORS = sum(n * n for n in OUTPUT_SIZES)
+
+# Table 1, on a Titan Xp: C = 2048, C^ = 256, batch 1.
+TABLE_1 = {
+    ("NB", (96, 96)): Paper(58.0, 609, 19.5),
+    ("APNB", (96, 96)): Paper(15.5, 150, 12.4),
+    ("NB", (256, 128)): Paper(601.4, 7797, 179.4),
+    ("APNB", (256, 128)): Paper(43.5, 277, 30.8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One configuration of the blocks: B, C, C^ (keys and values), H, W."""
+
+    batch: int
+    channels: int
+    key_channels: int
+    height: int
+    width: int
+
+    @property
+    def positions(self) -> int:
+        return self.height * self.width
+
+    @property
+    def maps(self) -> tuple[int, int]:
+        """Elements of an input map and of an embedded map."""
+        positions = self.batch * self.positions
+        return positions * self.channels, positions * self.key_channels
+
+    def paper(self, family: str) -> Paper | None:
+        if (self.batch, self.channels, self.key_channels) != (1, 2048, 256):
+            return None
+        return TABLE_1.get((family, (self.height, self.width)))
+
+    def our_macs(self) -> int:
+        """Multiply-accumulates of APNB after the exact algebra.
+
+        ``N C C^ + N S C^ + S C C^ + S C^ C + N S C`` for each image: the shared query and key once,
+        similarity, the value and the output projection on S anchors, the weighted sum.
+        """
+        n, s, c, k = self.positions, ANCHORS, self.channels, self.key_channels
+        return self.batch * (n * c * k + n * s * k + 2 * s * c * k + n * s * c)
+
+    def paper_count(self, family: str) -> int:
+        """The count of the authors' tool, which Table 1 prints as FLOPs.
+
+        Each convolution once, as multiply-accumulates + bias; batch norm 2 and ReLU 1 for each
+        element; a matrix product 2 for each multiply-accumulate, but of NB's two only one counts;
+        adaptive pooling window + 1 for each bin, once for key and value together.
+        """
+        n, s, c, k = self.positions, ANCHORS, self.channels, self.key_channels
+        count = 3 * n * c * k + n * (2 * k + c) + 3 * n * k
+        if family == "NB":
+            return self.batch * (count + 2 * n * n * k)
+        windows = [(self.height // g) * (self.width // g) for g in OUTPUT_SIZES]
+        pooling = sum(g * g * (window + 1) for g, window in zip(OUTPUT_SIZES, windows, strict=True))
+        return self.batch * (count + 4 * n * s * k + k * pooling)
+
+    def peak_bytes(self, family: str, itemsize: int, backward: bool) -> int:
+        """An upper bound of what a call holds beyond its input.
+
+        Forward: the output, the embedded maps and what stands between convolution, batch norm and
+        ReLU, and for NB two N x N matrices. The backward keeps one of these and needs two more.
+        """
+        large, small = self.maps
+        square = self.batch * self.positions**2 if family == "NB" else 0
+        if backward:
+            return itemsize * (3 * large + 12 * small + 3 * square)
+        return itemsize * (large + 6 * small + 2 * square)
+
+
+def build_case(block: Block, options: Options, backward: bool, train: bool) -> Case:
+    """NB and APNB as released, NB on SDPA, APNB compiled, and ours, in both memory formats."""
+    c, k = block.channels, block.key_channels
+    weights = randomize(ReleasedNonLocal2d(c, k, k)).state_dict()
+    itemsize = options.dtype.itemsize
+
+    def module(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+        made = kind(c, k, k)
+        made.load_state_dict(weights)
+        # Rounded to the benchmark's dtype first, so that float64 computes with the same weights.
+        return made.to(options.dtype).to(dtype).to(options.device).train(train)
+
+    def row(name: str, kind: type[nn.Module], family: str, peak_family: str) -> Contender:
+        return Contender(
+            name,
+            lambda: module(kind, options.dtype),
+            block.peak_bytes(peak_family, itemsize, backward),
+            family=family,
+        )
+
+    def inputs() -> tuple[Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        shape = (block.batch, c, block.height, block.width)
+        return (torch.randn(shape, generator=generator).to(options.device, options.dtype),)
+
+    nb = dataclasses.replace(
+        row("NB as released", ReleasedNonLocal2d, "NB", "NB"), paper=block.paper("NB")
+    )
+    sdpa = row("NB on SDPA", SdpaNonLocal2d, "NB", "APNB")
+    apnb = row("APNB as released", ReleasedAPNB, "APNB", "APNB")
+    compiled = dataclasses.replace(apnb, name="APNB compiled", compile=True)
+    apnb = dataclasses.replace(apnb, paper=block.paper("APNB"))
+    passes = 3 if backward else 1
+    ours = dataclasses.replace(
+        row("ctxops APNB", APNB, "APNB", "APNB"), ours=True, flops=2 * passes * block.our_macs()
+    )
+    oracles = {
+        family: Oracle(lambda kind=kind: module(kind, torch.float64), peak)
+        for family, kind in (("NB", ReleasedNonLocal2d), ("APNB", ReleasedAPNB))
+        for peak in (block.peak_bytes(family, 8, backward) + 8 * block.maps[0],)
+    }
+    return Case(
+        _title(block, backward, train),
+        inputs,
+        (block.batch, c, block.height, block.width),
+        tuple(r for each in (nb, sdpa, apnb, compiled, ours) for r in both_formats(each)),
+        oracles,
+        backward,
+    )
+
+
+def _title(block: Block, backward: bool, train: bool) -> str:
+    passes = "forward + backward" if backward else "forward"
+    batch = f", batch {block.batch}" if block.batch > 1 else ""
+    mode = ", training mode" if train else ""
+    return (
+        f"{block.height} x {block.width}, C = {block.channels}, C^ = {block.key_channels}{batch}, "
+        f"{passes}{mode}"
+    )
+
+
+def accuracy_line(entries: Sequence[Entry]) -> str | None:
+    """The error of ours beside that of the released form, where float64 fitted into memory."""
+
+    def error(name: str) -> float:
+        return max(e.error for e in entries if e.contender.name == name and e.error is not None)
+
+    if not any(e.against == "float64" for e in entries if e.contender.ours):
+        return None
+    return (
+        "relative L2 error against the released APNB in float64: "
+        f"ctxops {error('ctxops APNB'):.2e}, as released {error('APNB as released'):.2e}."
+    )
+
+
+def counting_lines(block: Block) -> list[str]:
+    """Table 1's GFLOPs beside the same count of this configuration."""
+    nb, apnb = block.paper_count("NB") / 1e9, block.paper_count("APNB") / 1e9
+    lines = [
+        f"In the paper's count NB has {nb:.1f} and APNB {apnb:.1f} GFLOPs: convolutions once, as "
+        "multiply-accumulates (APNB's query and key are one), bias, batch norm and ReLU; matrix "
+        "products at 2, but only one of NB's two."
+    ]
+    if block.paper("APNB") == TABLE_1["APNB", (256, 128)]:
+        convolutions = 3 * block.positions * block.channels * block.key_channels / 1e9
+        lines.append(
+            "The 43.5 GFLOPs that Table 1 prints for APNB do not follow from the paper's formula: "
+            f"the three 1x1 convolutions alone are {convolutions:.1f}."
+        )
+    return lines
+
+
+def add_breakdown(report: Report, checked: Sequence[list[Entry]], options: Options) -> None:
+    """Figure 2: time by operation, each of NB, APNB and ours in its faster memory format."""
+    for result in report.results:
+        names = ("NB as released", "APNB as released", "ctxops APNB")
+        rows = [row for name in names if (row := result.fastest(name))]
+        report.breakdown[result.case.title] = {
+            row.name: time_by_operation(row.entry.runner, options.device) for row in rows
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--size", type=parse_size, action="append", metavar="HxW", help="repeatable"
+    )
+    parser.add_argument("--channels", type=int, default=2048, help="C (default: %(default)s)")
+    parser.add_argument("--key-channels", type=int, default=256, help="C^ (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--backward", action="store_true", help="time forward and backward")
+    parser.add_argument("--train", action="store_true", help="batch norm in training mode")
+    parser.add_argument("--breakdown", action="store_true", help="time by operation (Figure 2)")
+    add_options(parser)
+    chosen = parser.parse_args(arguments)
+    options = read_options(chosen)
+    sizes = chosen.size or ([(48, 48)] if chosen.quick else [(96, 96), (256, 128)])
+    blocks = [Block(chosen.batch, chosen.channels, chosen.key_channels, *size) for size in sizes]
+    cases = [build_case(block, options, chosen.backward, chosen.train) for block in blocks]
+
+    def complete(report: Report, checked: Sequence[list[Entry]]) -> None:
+        for block, case, entries in zip(blocks, cases, checked, strict=True):
+            accuracy = accuracy_line(entries)
+            report.lines[case.title] = [accuracy] * (accuracy is not None) + counting_lines(block)
+        if chosen.breakdown:
+            add_breakdown(report, checked, options)
+
+    settings = {
+        "sizes": sizes,
+        "channels": chosen.channels,
+        "key_channels": chosen.key_channels,
+        "batch": chosen.batch,
+        "backward": chosen.backward,
+        "train": chosen.train,
+        "paper": "Table 1: GFLOPs, MB and ms on a Titan Xp; its count is named in each summary",
+    }
+    return run_benchmark("nonlocal_vs_apnb", cases, options, settings, complete)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

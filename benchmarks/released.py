@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of ANN (Zhu et al., ICCV 2019) in plain torch, as the authors' released code computes
+them, and the non-local block as it is best written today.
+
+Child modules carry the names that ``ctxops.nn`` uses, so that weights travel by
+``ours.load_state_dict(released.state_dict())``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ReleasedAPNB", "ReleasedNonLocal2d", "SdpaNonLocal2d", "randomize"]
+
+
+class ReleasedNonLocal2d(nn.Module):
+    """The non-local block (NB): ``W_o(softmax(s Q K^T) V)`` with the N x N matrix in memory.
+
+    Query and key share their convolution, batch norm and ReLU, which run twice all the same. The
+    scale ``s = key_channels ** -0.5`` multiplies the finished product. Nothing is added to or
+    concatenated with the result.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = key_channels**-0.5
+        self.query = nn.Sequential(
+            nn.Conv2d(in_channels, key_channels, 1), nn.BatchNorm2d(key_channels), nn.ReLU()
+        )
+        self.key = self.query
+        self.value = nn.Conv2d(in_channels, value_channels, 1)
+        self.out = nn.Conv2d(value_channels, out_channels or in_channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def sample(self, x: Tensor) -> Tensor:
+        """The positions that serve as keys and values, (B, C, N): all of them."""
+        return x.flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.sample(self.value(x)).transpose(1, 2)
+        query = self.query(x).flatten(2).transpose(1, 2)
+        key = self.sample(self.key(x))
+        similarity = query @ key
+        similarity = self.scale * similarity
+        similarity = similarity.softmax(dim=-1)
+        context = (similarity @ value).transpose(1, 2).contiguous()
+        return self.out(context.unflatten(2, x.shape[2:]))
+
+
+class ReleasedAPNB(ReleasedNonLocal2d):
+    """The asymmetric pyramid non-local block: NB with pooled keys and values.
+
+    Adaptive average pooling to each n x n of ``output_sizes``, flattened and concatenated, leaves
+    ``S = sum(n * n)`` of the N positions, 110 by default.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int | None = None,
+        output_sizes: tuple[int, ...] = (1, 3, 6, 8),
+    ) -> None:
+        super().__init__(in_channels, key_channels, value_channels, out_channels)
+        self.output_sizes = output_sizes
+
+    def sample(self, x: Tensor) -> Tensor:
+        return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in self.output_sizes], dim=2)
+
+
+class SdpaNonLocal2d(ReleasedNonLocal2d):
+    """NB on ``scaled_dot_product_attention``, laid out so that a fused backend takes it.
+
+    The shared convolution runs once, and the channels of every operand lie side by side: a copy of
+    the small maps where the format is contiguous, none where it is channels_last.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self._rows(self.query(x))
+        value = self._rows(self.value(x))
+        context = F.scaled_dot_product_attention(query, query, value, scale=self.scale)
+        return self.out(context.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+    @staticmethod
+    def _rows(x: Tensor) -> Tensor:
+        """(B, C, H, W) as (B, 1, N, C)."""
+        return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
+
+
+@torch.no_grad()
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter and running statistic a non-trivial value; returns the module.
+
+    A freshly made block returns zeros (its output projection starts there) and normalises by
+    (0, 1), so that any two blocks would agree. Convolutions keep the magnitude of their input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor, mean: float, spread: float) -> Tensor:
+        return (mean + spread * torch.randn(like.shape, generator=generator)).to(like)
+
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            child.weight.copy_(normal(child.weight, 0.0, child.weight[0].numel() ** -0.5))
+            if child.bias is not None:
+                child.bias.copy_(normal(child.bias, 0.0, 0.1))
+        elif isinstance(child, nn.BatchNorm2d):
+            child.weight.copy_(normal(child.weight, 1.0, 0.1))
+            child.bias.copy_(normal(child.bias, 0.0, 0.1))
+            child.running_mean.copy_(normal(child.running_mean, 0.0, 0.1))
+            child.running_var.copy_(normal(child.running_var, 1.0, 0.1).abs())
+    return module

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nonlocal_vs_apnb
+from nonlocal_vs_apnb import Block
+from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
+
+TINY = ["--size", "9x7", "--channels", "24", "--key-channels", "8", "--seconds", "0.1"]
+ROW_KEYS = {
+    "name", "format", "ours", "note", "paper", "needs_bytes", "median_ms", "p20_ms", "p80_ms",
+    "samples_ms", "ratio", "memory_bytes", "flops", "bytes", "bytes_per_second",
+    "flops_per_second", "roofline_share", "relative_error", "error_against",
+}  # fmt: skip
+NAMES = [
+    "NB as released", "NB on SDPA", "APNB as released", "APNB compiled", "ctxops APNB",
+]  # fmt: skip
+
+
+def block(kind, train: bool = False):
+    return randomize(kind(12, 8, 6, 10)).double().train(train)
+
+
+class TestReleased:
+    def test_the_block_is_not_trivial(self):
+        module = block(ReleasedNonLocal2d)
+        x = torch.randn(2, 12, 5, 4, dtype=torch.double)
+        assert module(x).std() > 0.01
+        assert module.query is module.key
+        assert {name.partition(".")[0] for name in module.state_dict()} == {
+            "query", "key", "value", "out",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("train", [False, True])
+    def test_non_local_block(self, train):
+        module = block(ReleasedNonLocal2d, train)
+        x = torch.randn(2, 12, 5, 4, dtype=torch.double)
+        query, value = module.query(x).flatten(2), module.value(x).flatten(2)
+        weights = torch.einsum("bcn,bcm->bnm", query, query).mul(8**-0.5).softmax(2)
+        context = torch.einsum("bnm,bcm->bcn", weights, value).unflatten(2, (5, 4))
+        torch.testing.assert_close(module(x), module.out(context))
+
+    def test_apnb(self):
+        module = block(ReleasedAPNB)
+        x = torch.randn(2, 12, 9, 7, dtype=torch.double)
+        pooled = [
+            torch.cat([F.adaptive_avg_pool2d(y, n).flatten(2) for n in (1, 3, 6, 8)], 2)
+            for y in (module.query(x), module.value(x))
+        ]
+        assert pooled[0].shape == (2, 8, 110)
+        query = module.query(x).flatten(2)
+        weights = torch.einsum("bcn,bcm->bnm", query, pooled[0]).mul(8**-0.5).softmax(2)
+        context = torch.einsum("bnm,bcm->bcn", weights, pooled[1]).unflatten(2, (9, 7))
+        torch.testing.assert_close(module(x), module.out(context))
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_sdpa_agrees(self, layout):
+        x = torch.randn(2, 12, 5, 4, dtype=torch.double).contiguous(memory_format=layout)
+        torch.testing.assert_close(block(SdpaNonLocal2d)(x), block(ReleasedNonLocal2d)(x))
+
+
+class TestCounts:
+    @pytest.mark.parametrize(
+        ("family", "size", "expected"),
+        [
+            ("NB", (96, 96), 58.013),
+            ("NB", (256, 128), 601.404),
+            ("APNB", (96, 96), 15.574),
+            ("APNB", (256, 128), 55.373),
+        ],
+    )
+    def test_paper_count(self, family, size, expected):
+        count = Block(1, 2048, 256, *size).paper_count(family) / 1e9
+        assert count == pytest.approx(expected, abs=1e-3)
+
+    def test_our_count(self):
+        assert Block(1, 2048, 256, 256, 128).our_macs() / 1e9 == pytest.approx(25.6, abs=0.05)
+
+    def test_paper_figures_belong_to_table_1(self):
+        assert Block(1, 2048, 256, 96, 96).paper("NB").milliseconds == 19.5
+        assert Block(1, 2048, 256, 48, 48).paper("NB") is None
+        assert Block(2, 2048, 256, 96, 96).paper("NB") is None
+
+
+def test_quick_writes_every_number(tmp_path, capsys, monkeypatch):
+    # The tracing of torch.compile without its code generation, which takes half a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    file = tmp_path / "table.json"
+    arguments = ["--quick", "--device", "cpu", "--json", str(file), "--breakdown", *TINY]
+    assert nonlocal_vs_apnb.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "ctxops APNB is" in printed
+    assert "relative L2 error against the released APNB in float64" in printed
+    written = json.loads(file.read_text())
+    assert written["benchmark"] == "nonlocal_vs_apnb"
+    assert {"device", "driver", "threads", "torch", "triton", "ctxops", "commit"} <= set(
+        written["machine"]
+    )
+    assert written["settings"]["sizes"] == [[9, 7]]
+    assert written["roofline"]["bytes_per_second"] > 0
+    (case,) = written["cases"]
+    assert [(r["name"], r["format"]) for r in case["rows"]] == [
+        (name, layout) for name in NAMES for layout in ("contiguous", "channels_last")
+    ]
+    for row in case["rows"]:
+        assert set(row) == ROW_KEYS
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["flops"] > 0
+        assert row["relative_error"] < 5e-6
+    assert set(case["breakdown_seconds"]) == {"NB as released", "APNB as released", "ctxops APNB"}
+
+
+@pytest.mark.parametrize("arguments", [["--size", "96"], ["--size", "0x9"], ["--json", "/no/x"]])
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit):
+        nonlocal_vs_apnb.main(arguments)
+    assert "error: argument" in capsys.readouterr().err
