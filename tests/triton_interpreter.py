@@ -29,7 +29,7 @@ def widen_bfloat16_dot() -> None:
 
 
 def index_with_scalars() -> None:
-    """Let `range` take runtime scalars: Triton 3.4 converts arrays of one element, numpy 2.4 does not."""
+    """Let `range` take runtime scalars: Triton 3.4 relies on what numpy 2.4 dropped."""
     patch_tensor = interpreter._patch_lang_tensor
     if getattr(patch_tensor, "indexes_with_scalars", False):
         return

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of asymmetric attention: every position attends to S anchors.
 
-Positions (N = H * W) are the rows of every tile, anchors its columns. A program owns BN positions. In the forward their
-logits stay in registers: whole if S fits one tile, tile by tile with an online softmax if not. The backward writes P and
-dS for as many positions as a fixed budget holds and leaves the products over positions to torch.matmul's library: they
-are large, and deterministic there.
+Positions (N = H * W) are the rows of every tile, anchors its columns. The forward keeps the logits
+in registers: all of them where S fits one tile, tile by tile with an online softmax where it does
+not. The backward writes P and dS for as many positions as a fixed budget holds; the products with
+them are large and plain, so cuBLAS takes them: faster than a second kernel, and deterministic.
 
-Keys and values are padded with zeros to whole tiles of anchors: aligned rows load in 16 bytes where rows of S = 110
-elements load one by one, and no load needs a mask over S.
+Keys and values are padded with zeros to whole tiles (SP anchors): rows of 110 elements would load
+one element at a time, aligned rows load 16 bytes, and no load needs a mask over S.
 """
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +24,7 @@ WORKSPACE_BYTES = 64 << 20  # P and dS together
 
 @triton.jit
 def _program_positions(N, BN: tl.constexpr):
-    """The batch item and the positions of this program; grid.x holds both, since grid.y ends at 65535."""
+    """Batch item and positions of this program; grid.x holds both, grid.y ends at 65535."""
     n_blocks = tl.cdiv(N, BN)
     i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
     o_n = (tl.program_id(0) % n_blocks).to(tl.int64) * BN + tl.arange(0, BN)
@@ -242,7 +243,7 @@ def asymmetric_attention_bwd_kernel(
 
     b_lse = tl.load(p_lse + i_b * s_lb + o_n, mask=o_n < N, other=0.0)
     b_d = tl.zeros([BN], dtype=tl.float32)
-    for i_s in range(0, SP, BS):
+    for i_s in range(0, BS if ONE_TILE else SP, BS):  # one step is no loop: fewer registers
         o_s = i_s + tl.arange(0, BS)
         b_s = _logits(p_q, p_k, p_bias, m_n, o_s, scale, S, SP, C, s_qc, BN, BS, BC, PRECISION)
         b_p = tl.exp(b_s - b_lse[:, None])
@@ -273,31 +274,75 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(C: int, Cv: int, S: int, precision: str, shared_memory: int) -> Tiles:
-    """Tiles that neither spill nor exceed the shared memory a block may have (99 to 227 KB)."""
-    BS = min(128, _power_of_2(S))
-    return Tiles(64, BS, min(16, _power_of_2(C)), min(32, _power_of_2(Cv)), 8, 2)
+# The largest that spill no register on sm_80 to sm_100, for S <= 128, S <= 256, any S.
+# "fma": float32 without TF32, on the CUDA cores.
+_FORWARD = {
+    "half": (
+        Tiles(128, 128, 64, 64, 8, 3),
+        Tiles(64, 256, 64, 64, 8, 3),
+        Tiles(64, 64, 64, 128, 8, 3),
+    ),
+    "tf32": (
+        Tiles(64, 128, 32, 32, 4, 3),
+        Tiles(64, 256, 32, 32, 8, 2),
+        Tiles(64, 64, 32, 64, 8, 3),
+    ),
+    "fma": (
+        Tiles(64, 128, 16, 32, 8, 2),
+        Tiles(32, 256, 16, 16, 8, 2),
+        Tiles(64, 64, 16, 32, 8, 3),
+    ),
+}
+# For S <= 128, any S.
+_BACKWARD = {
+    "half": (Tiles(64, 128, 64, 0, 8, 4), Tiles(64, 128, 32, 0, 8, 3)),
+    "tf32": (Tiles(64, 128, 32, 0, 8, 3), Tiles(64, 128, 16, 0, 8, 3)),
+    "fma": (Tiles(64, 128, 16, 0, 8, 3), Tiles(32, 128, 16, 0, 8, 3)),
+}
 
 
-def _power_of_2(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))  # tl.dot asks for 16
+def _unit(element_size: int, precision: str) -> str:
+    return "half" if element_size == 2 else "tf32" if precision == "tf32" else "fma"
+
+
+def _dot_size(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))  # tl.dot takes no less than 16
+
+
+def forward_tiles(
+    C: int, Cv: int, S: int, element_size: int, precision: str, shared_memory: int
+) -> Tiles:
+    """Tiles of the forward; S <= BS selects the kernel that keeps all anchors in one tile."""
+    unit = _unit(element_size, precision)
+    few, some, many = _FORWARD[unit]
+    if S <= 128:
+        tiles = few._replace(BS=_dot_size(S))
+    elif S <= 256 and (unit == "fma" or shared_memory >= 144 << 10):
+        tiles = some
+    else:
+        tiles = many
+    return tiles._replace(BC=min(tiles.BC, _dot_size(C)), BV=min(tiles.BV, _dot_size(Cv)))
+
+
+def backward_tiles(C: int, Cv: int, S: int, element_size: int, precision: str) -> Tiles:
+    """Tiles of the backward; any device's shared memory holds them."""
+    few, many = _BACKWARD[_unit(element_size, precision)]
+    tiles = few._replace(BS=_dot_size(S)) if S <= 128 else many
+    return tiles._replace(BC=min(tiles.BC, _dot_size(max(C, Cv))))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """What torch would use in a matrix product; it matters to float32 alone."""
+    """What torch uses for matrix products; it matters to float32 alone."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(
-        matmul, "fp32_precision"
-    ):  # torch >= 2.9; the older flag raises once the newer one was set
-        allowed = matmul.fp32_precision == "tf32"
-    else:
-        allowed = matmul.allow_tf32
+    # torch >= 2.9 raises on the older flag once the newer one was set
+    newer = hasattr(matmul, "fp32_precision")
+    allowed = matmul.fp32_precision == "tf32" if newer else matmul.allow_tf32
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 @lru_cache
 def _device_limits(index: int) -> tuple[int, int]:
-    """Shared memory a block may have, multiprocessors."""
+    """Shared memory of a block in bytes, number of multiprocessors."""
     if index < 0:  # a CPU tensor, in the interpreter
         return 99 << 10, 1
     limits = triton.runtime.driver.active.utils.get_device_properties(index)
@@ -305,8 +350,8 @@ def _device_limits(index: int) -> tuple[int, int]:
 
 
 def _pad_anchors(x: Tensor, BS: int) -> Tensor:
-    """(B, C, S) -> (B, C, SP) with SP a multiple of BS; contiguous; a copy only where needed."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % BS)).contiguous()
+    """(B, C, S) -> (B, C, SP), contiguous; a copy only where needed."""
+    return F.pad(x, (0, -x.shape[-1] % BS)).contiguous()
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -323,7 +368,10 @@ def forward(
     output: Tensor,  # (B, Cv, H, W), written
     lse: Tensor | None,  # (B, N) float32, written: log(sum(exp(logits)))
 ) -> None:
-    """Memory: `B * (C + Cv) * SP` elements, SP = S in whole tiles of 16, 32, 64 or 128."""
+    """softmax(scale * query^T key + bias) value^T, for contiguous or channels_last maps.
+
+    Memory: `B * (C + Cv) * SP` elements, SP being S in whole tiles of 16 to 256 anchors.
+    """
     query, output = _positions(query), _positions(output)
     B, C, N = query.shape
     _, Cv, S = value.shape
@@ -332,28 +380,25 @@ def forward(
     precision = dot_precision(query.dtype)
     with torch.cuda.device_of(query):
         shared_memory, multiprocessors = _device_limits(query.get_device())
-        tiles = choose_tiles(C, Cv, S, precision, shared_memory)
+        tiles = forward_tiles(C, Cv, S, query.element_size(), precision, shared_memory)
         key, value = _pad_anchors(key, tiles.BS), _pad_anchors(value, tiles.BS)
+        bias = None if bias is None else bias.contiguous()
         SP = key.shape[2]
-        if bias is not None:
-            bias = bias.contiguous()
         programs = B * triton.cdiv(N, tiles.BN)
-        pointers = query, key, value, bias, output, lse
-        strides = *query.stride(), *output.stride()
-        options = tiles._asdict() | {"PRECISION": precision}
-        if SP == tiles.BS:
-            # few positions: split the value channels, as long as that costs less than a second P
+        if S <= tiles.BS:
+            # too few positions to fill the device: split the value channels, as long as computing
+            # P again costs less than half of the product with v
             slices = min(triton.cdiv(2 * multiprocessors, programs), max(1, Cv // (2 * C)))
-            v_slice = triton.cdiv(triton.cdiv(Cv, slices), tiles.BV) * tiles.BV
-            grid = programs, triton.cdiv(Cv, v_slice)
-            asymmetric_attention_fwd_kernel[grid](
-                *pointers, scale, N, S, SP, C, Cv, v_slice, *strides, **options
-            )
+            v_slice = triton.cdiv(Cv, slices * tiles.BV) * tiles.BV
+            kernel, v_size = asymmetric_attention_fwd_kernel, (v_slice,)
         else:
-            grid = programs, triton.cdiv(Cv, tiles.BV)
-            asymmetric_attention_fwd_online_kernel[grid](
-                *pointers, scale, N, S, SP, C, Cv, *strides, **options
-            )
+            kernel, v_slice, v_size = asymmetric_attention_fwd_online_kernel, tiles.BV, ()
+        kernel[programs, triton.cdiv(Cv, v_slice)](
+            *(query, key, value, bias, output, lse),
+            *(scale, N, S, SP, C, Cv, *v_size, *query.stride(), *output.stride()),
+            **tiles._asdict(),
+            PRECISION=precision,
+        )
 
 
 def backward(
@@ -369,8 +414,11 @@ def backward(
     grad_value: Tensor,  # (B, Cv, S), written
     grad_bias: Tensor | None,  # (B, S), written
 ) -> None:
-    """Memory: P and dS take `2 * SP` elements for each of B * N positions, in blocks of up to 64 MiB; padded keys and
-    values take what they take in the forward, their gradients three times that for half types, twice for float32.
+    """Gradients of `forward`; deterministic. To be called without autograd.
+
+    Memory: P and dS take `2 * e * SP` bytes a position (e = bytes of an element) for as many
+    positions as fill 64 MiB, 64 at least; the rest `(C + Cv) * SP * (B * e + I * (e + 4))`, where
+    I <= B items fit that budget.
     """
     grad, query, grad_query = _positions(grad), _positions(query), _positions(grad_query)
     B, C, N = query.shape
@@ -381,51 +429,51 @@ def backward(
                 x.zero_()
         return
     precision = dot_precision(query.dtype)
+    tiles = backward_tiles(C, Cv, S, query.element_size(), precision)
     with torch.cuda.device_of(query):
-        shared_memory, _ = _device_limits(query.get_device())
-        tiles = choose_tiles(C, Cv, S, precision, shared_memory)
-        options = tiles._asdict() | {"PRECISION": precision}
-        del options["BV"]
         key, value = _pad_anchors(key, tiles.BS), _pad_anchors(value, tiles.BS)
+        bias = None if bias is None else bias.contiguous()
         SP = key.shape[2]
-        if bias is not None:
-            bias = bias.contiguous()
 
-        # whole batch items as long as they fit the budget, else blocks of one item's positions
-        rows = WORKSPACE_BYTES // (2 * SP * query.element_size())
-        rows = max(1, rows // tiles.BN) * tiles.BN
+        # whole items while they fit the budget, else blocks of one item's positions
+        rows = max(64, WORKSPACE_BYTES // (2 * SP * query.element_size()) // 64 * 64)
         items, rows = (min(B, rows // N), N) if N <= rows else (1, rows)
         workspace = query.new_empty(2, items, rows, SP)
-        part_key, part_value = torch.empty_like(key[:items]), torch.empty_like(value[:items])
         for b in range(0, B, items):
             i_b = slice(b, b + items)
             b_key, b_value = key[i_b], value[i_b]
-            b_bias = None if bias is None else bias[i_b]
             sum_key = torch.zeros_like(b_key, dtype=torch.float32)
             sum_value = torch.zeros_like(b_value, dtype=torch.float32)
-            sum_bias = torch.zeros_like(b_key[:, 0], dtype=torch.float32)
-            part_key, part_value = part_key[: len(b_key)], part_value[: len(b_key)]
+            part_key, part_value = torch.empty_like(b_key), torch.empty_like(b_value)
+            sum_bias = 0.0
             for n in range(0, N, rows):
                 i_n = slice(n, n + rows)
-                b_grad, b_query, b_lse = grad[i_b, :, i_n], query[i_b, :, i_n], lse[i_b, i_n]
-                p, ds = workspace[:, : b_query.shape[0], : b_query.shape[2]]
-                grid = (b_query.shape[0] * triton.cdiv(b_query.shape[2], tiles.BN),)
-                asymmetric_attention_bwd_kernel[grid](
-                    *(b_grad, b_query, b_key, b_value, b_bias, b_lse, p, ds),
-                    *(scale, b_query.shape[2], S, SP, C, Cv),
-                    *(*b_grad.stride(), *b_query.stride(), b_lse.stride(0), p.stride(0)),
-                    ONE_TILE=SP == tiles.BS,
-                    **options,
+                n_grad, n_query, n_lse = grad[i_b, :, i_n], query[i_b, :, i_n], lse[i_b, i_n]
+                n_grad_query = grad_query[i_b, :, i_n]
+                n_items, _, n_rows = n_query.shape
+                p, ds = workspace[:, :n_items, :n_rows]
+                asymmetric_attention_bwd_kernel[(n_items * triton.cdiv(n_rows, tiles.BN),)](
+                    *(n_grad, n_query, b_key, b_value, None if bias is None else bias[i_b]),
+                    *(n_lse, p, ds, scale, n_rows, S, SP, C, Cv),
+                    *(*n_grad.stride(), *n_query.stride(), n_lse.stride(0), p.stride(0)),
+                    BN=tiles.BN,
+                    BS=tiles.BS,
+                    BC=tiles.BC,
+                    ONE_TILE=S <= tiles.BS,
+                    PRECISION=precision,
+                    num_warps=tiles.num_warps,
+                    num_stages=tiles.num_stages,
                 )
-                # out= : in place, and out of autocast's reach
-                b_grad_query = grad_query[i_b, :, i_n]
-                torch.baddbmm(b_grad_query, b_key, ds.mT, beta=0, alpha=scale, out=b_grad_query)
-                torch.baddbmm(part_key, b_query, ds, beta=0, alpha=scale, out=part_key)
-                torch.bmm(b_grad, p, out=part_value)
+                # with out= no allocation, and autocast leaves the dtypes alone
+                scaled = {"beta": 0, "alpha": scale}
+                torch.baddbmm(n_grad_query, b_key, ds.mT, **scaled, out=n_grad_query)
+                torch.baddbmm(part_key, n_query, ds, **scaled, out=part_key)
+                torch.bmm(n_grad, p, out=part_value)
                 sum_key += part_key
                 sum_value += part_value
-                sum_bias += ds.sum(1, dtype=torch.float32)
+                if grad_bias is not None:
+                    sum_bias = sum_bias + ds.sum(1, dtype=torch.float32)
             grad_key[i_b] = sum_key[..., :S]
             grad_value[i_b] = sum_value[..., :S]
             if grad_bias is not None:
-                grad_bias[i_b] = sum_bias[:, :S]
+                grad_bias[i_b] = sum_bias[..., :S]
