@@ -3,7 +3,10 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+
+import torch
 
 from harness.contender import Paper
 from harness.interference import NOTEWORTHY_CORES
@@ -14,11 +17,13 @@ from harness.roofline import Roofline
 
 MIB = 2**20
 
+_LAYOUTS = {torch.contiguous_format: "NCHW", torch.channels_last: "NHWC"}
+
 LEGEND = (
-    "ms: median. MiB: peak memory beyond inputs and results. GFLOP: 2 per multiply-accumulate of "
-    "convolutions and matrix products, as executed. GB/s: inputs, parameters and results moved "
-    "once, over the median. roof: shortest time for the row's own GFLOP and bytes, over the "
-    "median. error: relative L2."
+    "NCHW: contiguous; NHWC: channels_last. ms: median. MiB: peak memory beyond inputs and "
+    "results. GFLOP: 2 per multiply-accumulate of convolutions and matrix products, as executed. "
+    "GB/s: inputs, parameters and results moved once, over the median. roof: shortest time for "
+    "the row's own GFLOP and bytes, over the median. error: relative L2."
 )
 
 
@@ -37,42 +42,49 @@ class Report:
 
 
 def summarize(result: Result) -> list[str]:
-    """Ours against every rival, each in its faster memory format, in a sentence or two."""
+    """Ours against every rival, each in its faster memory format; then who does not fit."""
+    names = dict.fromkeys(row.name for row in result.rows)
+    absent = [name for name in names if result.fastest(name) is None]
+    lines = [f"{name} does not fit (needs {_needs(result, name)})." for name in absent]
     ours = result.fastest(result.ours) if result.ours else None
-    if ours is None:
-        return []
-    speed, memory, absent = [], [], []
-    for name in result.rivals:
-        rival = result.fastest(name)
-        if rival is None:
-            needs = next(row.entry.needs for row in result.rows if row.name == name)
-            absent.append(f"{name} does not fit (needs {needs / 2**30:.1f} GiB)")
-            continue
-        speed.append(f"{rival.timing.median / ours.timing.median:.2f} x {name}")
-        if ours.memory:
-            memory.append(f"{_share(ours.memory, rival.memory)} of {name}")
-    lines = [f"{ours.name} is {', '.join(speed)}"] if speed else []
-    if memory:
-        lines.append(f"its memory is {', '.join(memory)}")
-    return [line + "." for line in lines + absent]
+    rivals = [rival for name in result.rivals if (rival := result.fastest(name))]
+    if ours is None or not rivals:
+        return lines
+    speed = [f"{rival.timing.median / ours.timing.median:.2f} x {rival.name}" for rival in rivals]
+    memory = [f"{_share(ours.memory, rival.memory)} of {rival.name}" for rival in rivals]
+    compared = [f"{ours.name} is {', '.join(speed)}.", f"its memory is {', '.join(memory)}."]
+    return compared + lines
 
 
-def _share(part: float, whole: float) -> str:
-    return f"1/{whole / part:.1f}" if part <= whole else f"{part / max(whole, 1):.1f} x that"
+def _needs(result: Result, name: str) -> str:
+    needs = next(row.entry.needs for row in result.rows if row.name == name)
+    return f"{needs / 2**30:.1f} GiB"
+
+
+def _share(part: int, whole: int) -> str:
+    """The smaller of two as a fraction of the larger; a call may need nothing at all."""
+    part, whole = max(part, 1), max(whole, 1)
+    return f"1/{whole / part:.1f}" if part <= whole else f"{part / whole:.1f} x that"
 
 
 def print_report(report: Report) -> None:
     rich_console = require("rich.console")
     console = rich_console.Console(highlight=False)
-    console.width = max(console.width, 130)
+    tables = [_table(result, report.roofline) for result in report.results]
+    # A cropped number is worse than a broken line, so a narrow terminal breaks lines.
+    unbounded = console.options.update(max_width=1000)
+    details = {t: _breakdown_table(t, rows) for t, rows in report.breakdown.items()}
+    every = [*tables, *details.values()]
+    needed = max(console.measure(table, options=unbounded).maximum for table in every)
+    console.width = max(console.width, needed)
     console.print(machine_line(report.machine))
     roof = report.roofline
     console.print(
         f"roofline, measured in this run: {roof.bandwidth / 1e9:.1f} GB/s (copy), "
         f"{roof.arithmetic / 1e9:.0f} GFLOP/s ({roof.product})"
     )
-    for result in report.results:
-        console.print(_table(result, roof))
+    for result, table in zip(report.results, tables, strict=True):
+        console.print(table)
         if (result.foreign_cores or 0.0) > NOTEWORTHY_CORES:
             console.print(
                 f"DISTURBED: other programs kept {result.foreign_cores:.2f} cores busy meanwhile.",
@@ -82,8 +94,8 @@ def print_report(report: Report) -> None:
         notes = [_note(row) for row in result.rows if row.entry.contender.note]
         for line in [*summarize(result), *report.lines.get(title, []), *dict.fromkeys(notes)]:
             console.print(line)
-        if title in report.breakdown:
-            console.print(_breakdown_table(title, report.breakdown[title]))
+        if title in details:
+            console.print(details[title])
     console.print(LEGEND, style="dim")
 
 
@@ -95,15 +107,17 @@ def _table(result: Result, roof: Roofline):
     papers = any(row.entry.contender.paper for row in result.rows)
     reference = result.reference.name if result.reference else "-"
     table = _empty_table(result.case.title)
-    table.add_column("")
-    table.add_column("format")
     names = ["ms", "p20", "p80", "faster", "MiB", "GFLOP", "GB/s", "roof", "error"]
-    for name in names + (["paper: GFLOPs", "MB", "ms"] if papers else []):
-        table.add_column(name, justify="right")
-    table.caption = f"faster: than {reference} in its first row"
+    names += ["GFLOPs", "MB", "ms"] if papers else []
+    for name in ["", "", *names]:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.caption = f"faster: than {reference} in its first row."
+    if papers:
+        table.caption += " Last three columns: the paper's."
     for row in result.rows:
         contender = row.entry.contender
-        cells = [contender.name, contender.format_name, *_figures(row, result, roof)]
+        layout = _LAYOUTS[contender.memory_format]
+        cells = [contender.name, layout, *_figures(row, result, roof)]
         cells += _paper(contender.paper) if papers else []
         table.add_row(*cells, style="bold" if contender.ours else None)
     return table
@@ -118,19 +132,27 @@ def _empty_table(title: str):
 
 def _figures(row: Row, result: Result, roof: Roofline) -> list[str]:
     if row.timing is None:
-        return ["does not fit:", "needs", f"{row.entry.needs / 2**30:.1f} GiB", *[""] * 6]
+        return ["no room", "", "", "", f"needs {row.entry.needs / MIB:.0f}", *[""] * 4]
     t, entry = row.timing, row.entry
     return [
-        f"{t.median * 1e3:.2f}",
-        f"{t.p20 * 1e3:.2f}",
-        f"{t.p80 * 1e3:.2f}",
+        _significant(t.median * 1e3),
+        _significant(t.p20 * 1e3),
+        _significant(t.p80 * 1e3),
         f"{result.ratio(row):.2f} x",
         f"{row.memory / MIB:.1f}",
-        f"{entry.flops / 1e9:#.3g}",
-        f"{row.bytes_per_second() / 1e9:#.3g}",
+        _significant(entry.flops / 1e9, 3),
+        _significant(row.bytes_per_second() / 1e9, 3),
         f"{row.roofline_share(roof):.0%}",
         "" if entry.error is None else f"{entry.error:.1e}",
     ]
+
+
+def _significant(value: float, digits: int = 4) -> str:
+    """So many significant digits, but every one before the decimal point, and no exponent."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 6)}f}"
 
 
 def _paper(paper: Paper | None) -> list[str]:
@@ -144,7 +166,7 @@ def _breakdown_table(title: str, rows: dict[str, dict[str, float]]):
     groups = [g for g in times_of[0] if any(times.get(g) for times in times_of)]
     table = _empty_table(f"{title}: ms by operation, each row in its faster format")
     for name in ["", *groups, "sum"]:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for label, times in rows.items():
         values = [times.get(group, 0.0) for group in groups]
         table.add_row(label, *(f"{1e3 * v:.2f}" for v in [*values, sum(values)]))

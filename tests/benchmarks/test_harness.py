@@ -26,7 +26,7 @@ from harness.contender import Runner
 from harness.interference import Interference
 from harness.measure import Result, Row
 from harness.memory import available_memory
-from harness.report import summarize
+from harness.report import _significant, summarize
 from harness.roofline import Roofline
 from harness.timing import Timing, interleave, percentile
 
@@ -242,6 +242,13 @@ class TestResult:
     )
     def test_roofline_share(self, roof, share):
         assert row("a", 2.0, 1).roofline_share(roof) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3011.15, "3011"), (93.416, "93.42"), (0.05221, "0.05221"), (0.0, "0")]
+)
+def test_significant_digits(value, text):
+    assert _significant(value) == text
 
 
 class TestProgram:

@@ -85,6 +85,13 @@ class TestCounts:
         assert Block(1, 2048, 256, 48, 48).paper("NB") is None
         assert Block(2, 2048, 256, 96, 96).paper("NB") is None
 
+    def test_says_that_43_5_does_not_follow(self):
+        (count, doubt) = nonlocal_vs_apnb.counting_lines(Block(1, 2048, 256, 256, 128))
+        assert "NB has 601.4 and APNB 55.4 GFLOPs" in count
+        assert "43.5" in doubt
+        assert "51.5" in doubt
+        assert len(nonlocal_vs_apnb.counting_lines(Block(1, 2048, 256, 96, 96))) == 1
+
 
 def test_quick_writes_every_number(tmp_path, capsys, monkeypatch):
     # The tracing of torch.compile without its code generation, which takes half a minute.
