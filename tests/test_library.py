@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from numerics import LAYOUTS
 
 import ctxops
 from ctxops import _library
 from ctxops.ops.pyramid_pool.reference import reference
+from numerics import LAYOUTS
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from numerics import LAYOUTS, assert_close, check_operator
 
 

@@ -4,11 +4,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import LAYOUTS, random_like
 from torch import nn
 
 import ctxops
 from ctxops.nn import AFNB, APNB, FusionNonLocal2d, NonLocal2d, non_local
+from numerics import LAYOUTS, random_like
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, check_operator, random_like
 
 import ctxops
 from ctxops.ops.asymmetric_attention import op
 from ctxops.ops.asymmetric_attention.reference import reference
+from numerics import DTYPES, LAYOUTS, check_operator, random_like
 
 # (B, C, H, W), S, Cv
 CASES = [

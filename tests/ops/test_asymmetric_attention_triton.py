@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton_interpreter
-
 from ctxops.ops.asymmetric_attention import triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

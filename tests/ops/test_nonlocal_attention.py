@@ -3,10 +3,10 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import DTYPES, LAYOUTS, check_operator
 
 import ctxops
 from ctxops.ops.nonlocal_attention.reference import reference
+from numerics import DTYPES, LAYOUTS, check_operator
 
 # query (B, C, H, W), key's H2, W2, value's Cv
 CASES = [

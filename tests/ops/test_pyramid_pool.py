@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, check_operator, random_like
 
 import ctxops
 from ctxops import _native
 from ctxops.ops.pyramid_pool.reference import reference
+from numerics import DTYPES, LAYOUTS, check_operator, random_like
 
 SHAPES = [
     (1, 1, 1, 1),

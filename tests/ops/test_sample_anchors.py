@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from numerics import LAYOUTS, random_like
 
 import ctxops
+from numerics import LAYOUTS, random_like
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
