@@ -23,7 +23,7 @@ def _info() -> str:
     if build["extension"]:
         cuda = "not built"
         if build["cuda_compiler"]:
-            cuda = f"{build['cuda_compiler']} for sm_{build['cuda_archs']}"
+            cuda = f"{build['cuda_compiler']} for {build['cuda_archs']}"
         lines += [
             f"extension    {build['compiler']}; CUDA kernels {cuda}",
             f"CPU          {', '.join(build['cpu'])} (the last one is used)",
@@ -47,9 +47,9 @@ def _backends(operator: _library.Operator, build: dict[str, object]) -> tuple[st
     native = f"{operator.name}_forward" in build.get("kernels", ())
     cpu = f"C++ {build['cpu'][-1]}" if native else "torch, in blocks"
     cuda = "C++" if native else "Triton"
-    return tuple(
-        label if device in operator.devices else "reference"
-        for device, label in (("cpu", cpu), ("cuda", cuda))
+    return (
+        cpu if "cpu" in operator.devices else "reference",
+        cuda if "cuda" in operator.devices else "reference (no CUDA kernels, or no driver)",
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of asymmetric attention: in the interpreter, or on a GPU where there is one."""
+"""The Triton kernels of asymmetric attention, in the interpreter where there is no GPU."""
 
 import os
 

@@ -163,6 +163,7 @@ def _forward_in_blocks(
                 torch.mm(weights, v.t(), out=o[block])
             else:
                 o[block] = weights @ v.t()
+            del weights  # before the next block allocates its own
 
 
 def _allocate_backward(
@@ -242,6 +243,7 @@ def _backward_in_blocks(
                 torch.mm(dlogits, k.t(), out=dq[block])
             else:
                 dq[block] = dlogits @ k.t()
+            del q_block, do_block, weights, dlogits
         grad_key[image], grad_value[image] = dk, dv
         if bias is not None:
             grad_bias[image] = db

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each operator needs no more memory, beyond inputs and results, than its docstring says."""
+
+import pytest
+import torch
+
+import ctxops
+from ctxops.ops.asymmetric_attention.op import BLOCK_BYTES
+from harness import peak_memory
+from numerics import LAYOUTS
+
+KIB = 1024
+
+
+@pytest.fixture(autouse=True)
+def _no_poison():
+    """Filling with NaN allocates nothing, but deterministic variants of torch's operators do."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+def peak(function, *inputs, device):
+    return peak_memory(lambda: (function(*inputs),), torch.device(device))
+
+
+def peak_of_backward(function, *inputs, device):
+    leaves = [x.requires_grad_() for x in inputs]
+    output = function(*leaves)
+    upstream = torch.randn_like(output)
+    return peak_memory(lambda: torch.autograd.grad(output, leaves, upstream), torch.device(device))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channel_slice"])
+def test_pyramid_pool(layout, device):
+    x = LAYOUTS[layout](torch.randn(2, 64, 96, 96, device=device))
+    cells = 2 * 64 * 12 * 12 * 4  # boundaries every 8, 12, 16 or 32 positions make 12 cells
+    pooled = 2 * 64 * 110 * 4
+    with torch.no_grad():
+        assert peak(ctxops.pyramid_pool, x, device=device) <= cells + KIB
+        assert peak(lambda x: ctxops.pyramid_pool(x, mode="max"), x, device=device) <= cells + KIB
+    assert peak_of_backward(ctxops.pyramid_pool, x, device=device) <= cells + pooled + KIB
+
+    def maximum(x):
+        return ctxops.pyramid_pool(x, mode="max")
+
+    # The positions of the maxima and of the cells' while it runs, then those of the maxima.
+    assert peak(maximum, x.requires_grad_(), device=device) <= 2 * cells + pooled + KIB
+    assert peak_of_backward(maximum, x.detach(), device=device) <= pooled + KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_asymmetric_attention_in_blocks(layout, dtype):
+    query = LAYOUTS[layout](torch.randn(1, 32, 256, 256).to(dtype))
+    key, value = torch.randn(1, 32, 110).to(dtype), torch.randn(1, 64, 110).to(dtype)
+    anchors = 110 * (32 + 64) * 4 * 4
+    with torch.no_grad():
+        assert 65536 * 110 * 4 > BLOCK_BYTES
+        assert peak(ctxops.asymmetric_attention, query, key, value, device="cpu") <= (
+            BLOCK_BYTES + anchors + KIB
+        )
+    used = peak_of_backward(ctxops.asymmetric_attention, query, key, value, device="cpu")
+    assert used <= BLOCK_BYTES + 2 * anchors + KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value_channels", [16, 48])
+def test_nonlocal_attention_never_forms_the_square(layout, value_channels, device):
+    query = LAYOUTS[layout](torch.randn(1, 16, 64, 64, device=device))
+    value = LAYOUTS[layout](torch.randn(1, value_channels, 64, 64, device=device))
+    square = 4096 * 4096 * 4
+    with torch.no_grad():
+        used = peak(ctxops.nonlocal_attention, query, query, value, device=device)
+    assert used < square / 8
+    used = peak_of_backward(ctxops.nonlocal_attention, query, query.clone(), value, device=device)
+    assert used < square / 8
