@@ -120,8 +120,9 @@ CTXOPS_HD Bin bin_at(const IntList& sizes, int64_t s) {
 template <typename A>
 CTXOPS_HD bool is_better(A value, int32_t at, A best, int32_t best_at) {
   const bool value_nan = value != value, best_nan = best != best;
-  const bool equal = value == best || (value_nan && best_nan);
-  return equal ? at < best_at : value_nan || value > best;
+  // Without branches, which nobody could predict.
+  const bool equal = (value == best) | (value_nan & best_nan);
+  return (equal & (at < best_at)) | (value > best) | (value_nan & !best_nan);
 }
 
 template <typename F>

@@ -44,16 +44,16 @@ T* row(const TensorView& view, int64_t b, int64_t i, int64_t j) {
   return static_cast<T*>(view.data) + (b * view.size[1] + i) * view.size[2] + j;
 }
 
-// sum[k] += x[k], or the running maximum with its position. The position of all x is `position`.
-template <bool kMaximum, bool kIndex, typename T, typename A>
+// sum[k] += x[k], or the running maximum with its position. x[k] stands at position + k * kStep.
+template <bool kMaximum, bool kIndex, int kStep, typename T, typename A>
 void accumulate(A* __restrict sum, int32_t* __restrict sum_at, const T* __restrict x,
-                int64_t position, int64_t step, int64_t count) {
+                int64_t position, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
     const A value = load(x[k]);
     if constexpr (!kMaximum) {
       sum[k] += value;
     } else if constexpr (kIndex) {
-      const int32_t here = static_cast<int32_t>(position + k * step);
+      const int32_t here = static_cast<int32_t>(position) + static_cast<int32_t>(k) * kStep;
       const bool better = is_better(value, here, sum[k], sum_at[k]);
       sum[k] = better ? value : sum[k];
       sum_at[k] = better ? here : sum_at[k];
@@ -103,8 +103,8 @@ void cells_channels_inner(const Forward& p) {
       reset<kMaximum, kIndex>(sum, sum_at, count);
       for (int64_t h = cell_start(p.rows, r); h < cell_start(p.rows, r + 1); ++h) {
         for (int64_t w = cell_start(p.columns, q); w < cell_start(p.columns, q + 1); ++w) {
-          accumulate<kMaximum, kIndex>(sum, sum_at, at<T>(p.input, b, c, h, w), h * W + w, 0,
-                                       count);
+          accumulate<kMaximum, kIndex, 0>(sum, sum_at, at<T>(p.input, b, c, h, w), h * W + w,
+                                          count);
         }
       }
     }
@@ -133,17 +133,22 @@ void cells_width_inner(const Forward& p) {
           const int64_t count = smaller(kColumnTile, W - left);
           reset<kMaximum, kIndex>(column, column_at, count);
           for (int64_t h = cell_start(p.rows, r); h < cell_start(p.rows, r + 1); ++h) {
-            accumulate<kMaximum, kIndex>(column, column_at, at<T>(p.input, b, c, h, left),
-                                         h * W + left, 1, count);
+            accumulate<kMaximum, kIndex, 1>(column, column_at, at<T>(p.input, b, c, h, left),
+                                            h * W + left, count);
           }
           for (int64_t k = 0; k < count;) {
             while (cell_start(p.columns, q + 1) <= left + k) ++q;
             const int64_t end = smaller(count, cell_start(p.columns, q + 1) - left);
-            A* sum = cell<A>(p.cells, b, r, q, c);
-            int32_t* sum_at = kIndex ? cell<int32_t>(p.cell_argmax, b, r, q, c) : nullptr;
+            A sum;  // in registers: through the cell's memory every step would wait for the last
+            int32_t sum_at;
+            reset<kMaximum, kIndex>(&sum, &sum_at, 1);
             for (; k < end; ++k) {
-              merge<kMaximum, kIndex>(sum, sum_at, column + k, kIndex ? column_at + k : nullptr, 1);
+              merge<kMaximum, kIndex>(&sum, &sum_at, column + k, kIndex ? column_at + k : nullptr,
+                                      1);
             }
+            merge<kMaximum, kIndex>(cell<A>(p.cells, b, r, q, c),
+                                    kIndex ? cell<int32_t>(p.cell_argmax, b, r, q, c) : nullptr,
+                                    &sum, &sum_at, 1);
           }
         }
       }

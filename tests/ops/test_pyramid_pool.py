@@ -121,6 +121,21 @@ def test_sums_of_half_precision_do_not_overflow(layout, device):
     assert torch.equal(ctxops.pyramid_pool(x), x[:, :, 0, :1].expand(1, 2, 110))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_half_precision_value_is_read_and_rounded_as_torch_does(layout, dtype, device):
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    pairs = torch.stack([values, values[torch.randperm(2**16)]], dim=-1)
+    x = LAYOUTS[layout](pairs[None, :, None, :].to(device))
+    expected = x.float().mean(dim=3).to(dtype)
+    torch.testing.assert_close(
+        ctxops.pyramid_pool(x, (1,)), expected, rtol=0, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(
+        ctxops.pyramid_pool(x[..., :1], (1,)), x[..., 0], rtol=0, atol=0, equal_nan=True
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_batch_of_zero(mode, device):
     x = torch.randn(0, 3, 5, 7, device=device, requires_grad=True)
