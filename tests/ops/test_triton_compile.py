@@ -37,9 +37,9 @@ def asymmetric_attention_cases(capability):
 
     contiguous = {"nchw": ("s_qn", "s_on", "s_gn"), "nhwc": ("s_qc", "s_oc", "s_gc")}
 
-    def case(kernel, tiles, S, element, precision, layout):
+    def case(kernel, tiles, S, element, precision, layout, more=()):
         constants = dict.fromkeys(contiguous[layout], 1) | tiles._asdict()
-        constants |= {"PRECISION": precision, "ONE_TILE": S <= tiles.BS}
+        constants |= {"PRECISION": precision, "ONE_TILE": S <= tiles.BS} | dict(more)
         return Case(
             f"{kernel.__name__}-{S}-{element}-{precision}-{layout}",
             kernel,
@@ -67,6 +67,18 @@ def asymmetric_attention_cases(capability):
             kernel = kernels.asymmetric_attention_bwd_kernel
             for layout in contiguous if hot else ("nhwc",):
                 yield case(kernel, tiles, S, element, precision, layout)
+
+    # a launch turns absent tensors and sizes of one into constants
+    ones = dict.fromkeys(("N", "S", "C", "Cv"), 1) | {"p_bias": None}
+    tiles = kernels.forward_tiles(1, 1, 1, 2, "ieee", SHARED_MEMORY[capability])
+    for kernel in (
+        kernels.asymmetric_attention_fwd_kernel,
+        kernels.asymmetric_attention_fwd_online_kernel,
+    ):
+        yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones | {"p_lse": None})
+    tiles = kernels.backward_tiles(1, 1, 1, 2, "ieee")
+    kernel = kernels.asymmetric_attention_bwd_kernel
+    yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones)
 
 
 CASES = (asymmetric_attention_cases,)
