@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of asymmetric attention, in the interpreter where there is no GPU."""
+"""The Triton kernels of asymmetric attention, on a GPU or in the interpreter."""
 
 import os
 
@@ -72,8 +72,8 @@ def assert_as_exact_as_torch(actual, exact, rounded):
     """Four times the error of plain torch in the same dtype, and the noise of four roundings."""
     eps = torch.finfo(actual.dtype).eps
     for size in (torch.Tensor.norm, lambda x: x.abs().max()):
-        # a single anchor has gradients that are zero by cancellation of terms near 1
-        scale = size(exact) if exact.any() else 1.0
+        # a single anchor has gradients that are zero by cancellation of terms of this order
+        scale = size(exact) if exact.any() else 64.0
         bound = 4 * size(rounded.double() - exact) + 4 * eps * scale
         error = size(actual.double() - exact)
         assert error <= bound, f"error {error:.2e}, bound {bound:.2e}"
@@ -98,13 +98,18 @@ SIZES = [  # B, C, Cv, H, W, S
 ]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_values_and_gradients(sizes, dtype, layout, bias):
-    inputs, grad = draw(*sizes, dtype, layout, bias)
+def test_values_and_gradients(sizes, dtype, layout):
+    inputs, grad = draw(*sizes, dtype, layout)
     check(inputs, sizes[1] ** -0.5, grad)
+
+
+@pytest.mark.parametrize("S", [110, 300])
+def test_without_bias(S):
+    inputs, grad = draw(2, 16, 24, 5, 6, S, bias=False)
+    check(inputs, 0.3, grad)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.5])
@@ -140,8 +145,7 @@ def test_keys_and_values_with_any_strides():
     check(inputs, 0.3, grad)
 
 
-def assert_same_with_nan(inputs, scale):
-    grad = torch.ones_like(inputs[0][:, :1]).expand(-1, inputs[2].shape[1], -1, -1).contiguous()
+def assert_same_with_nan(inputs, scale, grad):
     actual = run_kernels(inputs, scale, grad)
     expected = attention_and_gradients(inputs, scale, grad, torch.float32)
     # an infinite logit makes its whole row of P NaN; so does a NaN as log-sum-exp
@@ -152,19 +156,20 @@ def assert_same_with_nan(inputs, scale):
 
 @pytest.mark.parametrize("S", [30, 300])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
-def test_nan_and_inf_propagate_as_in_torch(which, number, S):
-    inputs, _ = draw(2, 8, 6, 3, 5, S)
-    inputs[which][(1, 3, 1, 2)[: inputs[which].ndim]] = number
-    assert_same_with_nan(inputs, 0.5)
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad"])
+def test_nan_and_inf_propagate_as_in_torch(where, number, S):
+    inputs, grad = draw(2, 8, 6, 3, 5, S)
+    x = dict(zip(("query", "key", "value", "bias"), inputs, strict=True), grad=grad)[where]
+    x[(1, 3, 1, 2)[: x.ndim]] = number
+    assert_same_with_nan(inputs, 0.5, grad)
 
 
 @pytest.mark.parametrize("S", [30, 300])
 @pytest.mark.parametrize("closed", ["first", "all"])
 def test_anchors_closed_by_the_bias(closed, S):
-    inputs, _ = draw(2, 8, 6, 3, 5, S)
+    inputs, grad = draw(2, 8, 6, 3, 5, S)
     inputs[3][0, : S if closed == "all" else S - 10] = -float("inf")
-    assert_same_with_nan(inputs, 0.5)
+    assert_same_with_nan(inputs, 0.5, grad)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 4, 0, 5)], ids=["no-item", "no-position"])
@@ -182,6 +187,14 @@ def test_same_bits_twice():
     first, second = (run_kernels(inputs, 0.2, grad) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("S", [7, 300])
+def test_same_output_without_lse(S):
+    inputs, grad = draw(2, 8, 6, 3, 5, S)
+    output = torch.full_like(grad, float("nan"))
+    triton_kernels.forward(*inputs, 0.5, output, None)
+    assert torch.equal(output, run_kernels(inputs, 0.5, grad)[0])
 
 
 @pytest.mark.parametrize("S", [4, 300])
@@ -208,15 +221,14 @@ def test_large_batches():
     check(inputs, 1.0, grad)
 
 
-def test_tf32_only_where_torch_allows_it(monkeypatch):
-    def allow(flag):
-        torch.backends.cuda.matmul.allow_tf32 = flag
-
-    assert triton_kernels.dot_precision(torch.float32) == "ieee"
+def test_tf32_only_where_torch_allows_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
     try:
-        allow(True)
+        matmul.allow_tf32 = True
         assert triton_kernels.dot_precision(torch.float32) == "tf32"
         assert triton_kernels.dot_precision(torch.bfloat16) == "ieee"
+        matmul.allow_tf32 = False
+        assert triton_kernels.dot_precision(torch.float32) == "ieee"
     finally:
-        allow(False)
-    assert triton_kernels.dot_precision(torch.float32) == "ieee"
+        matmul.allow_tf32 = before

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the Triton kernels for GPUs that are not here: they fit and spill no register.
+
+Run as a program (`python test_triton_compile.py 90`) this file prints the resources of every case
+as JSON. The tests run it so, without TRITON_INTERPRET, which takes effect when triton is imported.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of a block
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: Any  # pointers p_*, float `scale`, all else integers
+    element: str  # what the pointers point to, except:
+    pointers: dict[str, str]
+    constants: dict[str, Any]  # constexprs and arguments that equal 1
+    odd: set[str]  # integers that 16 need not divide
+    num_warps: int
+    num_stages: int
+
+
+def asymmetric_attention_cases(capability):
+    """The tiles chosen at C = 256, Cv = 2048 for S in one tile, in a wide tile, in many."""
+    from ctxops.ops.asymmetric_attention import triton_kernels as kernels
+
+    contiguous = {"nchw": ("s_qn", "s_on", "s_gn"), "nhwc": ("s_qc", "s_oc", "s_gc")}
+
+    def case(kernel, tiles, S, element, precision, layout, more=()):
+        constants = dict.fromkeys(contiguous[layout], 1) | tiles._asdict()
+        constants |= {"PRECISION": precision, "ONE_TILE": S <= tiles.BS} | dict(more)
+        return Case(
+            f"{kernel.__name__}-{S}-{element}-{precision}-{layout}",
+            kernel,
+            element,
+            {"p_lse": "*fp32"},
+            {k: v for k, v in constants.items() if k in kernel.arg_names},
+            {"S"},
+            tiles.num_warps,
+            tiles.num_stages,
+        )
+
+    for element, size, precision in (("bf16", 2, "ieee"), ("fp32", 4, "tf32"), ("fp32", 4, "ieee")):
+        for S in (110, 225, 300):
+            shared_memory = SHARED_MEMORY[capability]
+            tiles = kernels.forward_tiles(256, 2048, S, size, precision, shared_memory)
+            kernel = kernels.asymmetric_attention_fwd_online_kernel
+            if S <= tiles.BS:
+                kernel = kernels.asymmetric_attention_fwd_kernel
+            hot = capability == 90 and S == 110
+            for layout in contiguous if hot else ("nchw",):
+                yield case(kernel, tiles, S, element, precision, layout)
+            if S == 225:  # the backward takes the tiles of S = 300
+                continue
+            tiles = kernels.backward_tiles(256, 2048, S, size, precision)
+            kernel = kernels.asymmetric_attention_bwd_kernel
+            for layout in contiguous if hot else ("nhwc",):
+                yield case(kernel, tiles, S, element, precision, layout)
+
+    # a launch turns absent tensors and sizes of one into constants
+    ones = dict.fromkeys(("N", "S", "C", "Cv"), 1) | {"p_bias": None}
+    tiles = kernels.forward_tiles(1, 1, 1, 2, "ieee", SHARED_MEMORY[capability])
+    for kernel in (
+        kernels.asymmetric_attention_fwd_kernel,
+        kernels.asymmetric_attention_fwd_online_kernel,
+    ):
+        yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones | {"p_lse": None})
+    tiles = kernels.backward_tiles(1, 1, 1, 2, "ieee")
+    kernel = kernels.asymmetric_attention_bwd_kernel
+    yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones)
+
+
+CASES = (asymmetric_attention_cases,)
+
+
+def compile_for(case: Case, capability: int) -> dict[str, int]:
+    """Registers, stack bytes (spills live there), local and shared bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            pointer = case.pointers.get(name, f"*{case.element}")
+            signature[name] = pointer if name.startswith("p_") else "i32"
+            if name not in case.odd:  # as a launch would find it: other code without this
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, case.constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
+    found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return found | {"shared": compiled.metadata.shared}
+
+
+@pytest.fixture(scope="module")
+def resources():
+    """{capability: {case: resources}}, two compilers at a time."""
+    pytest.importorskip("triton", reason="nothing to compile without triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def run(capability):
+        command = [sys.executable, __file__, str(capability)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SHARED_MEMORY, pool.map(run, SHARED_MEMORY), strict=True))
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_fit(resources, capability):
+    assert resources[capability]
+    misfits = {
+        name: use
+        for name, use in resources[capability].items()
+        if use["STACK"] or use["LOCAL"] or use["shared"] > SHARED_MEMORY[capability]
+    }
+    assert not misfits
+
+
+if __name__ == "__main__":
+    target = int(sys.argv[1])
+    found = {c.name: compile_for(c, target) for cases in CASES for c in cases(target)}
+    print(json.dumps(found, indent=2))
