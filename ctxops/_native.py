@@ -3,6 +3,7 @@
 
 import ctypes
 import functools
+import importlib
 import types
 import warnings
 
@@ -14,7 +15,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 extension: types.ModuleType | None
 load_error: str | None = None
 try:
-    from ctxops import _C as extension  # type: ignore[no-redef]
+    extension = importlib.import_module("ctxops._C")
 except ImportError as error:
     extension, load_error = None, str(error)
     warnings.warn(

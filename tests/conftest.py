@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def pytest_sessionstart(session):
 
 
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from triton_interpreter import index_with_scalars, widen_bfloat16_dot
+
+        widen_bfloat16_dot()
+        index_with_scalars()
     # Fills every allocation with NaN, inside compiled code too: an output that nobody wrote shows.
     torch.use_deterministic_algorithms(True)
 

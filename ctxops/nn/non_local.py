@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops.nn.pointwise import PointwiseConv2d, pointwise
+from ctxops import _library
+from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d, is_untouched
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.nonlocal_attention import nonlocal_attention
-from ctxops.ops.pyramid_pool import pyramid_pool
+from ctxops.ops.pyramid_pool import check_output_sizes, pyramid_pool
 from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
 
 _SHARE = ("query_key", "key_value", None)
@@ -21,6 +22,20 @@ _SAMPLING = ("avg", "max", "random")
 def _check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_shared_weights(block: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Raises where a checkpoint with separate weights, whose keys fit, meets shared ones."""
+    one, twin = {"query_key": ("query.", "key."), "key_value": ("key.", "value.")}[block.share]
+    for name, tensor in state_dict.items():
+        if not name.startswith(prefix + one):
+            continue
+        other = state_dict.get(prefix + twin + name.removeprefix(prefix + one))
+        if other is not None and not tensor.equal(other):
+            raise ValueError(
+                f"the block has share={block.share!r}, but {name} of the state dict differs from "
+                f"its twin of {prefix}{twin[:-1]}: it was saved with share=None"
+            )
 
 
 class _NonLocalBlock(nn.Module):
@@ -70,6 +85,7 @@ class _NonLocalBlock(nn.Module):
             )
         self.share, self.fuse, self.variant = share, fuse, variant
         self.query_channels, self.context_channels = query_channels, context_channels
+        self.key_channels, self.value_channels = key_channels, value_channels
         self.out_channels = out_channels
         released_scale = key_channels**-0.5
         self.scale = (released_scale if variant == "released" else 1.0) if scale is None else scale
@@ -91,10 +107,12 @@ class _NonLocalBlock(nn.Module):
         nn.init.zeros_(self.out.weight)
         if bias:
             nn.init.zeros_(self.out.bias)
+        if share is not None:
+            self.register_load_state_dict_pre_hook(_check_shared_weights)
         self.out_norm = norm_layer(out_channels) if out_norm else None
         if fuse == "concat":
             layers = [
-                PointwiseConv2d(out_channels + query_channels, out_channels, bias=bias),
+                PointwiseConcatConv2d(out_channels, query_channels, out_channels, bias=bias),
                 norm_layer(out_channels),
             ]
             self.fusion = nn.Sequential(*layers, *[nn.ReLU(inplace=True)] * fuse_activation)
@@ -108,17 +126,25 @@ class _NonLocalBlock(nn.Module):
         )
 
     def _check_maps(self, **maps: tuple[Tensor, int]) -> None:
+        """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch."""
         for name, (x, channels) in maps.items():
-            if x.dim() != 4 or x.shape[1] != channels:
+            _library.check_map(name, x)
+            if x.shape[1] != channels:
                 raise ValueError(
                     f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}"
+                )
+        (first, (x, _)), *others = maps.items()
+        for name, (other, _) in others:
+            if other.shape[0] != x.shape[0] or other.device != x.device:
+                raise ValueError(
+                    f"{name} must have the batch and device of {first}, {x.shape[0]} on "
+                    f"{x.device}, got {other.shape[0]} on {other.device}"
                 )
 
     def _fuse(self, context: Tensor, x: Tensor, *, projected: bool = False) -> Tensor:
         """The block's last step, on W_o's output and the query's map ``x``.
 
-        The fusion's weight splits into a part for each, so ``cat(context, x)`` is never made.
-        ``projected``: the part for the context has been applied already.
+        ``projected``: the context's part of the fusion has been applied already.
         """
         if self.out_norm is not None:
             context = self.out_norm(context)
@@ -127,16 +153,10 @@ class _NonLocalBlock(nn.Module):
         if self.fuse == "add":
             return context + x
         convolution, *rest = self.fusion
-        for_context, for_map = self._fusion_weights()
-        if not projected:
-            context = pointwise(context, for_context)
-        y = pointwise(x, for_map, convolution.bias).add_(context)
+        y = convolution(context, x, projected=projected)
         for layer in rest:
             y = layer(y)
         return y
-
-    def _fusion_weights(self) -> Sequence[Tensor]:
-        return self.fusion[0].weight.split([self.out_channels, self.query_channels], dim=1)
 
 
 class _DenseBlock(_NonLocalBlock):
@@ -171,7 +191,9 @@ class NonLocal2d(_DenseBlock):
         out_norm: a norm after W_o (appendix C of the paper).
         norm_layer: makes a norm from a number of channels.
 
-    W_o starts at zero, as in the released code: so does the block's ``W_o(O)``.
+    W_o starts at zero, as in the released code: so does the block's ``W_o(O)``. A shared query and
+    key embedding runs, and updates its running statistics, once per forward. The released code runs
+    it twice: the same result in training, but its statistics move at momentum ``1 - (1 - m) ** 2``.
 
     Shape: ``(B, in_channels, H, W)`` -> ``(B, out_channels, H, W)``, in the same memory format.
     """
@@ -301,9 +323,8 @@ class _AnchorBlock(_NonLocalBlock):
             norm_layer=norm_layer,
         )
         _check_choice("sampling", sampling, _SAMPLING)
-        if not output_sizes or any(n < 1 for n in output_sizes):
-            raise ValueError(f"output_sizes must hold positive integers, got {output_sizes!r}")
-        self.output_sizes, self.sampling, self.fold = tuple(output_sizes), sampling, fold
+        self.output_sizes = check_output_sizes(output_sizes)
+        self.sampling, self.fold = sampling, fold
 
     def extra_repr(self) -> str:
         return (
@@ -338,18 +359,19 @@ class _AnchorBlock(_NonLocalBlock):
         Average and random sampling commute with a 1x1 convolution. A norm and a ReLU do not.
         """
         linear = self.variant == "paper"
-        anchors = sample(context) if linear or self.share != "key_value" else None
         key_map = None if linear else self.key(context)
-        key = self.key(anchors) if linear else sample(key_map)
-        value = key if self.share == "key_value" else self.value(anchors)
+        if linear or self.share != "key_value":
+            anchors = sample(context)
+        key = _on_anchors(self.key, anchors) if linear else sample(key_map)
+        value = key if self.share == "key_value" else _on_anchors(self.value, anchors)
 
-        bias = None
-        if linear and self._folds(key.shape[2], key.shape[1], self.query_channels):
+        count, bias = key.shape[2], None
+        if linear and is_untouched(self.query) and self._query_folds(count):
             # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
             query, weight = x, self.query.weight.flatten(1)
             if self.query.bias is not None:
                 bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
-            key = pointwise(key, weight.t())
+            key = torch.einsum("ci,bcs->bis", weight, key)
         elif self.share == "query_key" and not linear:
             query = key_map
         else:
@@ -357,20 +379,34 @@ class _AnchorBlock(_NonLocalBlock):
 
         # W_o (V P) + b = (W_o V + b) P, for the weights of a position sum to one; so does what
         # follows W_o, as long as nothing stands between.
-        following = [(self.out.weight, self.out.bias)]
-        if self.fuse == "concat" and self.out_norm is None:
-            following.append((self._fusion_weights()[0], None))
-        while following and self._folds(value.shape[2], value.shape[1], len(following[0][0])):
-            value = pointwise(value, *following.pop(0))
-        context = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
-        for layer in following:
-            context = pointwise(context, *layer)
-        return self._fuse(context, x, projected=self.out_norm is None)
+        projects_first = _is_cheaper(count, self.value_channels, self.out_channels)
+        if projects_first:
+            value = _on_anchors(self.out, value)
+        projected = (
+            projects_first
+            and self.fuse == "concat"
+            and self.out_norm is None
+            and is_untouched(self.fusion[0])
+        )
+        if projected:
+            value = _on_anchors(self.fusion[0].project, value)
+        attended = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
+        if not projects_first:
+            attended = self.out(attended)
+        return self._fuse(attended, x, projected=projected)
 
-    @staticmethod
-    def _folds(anchors: int, inner: int, outer: int) -> bool:
-        """Does attention of width ``outer`` cost less than one of ``inner`` and a convolution?"""
-        return anchors * outer <= anchors * inner + inner * outer
+    def _query_folds(self, anchors: int) -> bool:
+        return _is_cheaper(anchors, self.key_channels, self.query_channels)
+
+
+def _on_anchors(layer: Callable[[Tensor], Tensor], anchors: Tensor) -> Tensor:
+    """A 1 x 1 convolution on anchors (B, C, S), which it sees as the map (B, C, S, 1)."""
+    return layer(anchors.unsqueeze(3)).squeeze(3)
+
+
+def _is_cheaper(anchors: int, inner: int, outer: int) -> bool:
+    """Does attention of width ``outer`` cost less than one of ``inner`` and a convolution?"""
+    return anchors * outer <= anchors * inner + inner * outer
 
 
 class APNB(_AnchorBlock):
@@ -395,12 +431,15 @@ class APNB(_AnchorBlock):
         sampling: "avg", "max" or "random" (Table 7), which draws anew in every forward.
         fold: exact algebra that moves linear steps to the anchors, wherever it saves operations:
             the value and W_o, the fusion, in the paper's form also query and key. Not with "max".
+            Whatever replaces the children ``value`` and ``out`` must be linear too.
         scale: overrides the variant's.
         out_norm: a norm after W_o (appendix C of the paper).
         norm_layer: makes a norm from a number of channels.
 
-    W_o starts at zero, as in the released code. A shared query and key embedding updates its
-    running statistics once per forward; the released code runs it twice.
+    W_o starts at zero, as in the released code. The dropout that follows the fusion there is left
+    to the network. A shared query and key embedding runs, and updates its running statistics, once
+    per forward. The released code runs it twice: the same result in training, but its statistics
+    move at momentum ``1 - (1 - m) ** 2``.
 
     Shape: ``(B, in_channels, H, W)`` -> ``(B, out_channels, H, W)``, in the same memory format.
     """

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ctxops import _library
 from ctxops.ops.asymmetric_attention.reference import reference
@@ -109,12 +110,12 @@ def _forward(
     if output.numel() == 0:
         return output, lse
     query = query.contiguous(memory_format=_library.memory_format(query))
-    if _uses_triton(query):
-        from ctxops.ops.asymmetric_attention import triton_kernels
+    with _library.no_autocast(query.device.type):
+        if _uses_triton(query):
+            from ctxops.ops.asymmetric_attention import triton_kernels
 
-        triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
-    else:
-        with _library.no_autocast(query.device.type):
+            triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
+        else:
             _forward_in_blocks(query, key, value, bias, scale, output)
     return output, lse
 
@@ -197,13 +198,15 @@ def _backward(
         return grads
     layout = _library.memory_format(query)
     query, grad = query.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
-    if lse.numel() > 0:
-        from ctxops.ops.asymmetric_attention import triton_kernels
+    with _library.no_autocast(query.device.type):
+        if _uses_triton(query):
+            from ctxops.ops.asymmetric_attention import triton_kernels
 
-        grad_bias = grads[3] if bias is not None else None
-        triton_kernels.backward(grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias)
-    else:
-        with _library.no_autocast(query.device.type):
+            grad_bias = grads[3] if bias is not None else None
+            triton_kernels.backward(
+                grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias
+            )
+        else:
             _backward_in_blocks(grad, query, key, value, bias, scale, *grads)
     return grads
 
@@ -281,3 +284,17 @@ _BACKWARD = _library.Operator(
     kernels=dict.fromkeys(_KERNELS, _backward),
     backward=_library.no_second_derivative("asymmetric_attention"),
 )
+
+
+@register_flop_formula(torch.ops.ctxops.asymmetric_attention)
+def _flops(query: list[int], key: list[int], value: list[int], *_, **__) -> int:
+    """For torch's FlopCounterMode, from shapes: the logits and the weighted sum."""
+    batch, channels, height, width = query
+    return 2 * batch * height * width * key[2] * (channels + value[1])
+
+
+@register_flop_formula(torch.ops.ctxops.asymmetric_attention_bwd)
+def _flops_backward(grad: list[int], query: list[int], key: list[int], *_, **__) -> int:
+    """The logits again, d(weights) and the gradients of query, key and value."""
+    batch, channels, height, width = query
+    return 2 * batch * height * width * key[2] * (3 * channels + 2 * grad[1])

@@ -59,6 +59,18 @@ def pyramid_pool(
 
 def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, ...]:
     _library.check_map("input", input)
+    sizes = check_output_sizes(output_sizes)
+    if input.shape[2] * input.shape[3] >= 2**31 - 1:
+        raise ValueError(
+            f"input must have fewer than 2147483647 positions, got {tuple(input.shape)}"
+        )
+    if mode not in _MODES:
+        raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}")
+    return sizes
+
+
+def check_output_sizes(output_sizes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a pyramid as a tuple; raises unless they are 1 to 32 integers in 1 ... 32768."""
     if isinstance(output_sizes, int) or not 1 <= len(output_sizes) <= 32:
         raise ValueError(f"output_sizes must hold 1 to 32 integers, got {output_sizes!r}")
     for n in output_sizes:
@@ -66,12 +78,6 @@ def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, 
             raise TypeError(f"output_sizes must hold integers, got {n!r}")
         if not 1 <= n <= 32768:
             raise ValueError(f"output_sizes must be in 1 ... 32768, got {n}")
-    if input.shape[2] * input.shape[3] >= 2**31 - 1:
-        raise ValueError(
-            f"input must have fewer than 2147483647 positions, got {tuple(input.shape)}"
-        )
-    if mode not in _MODES:
-        raise ValueError(f"mode must be 'avg' or 'max', got {mode!r}")
     return tuple(output_sizes)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ctxops import _library
+from ctxops.ops.pyramid_pool import check_output_sizes
 from ctxops.ops.sample_anchors.reference import reference
 
 
@@ -68,9 +69,11 @@ def random_anchor_indices(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
-    if not output_sizes or any(n < 1 for n in output_sizes):
-        raise ValueError(f"output_sizes must hold positive integers, got {output_sizes!r}")
+    sizes = check_output_sizes(output_sizes)
     if device is None and generator is not None:
         device = generator.device
-    anchors = sum(n * n for n in output_sizes)
-    return torch.randint(height * width, (anchors,), generator=generator, device=device)
+    # Not randint, whose bound an exported graph keeps: its positions would fit one size alone.
+    fraction = torch.rand(
+        sum(n * n for n in sizes), generator=generator, device=device, dtype=torch.float64
+    )
+    return (fraction * (height * width)).long().clamp(max=height * width - 1)
