@@ -39,6 +39,7 @@ def _info() -> str:
         if not operator.name.endswith("_bwd"):
             cpu, cuda = _backends(operator, build)
             lines.append(f"{operator.name:<24}{cpu:<20}{cuda}")
+    lines += [f"{name:<24}{'torch':<20}torch" for name in ("nonlocal_attention", "sample_anchors")]
     return "\n".join(lines)
 
 
@@ -46,7 +47,8 @@ def _backends(operator: _library.Operator, build: dict[str, object]) -> tuple[st
     """What serves an operator, forward and backward, on the CPU and on CUDA."""
     native = f"{operator.name}_forward" in build.get("kernels", ())
     cpu = f"C++ {build['cpu'][-1]}" if native else "torch, in blocks"
-    cuda = "C++" if native else "Triton"
+    triton = "Triton" if importlib.util.find_spec("triton") else "torch, in blocks"
+    cuda = "C++" if native else triton
     return (
         cpu if "cpu" in operator.devices else "reference",
         cuda if "cuda" in operator.devices else "reference (no CUDA kernels, or no driver)",

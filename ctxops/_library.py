@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 from torch.utils.dlpack import to_dlpack
@@ -22,6 +23,7 @@ _LIBRARY = Library("ctxops", "DEF")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 reference_active = False
+_reference_depth = 0
 
 # The operators by name, in the order of their definition; for `ctxops info`.
 operators: dict[str, "Operator"] = {}
@@ -31,16 +33,18 @@ operators: dict[str, "Operator"] = {}
 def use_reference() -> Iterator[None]:
     """Routes every operator to its reference in plain torch while the context is open.
 
-    For second derivatives, export to ONNX, debugging, and devices without a kernel. The switch is
-    one flag for the whole process, not for the thread that sets it. It works around and inside
-    compiled and exported functions.
+    For derivatives that the kernels do not have, export to ONNX, and debugging. The switch is one
+    for the whole process, not for the thread that sets it: it is on while any such context is open.
+    It works around and inside compiled and exported functions.
     """
-    global reference_active
-    before, reference_active = reference_active, True
+    global reference_active, _reference_depth
+    _reference_depth += 1
+    reference_active = True
     try:
         yield
     finally:
-        reference_active = before
+        _reference_depth -= 1
+        reference_active = _reference_depth > 0
 
 
 class Operator:
@@ -81,8 +85,14 @@ class Operator:
             return self.overload(*arguments)
 
     def serves(self, tensor: Tensor) -> bool:
-        """Is there a kernel for this tensor, and has nobody asked for the reference?"""
-        return not reference_active and tensor.device.type in self.devices
+        """Is there a kernel for this tensor, and has nobody asked for the reference?
+
+        torch.func's transforms ask for it: kernels have no rule for them, and a tensor under vmap
+        does not tell that it wants a gradient.
+        """
+        if reference_active or tensor.device.type not in self.devices:
+            return False
+        return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None
 
 
 def native_devices(kernel: Callable) -> dict[str, Callable]:
@@ -166,9 +176,7 @@ def no_autocast(device: str) -> Iterator[None]:
 
 
 def check_map(name: str, x: Tensor) -> None:
-    """Raises unless ``x`` is a floating (B, C, H, W) with C, H and W at least 1."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    """Raises unless ``x`` is a floating, strided (B, C, H, W) with C, H and W at least 1."""
     check_dtype(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}")
@@ -180,8 +188,6 @@ def check_shape(
     name: str, x: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str
 ) -> None:
     """Raises unless ``x`` is floating, on the query's device, and has that shape (None: any)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     check_dtype(name, x)
     if x.dim() != len(shape) or any(
         want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
@@ -203,8 +209,23 @@ def check_same_dtype(**tensors: Tensor | None) -> None:
 
 
 def check_dtype(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a strided tensor of a floating dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a dense, strided tensor, got {layout}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def resolve_scale(scale: float | None, channels: int) -> float:
+    """``scale`` as a float, ``channels ** -0.5`` for None; raises unless it is a number."""
+    if scale is None:
+        return channels**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    return float(scale)
 
 
 def check_forward_mode(name: str, *tensors: Tensor | None) -> None:

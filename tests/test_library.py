@@ -4,6 +4,7 @@ import torch
 
 import ctxops
 from ctxops import _library
+from ctxops.ops.pyramid_pool import op
 from ctxops.ops.pyramid_pool.reference import reference
 from numerics import LAYOUTS
 
@@ -22,9 +23,7 @@ def test_memory_format_of_an_ambiguous_map_is_contiguous():
 
 def test_use_reference_switches_and_restores(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "ctxops.ops.pyramid_pool.op.reference", lambda *a: calls.append(a) or reference(*a)
-    )
+    monkeypatch.setattr(op, "reference", lambda *a: calls.append(a) or reference(*a))
     x = torch.randn(1, 2, 5, 5)
     ctxops.pyramid_pool(x)
     assert not calls
@@ -40,30 +39,66 @@ def test_use_reference_switches_and_restores(monkeypatch):
     assert len(calls) == 2
 
 
+def test_overlapping_contexts_end_with_the_last():
+    first, second = ctxops.use_reference(), ctxops.use_reference()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _library.reference_active
+    second.__exit__(None, None, None)
+    assert not _library.reference_active
+
+
+class Graphs:
+    """A backend of torch.compile that counts our operators in the graphs that it is given."""
+
+    def __init__(self):
+        self.operators = 0
+
+    def __call__(self, graph, inputs):
+        self.operators += sum("ctxops" in str(node.target) for node in graph.graph.nodes)
+        return graph
+
+
 def test_use_reference_around_a_compiled_function():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: ctxops.pyramid_pool(x, (1, 2)), fullgraph=True)
-    x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    plain = compiled(x)
+    graphs = Graphs()
+    compiled = torch.compile(
+        lambda x: ctxops.pyramid_pool(x, (1, 2)), fullgraph=True, backend=graphs
+    )
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64)
     with ctxops.use_reference():
-        torch.testing.assert_close(compiled(x), plain)
+        plain = compiled(x)
+    assert graphs.operators == 0
     torch.testing.assert_close(compiled(x), plain)
+    assert graphs.operators == 1
 
 
 def test_use_reference_inside_a_compiled_function():
     torch._dynamo.reset()
+    graphs = Graphs()
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=graphs)
     def both(x):
         with ctxops.use_reference():
             a = ctxops.pyramid_pool(x, (1, 2))
         return a, ctxops.pyramid_pool(x, (1, 2))
 
     torch.testing.assert_close(*both(torch.randn(1, 2, 6, 6)))
+    assert graphs.operators == 1
     assert not _library.reference_active
 
 
-def test_a_device_without_kernels_is_served_by_the_reference():
+def test_a_device_without_kernels_is_served_by_the_reference(monkeypatch):
+    calls = []
+    monkeypatch.setattr(op, "reference", lambda *a: calls.append(a) or reference(*a))
+    monkeypatch.setattr(op._FORWARD, "devices", frozenset({"cuda"}))
+    x = torch.randn(2, 3, 9, 8)
+    assert torch.equal(ctxops.pyramid_pool(x), reference(x, (1, 3, 6, 8), "avg"))
+    assert len(calls) == 1
+
+
+def test_meta_tensors_get_their_shapes():
     x = torch.empty(2, 3, 9, 8, device="meta")
     assert ctxops.pyramid_pool(x).shape == (2, 3, 110)
     key, value = (torch.empty(2, 3, 5, device="meta") for _ in range(2))
@@ -73,7 +108,7 @@ def test_a_device_without_kernels_is_served_by_the_reference():
 def test_works_under_inference_mode():
     x = torch.randn(1, 2, 9, 8)
     with torch.inference_mode():
-        assert torch.equal(ctxops.pyramid_pool(x), ctxops.pyramid_pool(x))
+        torch.testing.assert_close(ctxops.pyramid_pool(x), reference(x, (1, 3, 6, 8), "avg"))
 
 
 def test_public_names_all_exist():

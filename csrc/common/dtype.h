@@ -41,12 +41,14 @@ CTXOPS_HD float load(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
 #else
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  // 2^112 rebases the exponent and turns subnormal halves into normal floats exactly.
-  const uint32_t finite = float_bits(bits_float(magnitude) * bits_float(0x77800000u));
-  const uint32_t special = magnitude | 0x7f800000u;
-  return bits_float(sign | (magnitude >= 0x0f800000u ? special : finite));
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;
+  // The mantissa of 0.5 counts in steps of 2^-24, as subnormal halves do.
+  const uint32_t subnormal = float_bits(bits_float(magnitude | 0x3f000000u) - 0.5f);
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
+  return bits_float(sign | (magnitude >= 0x7c00u ? special : finite));
 #endif
 }
 

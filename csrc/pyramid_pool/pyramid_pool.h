@@ -147,7 +147,7 @@ inline const char* check_map(const TensorView& map, const IntList& sizes) {
   if (map.ndim != 4 || !is_floating(map.dtype)) return "the map must be a floating (B, C, H, W)";
   if (!unit_stride(map, 1) && !unit_stride(map, 3)) return "the map needs unit stride along C or W";
   if (map.size[2] < 1 || map.size[3] < 1) return "the map must have H, W >= 1";
-  if (map.size[2] >= INT32_MAX / map.size[3]) return "the map has too many positions";
+  if (map.size[2] > (INT32_MAX - 1) / map.size[3]) return "the map has too many positions";
   if (sizes.count < 1) return "sizes is empty";
   for (int s = 0; s < sizes.count; ++s) {
     if (sizes.value[s] < 1 || sizes.value[s] > (1 << 15)) return "sizes must be in 1 ... 32768";

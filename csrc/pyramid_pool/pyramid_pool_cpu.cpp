@@ -11,6 +11,10 @@ constexpr int64_t kChannelTile = 256;  // maps with unit stride along C
 constexpr int64_t kPlaneTile = 16;     // maps with unit stride along W: one cache line of cells
 constexpr int64_t kColumnTile = 512;   // columns that are summed before they are cut into cells
 
+// So many values are added in the accumulator's precision; then their sum goes to a double. A cell
+// may have millions of positions, and a float would stop counting ones at 2^24.
+constexpr int64_t kRun = 32;
+
 struct Forward {
   TensorView input;
   TensorView output;
@@ -63,8 +67,20 @@ void accumulate(A* __restrict sum, int32_t* __restrict sum_at, const T* __restri
   }
 }
 
-template <bool kMaximum, bool kIndex, typename A>
-void merge(A* __restrict sum, int32_t* __restrict sum_at, const A* __restrict x,
+// What a long reduction is kept in: a double for sums, the values' own type for maxima.
+template <typename A, bool kMaximum>
+struct TotalOf {
+  using type = double;
+};
+template <typename A>
+struct TotalOf<A, true> {
+  using type = A;
+};
+template <typename A, bool kMaximum>
+using Total = typename TotalOf<A, kMaximum>::type;
+
+template <bool kMaximum, bool kIndex, typename A, typename X>
+void merge(A* __restrict sum, int32_t* __restrict sum_at, const X* __restrict x,
            const int32_t* __restrict x_at, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
     if constexpr (!kMaximum) {
@@ -97,15 +113,26 @@ void cells_channels_inner(const Forward& p) {
   parallel_for(B * p.rows.count * channel_tiles, element_count(p.input), p.threads, [&](int64_t i) {
     const int64_t c = i % channel_tiles * kChannelTile, r = i / channel_tiles % p.rows.count;
     const int64_t b = i / channel_tiles / p.rows.count, count = smaller(kChannelTile, C - c);
+    Total<A, kMaximum> total[kChannelTile];
+    A run[kChannelTile];
+    int32_t total_at[kIndex ? kChannelTile : 1], run_at[kIndex ? kChannelTile : 1];
     for (int64_t q = 0; q < p.columns.count; ++q) {
-      A* sum = cell<A>(p.cells, b, r, q, c);
-      int32_t* sum_at = kIndex ? cell<int32_t>(p.cell_argmax, b, r, q, c) : nullptr;
-      reset<kMaximum, kIndex>(sum, sum_at, count);
+      reset<kMaximum, kIndex>(total, total_at, count);
+      const int64_t right = cell_start(p.columns, q + 1);
       for (int64_t h = cell_start(p.rows, r); h < cell_start(p.rows, r + 1); ++h) {
-        for (int64_t w = cell_start(p.columns, q); w < cell_start(p.columns, q + 1); ++w) {
-          accumulate<kMaximum, kIndex, 0>(sum, sum_at, at<T>(p.input, b, c, h, w), h * W + w,
-                                          count);
+        for (int64_t left = cell_start(p.columns, q); left < right; left += kRun) {
+          reset<kMaximum, kIndex>(run, run_at, count);
+          for (int64_t w = left; w < smaller(left + kRun, right); ++w) {
+            const T* x = at<T>(p.input, b, c, h, w);
+            accumulate<kMaximum, kIndex, 0>(run, run_at, x, h * W + w, count);
+          }
+          merge<kMaximum, kIndex>(total, total_at, run, run_at, count);
         }
+      }
+      A* to = cell<A>(p.cells, b, r, q, c);
+      for (int64_t k = 0; k < count; ++k) to[k] = static_cast<A>(total[k]);
+      if constexpr (kIndex) {
+        memcpy(cell<int32_t>(p.cell_argmax, b, r, q, c), total_at, count * sizeof(int32_t));
       }
     }
   });
@@ -120,10 +147,12 @@ void cells_width_inner(const Forward& p) {
   const int64_t plane_tiles = tiles(C, kPlaneTile);
   parallel_for(B * plane_tiles, element_count(p.input), p.threads, [&](int64_t i) {
     const int64_t b = i / plane_tiles, begin = i % plane_tiles * kPlaneTile;
-    A column[kColumnTile];
-    int32_t column_at[kIndex ? kColumnTile : 1];
+    Total<A, kMaximum> column[kColumnTile];
+    A run[kColumnTile];
+    int32_t column_at[kIndex ? kColumnTile : 1], run_at[kIndex ? kColumnTile : 1];
     for (int64_t c = begin; c < smaller(begin + kPlaneTile, C); ++c) {
       for (int64_t r = 0; r < p.rows.count; ++r) {
+        const int64_t bottom = cell_start(p.rows, r + 1);
         for (int64_t q = 0; q < p.columns.count; ++q) {
           reset<kMaximum, kIndex>(cell<A>(p.cells, b, r, q, c),
                                   kIndex ? cell<int32_t>(p.cell_argmax, b, r, q, c) : nullptr, 1);
@@ -132,23 +161,27 @@ void cells_width_inner(const Forward& p) {
         for (int64_t left = 0; left < W; left += kColumnTile) {
           const int64_t count = smaller(kColumnTile, W - left);
           reset<kMaximum, kIndex>(column, column_at, count);
-          for (int64_t h = cell_start(p.rows, r); h < cell_start(p.rows, r + 1); ++h) {
-            accumulate<kMaximum, kIndex, 1>(column, column_at, at<T>(p.input, b, c, h, left),
-                                            h * W + left, count);
+          for (int64_t top = cell_start(p.rows, r); top < bottom; top += kRun) {
+            reset<kMaximum, kIndex>(run, run_at, count);
+            for (int64_t h = top; h < smaller(top + kRun, bottom); ++h) {
+              const T* x = at<T>(p.input, b, c, h, left);
+              accumulate<kMaximum, kIndex, 1>(run, run_at, x, h * W + left, count);
+            }
+            merge<kMaximum, kIndex>(column, column_at, run, run_at, count);
           }
           for (int64_t k = 0; k < count;) {
             while (cell_start(p.columns, q + 1) <= left + k) ++q;
             const int64_t end = smaller(count, cell_start(p.columns, q + 1) - left);
-            A sum;  // in registers: through the cell's memory every step would wait for the last
-            int32_t sum_at;
-            reset<kMaximum, kIndex>(&sum, &sum_at, 1);
+            Total<A, kMaximum> total;  // in a register, not in the cell's memory
+            int32_t total_at;
+            reset<kMaximum, kIndex>(&total, &total_at, 1);
             for (; k < end; ++k) {
-              merge<kMaximum, kIndex>(&sum, &sum_at, column + k, kIndex ? column_at + k : nullptr,
-                                      1);
+              merge<kMaximum, kIndex>(&total, &total_at, column + k,
+                                      kIndex ? column_at + k : nullptr, 1);
             }
             merge<kMaximum, kIndex>(cell<A>(p.cells, b, r, q, c),
                                     kIndex ? cell<int32_t>(p.cell_argmax, b, r, q, c) : nullptr,
-                                    &sum, &sum_at, 1);
+                                    &total, &total_at, 1);
           }
         }
       }
@@ -167,7 +200,7 @@ void bins_from_cells(const Forward& p) {
   parallel_for(B * channel_tiles, elements, p.threads, [&](int64_t item) {
     const int64_t b = item / channel_tiles, c = item % channel_tiles * kTile;
     const int64_t count = smaller(kTile, C - c);
-    A sum[kTile];
+    Total<A, kMaximum> sum[kTile];
     int32_t sum_at[kIndex ? kTile : 1];
     for (int64_t s = 0; s < S; ++s) {
       const Bin bin = bin_at(p.sizes, s);
@@ -182,9 +215,10 @@ void bins_from_cells(const Forward& p) {
                                   count);
         }
       }
-      const A area = static_cast<A>((bottom - top) * (right - left));
+      const double area = static_cast<double>((bottom - top) * (right - left));
       for (int64_t k = 0; k < count; ++k) {
-        store(row<T>(p.output, b, c + k, s), kMaximum ? sum[k] : sum[k] / area);
+        const auto value = kMaximum ? sum[k] : sum[k] / area;
+        store(row<T>(p.output, b, c + k, s), static_cast<A>(value));
         if constexpr (kIndex) *row<int32_t>(p.argmax, b, s, c + k) = sum_at[k];
       }
     }
@@ -276,6 +310,7 @@ void spread_cells_width_inner(const Backward& p) {
 
 // A maximum sends its gradient to one position. Every cell collects what was sent to its own
 // positions: no two items write the same place, and the order of a sum is the order of the bins.
+// The sum is kept in the map: the caller hands a float map where the gradient is in half precision.
 template <typename T>
 void gather_maxima(const Backward& p) {
   using A = Accumulator<T>;
@@ -293,20 +328,14 @@ void gather_maxima(const Backward& p) {
     }
     for (int64_t q = 0; q < p.columns.count; ++q) {
       const int64_t left = cell_start(p.columns, q), right = cell_start(p.columns, q + 1);
-      const auto each_bin = [&](const auto& f) { for_bins_at(p.sizes, H, W, top, left, f); };
-      each_bin([&](int64_t s, int64_t) {
+      for_bins_at(p.sizes, H, W, top, left, [&](int64_t s, int64_t) {
         const int32_t* sent_to = row<int32_t>(p.argmax, b, s, 0);
+        const T* grad = row<T>(p.grad_output, b, s, 0);
         for (int64_t c = 0; c < C; ++c) {
           const int64_t h = sent_to[c] / W, w = sent_to[c] % W;
           if (h < top || h >= bottom || w < left || w >= right) continue;
-          // The sum of all bins that chose this position, written once by each of them: the sum is
-          // kept in the accumulator's precision without a workspace.
-          A sum = 0;
-          each_bin([&](int64_t other, int64_t) {
-            if (*row<int32_t>(p.argmax, b, other, c) != sent_to[c]) return;
-            sum += load(*row<T>(p.grad_output, b, other, c));
-          });
-          store(at<T>(p.grad_input, b, c, h, w), sum);
+          T* to = at<T>(p.grad_input, b, c, h, w);
+          store(to, load(*to) + load(grad[c]));
         }
       });
     }

@@ -184,6 +184,26 @@ def test_autocast_casts_down(device):
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
 
+def test_autocast_leaves_float64_alone(device):
+    inputs = make((2, 6, 7, 8), 9, 5, torch.float64, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        torch.testing.assert_close(attend(*inputs), reference(*inputs, 0.3))
+
+
+def test_transforms_of_torch_func():
+    inputs = [x.requires_grad_() for x in make((2, 3, 4, 3), 4, 2, torch.float64)]
+    expected = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
+    function = torch.func.grad(lambda *x: attend(*x).square().sum(), argnums=(0, 1, 2, 3))
+    for a, b in zip(function(*(x.detach() for x in inputs)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), "0.5", [1.0], 1j, True], ids=str)
+def test_a_scale_that_is_no_number(scale):
+    with pytest.raises(TypeError, match="scale must be a number or None, got"):
+        attend(*make((2, 4, 3, 3), 5, 6), scale=scale)
+
+
 def test_deterministic(device):
     inputs = [x.requires_grad_() for x in make((2, 33, 37, 29), 110, 65, device=device)]
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import threading
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ CASES = [
     ((1, 16, 1, 23), (5, 3), 3),
     ((2, 5, 19, 1), (4, 9), 40),
     ((1, 33, 13, 11), (1, 17), 65),
+    ((2, 1, 3, 5), (4, 3), 1),
 ]
 
 
@@ -42,6 +44,23 @@ def test_values_and_gradients(case, layout, dtype, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, device):
     check([LAYOUTS[layout](x) for x in make((2, 6, 7, 8), (3, 5), 4, device=device)])
+
+
+def test_threads_leave_torchs_backends_as_they_were():
+    inputs = make((1, 4, 3, 3), (3, 3), 4)
+    before = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+    def work():
+        for _ in range(100):
+            attend(*inputs)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    assert after == before
 
 
 @pytest.mark.cuda

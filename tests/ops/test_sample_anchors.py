@@ -64,7 +64,9 @@ def test_bad_indices(indices, error, message):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="height and width must be at least 1"):
+    with pytest.raises(
+        ValueError, match="height and width must be integers of at least 1, got 0 and 4"
+    ):
         ctxops.random_anchor_indices(0, 4, (1,))
     with pytest.raises(ValueError, match=r"output_sizes must be in .* got 0"):
         ctxops.random_anchor_indices(4, 4, (1, 0))

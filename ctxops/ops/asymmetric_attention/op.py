@@ -53,17 +53,19 @@ def asymmetric_attention(
         (float64). Autocast casts down.
     Gradients: query, key, value, bias.
     Deterministic: as torch's matrix products on the CPU; yes on CUDA's Triton path.
-    Memory: CPU: 16 MiB for a block of logits and weights, for half precision also for its float32
-        inputs and outputs; never N * S at once. CUDA: B * N float32 when a gradient is wanted.
+    Memory: CPU: 16 MiB (or what one position takes, if that is more) for a block of logits and
+        weights, in half precision also for its inputs and outputs in float32; half-precision keys
+        and values in float32; never N * S at once. CUDA: B * N float32 are kept for the backward,
+        which takes 64 MiB. An upstream gradient in the other memory format is copied.
     """
     _check(query, key, value, bias)
-    _library.check_forward_mode("asymmetric_attention", query, key, value, bias)
+    scale = _library.resolve_scale(scale, query.shape[1])
     query, key, value, bias = _library.autocast(query, key, value, bias)
     _library.check_same_dtype(query=query, key=key, value=value, bias=bias)
-    scale = query.shape[1] ** -0.5 if scale is None else float(scale)
     if not _FORWARD.serves(query):
         output = reference(query, key, value, bias, scale)
         return output.contiguous(memory_format=_library.memory_format(query))
+    _library.check_forward_mode("asymmetric_attention", query, key, value, bias)
     grad = _library.needs_grad(query, key, value, bias)
     save = grad and _uses_triton(query)
     return _FORWARD(query, key, value, bias, scale, save, differentiable=grad)[0]

@@ -4,15 +4,16 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 
 from ctxops import _library
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.nonlocal_attention.reference import reference
 
-# All of torch's backends but the one that forms the N x N matrix: where none of these takes the
-# tensors, torch raises instead of falling back to it.
-_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 # The widest head that CUDA's flash kernels take.
 _FLASH_WIDTH = 256
 
@@ -27,7 +28,9 @@ def nonlocal_attention(
             \text{scale} \cdot \langle q_{b,:,i},\, k_{b,:,j} \rangle \big)\; v_{b,:,j}
 
     It is torch's ``scaled_dot_product_attention`` with the maps laid out, padded and split such
-    that a fused backend takes them: the N x N weights are never formed.
+    that a fused backend takes them: the N x N weights are never formed. NaN and inf come out as
+    that backend has them: a position whose logits are all NaN or -inf may get 0, where the
+    reference has NaN.
 
     Args:
         query: map of shape ``(B, C, H, W)``; channels_last spares a copy of each map.
@@ -55,16 +58,13 @@ def nonlocal_attention(
         to the wider; and what the backend needs, which is linear in the positions.
     """
     _check(query, key, value)
-    _library.check_forward_mode("nonlocal_attention", query, key, value)
+    scale = _library.resolve_scale(scale, query.shape[1])
     query, key, value = _library.autocast(query, key, value)
     _library.check_same_dtype(query=query, key=key, value=value)
-    scale = query.shape[1] ** -0.5 if scale is None else float(scale)
     if _library.reference_active or query.device.type not in ("cpu", "cuda"):
         output = reference(query, key, value, scale)
         return output.contiguous(memory_format=_library.memory_format(query))
-    if query.is_cuda and query.dtype == torch.float64:
-        # No fused backend takes float64 there; the positions of the other map serve as anchors.
-        return asymmetric_attention(query, key.flatten(2), value.flatten(2), scale=scale)
+    _library.check_forward_mode("nonlocal_attention", query, key, value)
     return _fused(query, key, value, scale)
 
 
@@ -89,17 +89,27 @@ def _sequence(x: Tensor, width: int) -> Tensor:
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, channels, height, width = query.shape
     value_channels = value.shape[1]
-    head = part = max(channels, value_channels)
+    # At least 2: the stride of a single channel is accidental, and no backend takes that.
+    head = part = max(channels, value_channels, 2)
     if query.is_cuda:
         # Wide values go in parts that flash takes. Widths are multiples of 16 bytes there.
         part = min(head, max(channels, _FLASH_WIDTH))
         head = -(-part // 8) * 8
     q, k = _sequence(query, head), _sequence(key, head)
+    if query.is_cuda and not _is_taken(q, k):
+        # Without a fused backend torch would form the N x N matrix. The other map's positions serve
+        # as anchors instead.
+        return asymmetric_attention(query, key.flatten(2), value.flatten(2), scale=scale)
     outputs = []
-    with sdpa_kernel(_FUSED):
-        for v in value.split(part, dim=1):
-            attended = F.scaled_dot_product_attention(q, k, _sequence(v, head), scale=scale)
-            outputs.append(attended[:, 0, :, : v.shape[1]])
+    for v in value.split(part, dim=1):
+        attended = F.scaled_dot_product_attention(q, k, _sequence(v, head), scale=scale)
+        outputs.append(attended[:, 0, :, : v.shape[1]])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     output = output.view(batch, height, width, value_channels).permute(0, 3, 1, 2)
     return output.contiguous(memory_format=_library.memory_format(query))
+
+
+def _is_taken(q: Tensor, k: Tensor) -> bool:
+    """Does a fused backend of CUDA take these sequences (B, 1, N, width)?"""
+    parameters = SDPAParams(q, k, k, None, 0.0, False, False)
+    return can_use_flash_attention(parameters) or can_use_efficient_attention(parameters)

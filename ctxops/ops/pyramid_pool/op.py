@@ -45,13 +45,15 @@ def pyramid_pool(
     Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast keeps it.
     Gradients: input.
     Deterministic: yes, forward and backward, for any number of threads.
-    Memory: B * C * R * Q accumulators, R and Q the cells that all bins cut the axes into: at most
-        2 * sum(n) and the axis' length. mode="max" with gradient: twice that, and B * S * C int32.
+    Memory: B * C * R * Q values of 4 bytes (8 for float64), R and Q the cells that all bins cut an
+        axis into: at most 2 * sum(n) and its length; beyond 255 cells, its length. mode="max" with
+        gradient: as many int32 again, and B * S * C int32 are kept. Backward: the same cells (none
+        for maxima) and B * S * C values; maxima of half precision on the CPU: a float32 map.
     """
     sizes = _check(input, output_sizes, mode)
-    _library.check_forward_mode("pyramid_pool", input)
     if not _FORWARD.serves(input):
         return reference(input, sizes, mode)
+    _library.check_forward_mode("pyramid_pool", input)
     maximum = mode == "max"
     grad = _library.needs_grad(input)
     return _FORWARD(input, sizes, maximum, maximum and grad, differentiable=grad)[0]
@@ -71,7 +73,9 @@ def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, 
 
 def check_output_sizes(output_sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes of a pyramid as a tuple; raises unless they are 1 to 32 integers in 1 ... 32768."""
-    if isinstance(output_sizes, int) or not 1 <= len(output_sizes) <= 32:
+    if not isinstance(output_sizes, Sequence) or isinstance(output_sizes, str):
+        raise TypeError(f"output_sizes must be a sequence of integers, got {output_sizes!r}")
+    if not 1 <= len(output_sizes) <= 32:
         raise ValueError(f"output_sizes must hold 1 to 32 integers, got {output_sizes!r}")
     for n in output_sizes:
         if not isinstance(n, int) or isinstance(n, bool):
@@ -113,7 +117,12 @@ def _forward(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tupl
 
 
 def _allocate_backward(
-    grad: Tensor, argmax: Tensor, sizes: list[int], height: int, width: int, channels_last: bool
+    grad: Tensor,
+    argmax: Tensor | None,
+    sizes: list[int],
+    height: int,
+    width: int,
+    channels_last: bool,
 ) -> Tensor:
     shape = (grad.shape[0], grad.shape[1], height, width)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -121,13 +130,25 @@ def _allocate_backward(
 
 
 def _backward(
-    grad: Tensor, argmax: Tensor, sizes: list[int], height: int, width: int, channels_last: bool
+    grad: Tensor,
+    argmax: Tensor | None,
+    sizes: list[int],
+    height: int,
+    width: int,
+    channels_last: bool,
 ) -> Tensor:
     grad_input = _allocate_backward(grad, argmax, sizes, height, width, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    average = argmax.numel() == 0
-    grad_cells = _new_cells(grad, grad_input.shape, sizes) if average else argmax
+    if argmax is not None and not grad.is_cuda and grad.dtype.itemsize == 2:
+        # The CPU's kernel adds in the map itself.
+        total = _backward(grad.float(), argmax, sizes, height, width, channels_last)
+        return grad_input.copy_(total)
+    if argmax is None:
+        argmax = grad.new_empty(0, dtype=torch.int32)
+        grad_cells = _new_cells(grad, grad_input.shape, sizes)
+    else:
+        grad_cells = grad.new_empty(0, dtype=torch.float32)
     _library.launch(
         "pyramid_pool_backward", grad,
         grad.transpose(1, 2).contiguous(), argmax, grad_cells, grad_input, sizes,
@@ -136,11 +157,14 @@ def _backward(
 
 
 def _setup_context(ctx, inputs, output):
-    input, ctx.sizes, _, _ = inputs
+    input, ctx.sizes, ctx.maximum, saved = inputs
     argmax = output[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(argmax)
+    if ctx.maximum:
+        # A graph that was exported without gradients has no argmax: the backward takes it anew.
+        ctx.save_for_backward(argmax if saved else input)
+    ctx.saved = saved
     ctx.map_size = input.shape[2:]
     ctx.channels_last = _library.memory_format(input) == torch.channels_last
 
@@ -148,7 +172,11 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     if grad is None:
         return None, None, None, None
-    (argmax,) = ctx.saved_tensors
+    argmax = None
+    if ctx.maximum:
+        (argmax,) = ctx.saved_tensors
+        if not ctx.saved:
+            argmax = _FORWARD(argmax, ctx.sizes, True, True)[1]
     grad_input = _BACKWARD(grad, argmax, ctx.sizes, *ctx.map_size, ctx.channels_last)
     return grad_input, None, None, None
 
@@ -161,7 +189,7 @@ _FORWARD = _library.Operator(
     backward=_autograd,
 )
 _BACKWARD = _library.Operator(
-    "pyramid_pool_bwd(Tensor grad, Tensor argmax, int[] sizes, SymInt height, SymInt width, "
+    "pyramid_pool_bwd(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
     "bool channels_last) -> Tensor",
     fake=_allocate_backward,
     kernels=_library.native_devices(_backward),

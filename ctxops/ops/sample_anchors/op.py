@@ -27,8 +27,9 @@ def sample_anchors(input: Tensor, indices: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``input`` is no floating tensor, ``indices`` no int64 tensor.
-        ValueError: wrong ranks, differing devices, a position outside the map (on the CPU; on CUDA
-            that would cost a synchronisation, and torch's own device assertion reports it).
+        ValueError: wrong ranks, differing devices, a position outside the map. Positions are
+            checked on the CPU outside torch.compile. On CUDA that would cost a synchronisation:
+            torch's indexing counts negative positions from the end, and asserts on the others.
 
     Source: Zhu et al., Asymmetric Non-local Neural Networks, ICCV 2019, Table 7 (random sampling).
 
@@ -67,8 +68,10 @@ def random_anchor_indices(
     Returns int64 ``(S,)`` with ``S = sum(n * n)``, on ``device`` (the generator's, by default).
     Draw once and use the result for the key and for the value.
     """
-    if height < 1 or width < 1:
-        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    if not all(isinstance(n, (int, torch.SymInt)) and n >= 1 for n in (height, width)):
+        raise ValueError(
+            f"height and width must be integers of at least 1, got {height!r} and {width!r}"
+        )
     sizes = check_output_sizes(output_sizes)
     if device is None and generator is not None:
         device = generator.device
