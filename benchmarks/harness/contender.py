@@ -42,7 +42,6 @@ class Contender:
     flops: int | None = None
     traffic: int | None = None
     paper: Paper | None = None
-    note: str = ""
 
     @property
     def format_name(self) -> str:
@@ -75,7 +74,6 @@ class Case:
     contenders: tuple[Contender, ...]
     oracles: Mapping[str, Oracle] = dataclasses.field(default_factory=dict)
     backward: bool = False
-    remark: str = ""
 
 
 def both_formats(contender: Contender) -> tuple[Contender, Contender]:

@@ -91,16 +91,11 @@ def print_report(report: Report) -> None:
                 style="yellow",
             )
         title = result.case.title
-        notes = [_note(row) for row in result.rows if row.entry.contender.note]
-        for line in [*summarize(result), *report.lines.get(title, []), *dict.fromkeys(notes)]:
+        for line in [*summarize(result), *report.lines.get(title, [])]:
             console.print(line)
         if title in details:
             console.print(details[title])
     console.print(LEGEND, style="dim")
-
-
-def _note(row: Row) -> str:
-    return f"{row.name}: {row.entry.contender.note}"
 
 
 def _table(result: Result, roof: Roofline):
@@ -209,7 +204,6 @@ def _row_record(row: Row, result: Result, roof: Roofline) -> dict[str, object]:
         "format": contender.format_name,
         "ours": contender.ours,
         "needs_bytes": entry.needs,
-        "note": contender.note,
         "paper": dataclasses.asdict(contender.paper) if contender.paper else None,
     }
     if row.timing is None:

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import argparse
 import functools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import nonlocal_vs_apnb
+from ctxops.nn import APNB
+from harness import relative_error
 from nonlocal_vs_apnb import Block
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 
 TINY = ["--size", "9x7", "--channels", "24", "--key-channels", "8", "--seconds", "0.1"]
 ROW_KEYS = {
-    "name", "format", "ours", "note", "paper", "needs_bytes", "median_ms", "p20_ms", "p80_ms",
+    "name", "format", "ours", "paper", "needs_bytes", "median_ms", "p20_ms", "p80_ms",
     "samples_ms", "ratio", "memory_bytes", "flops", "bytes", "bytes_per_second",
     "flops_per_second", "roofline_share", "relative_error", "error_against",
 }  # fmt: skip
@@ -78,7 +82,25 @@ class TestCounts:
         assert count == pytest.approx(expected, abs=1e-3)
 
     def test_our_count(self):
-        assert Block(1, 2048, 256, 256, 128).our_macs() / 1e9 == pytest.approx(25.6, abs=0.05)
+        block = APNB(2048, 256, 256).to("meta")
+        with FlopCounterMode(display=False) as counter:
+            block(torch.empty(1, 2048, 256, 128, device="meta"))
+        assert counter.get_total_flops() / 2e9 == pytest.approx(25.6, abs=0.05)
+
+    def test_inputs_tell_a_wrong_attention_from_the_right_one(self):
+        options = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32)
+        case = nonlocal_vs_apnb.build_case(Block(1, 512, 64, 24, 24), options, False, False)
+        (x,) = case.inputs()
+        block = randomize(ReleasedAPNB(512, 64, 64)).eval()
+        with torch.no_grad():
+            expected = block(x)
+            block.scale *= 2
+            sharper = block(x)
+            block.scale = 0.0
+            uniform = block(x)
+        # The widest tolerance, that of bfloat16, is 0.04.
+        assert relative_error(sharper, expected) > 0.2
+        assert relative_error(uniform, expected) > 0.2
 
     def test_paper_figures_belong_to_table_1(self):
         assert Block(1, 2048, 256, 96, 96).paper("NB").milliseconds == 19.5
