@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ctxops import _library
-from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d, is_untouched
+from ctxops.nn.pointwise import (
+    PointwiseConcatConv2d,
+    PointwiseConv2d,
+    is_untouched,
+    pointwise,
+)
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.nonlocal_attention import nonlocal_attention
 from ctxops.ops.pyramid_pool import check_output_sizes, pyramid_pool
@@ -359,7 +364,7 @@ class _AnchorBlock(_NonLocalBlock):
         Average and random sampling commute with a 1x1 convolution. A norm and a ReLU do not.
         """
         linear = self.variant == "paper"
-        key_map = None if linear else self.key(context)
+        key_map = None if linear else _embed(self.key, context)
         if linear or self.share != "key_value":
             anchors = sample(context)
         key = _on_anchors(self.key, anchors) if linear else sample(key_map)
@@ -375,7 +380,7 @@ class _AnchorBlock(_NonLocalBlock):
         elif self.share == "query_key" and not linear:
             query = key_map
         else:
-            query = self.query(x)
+            query = _embed(self.query, x)
 
         # W_o (V P) + b = (W_o V + b) P, for the weights of a position sum to one; so does what
         # follows W_o, as long as nothing stands between.
@@ -397,6 +402,28 @@ class _AnchorBlock(_NonLocalBlock):
 
     def _query_folds(self, anchors: int) -> bool:
         return _is_cheaper(anchors, self.key_channels, self.query_channels)
+
+
+def _embed(embedding: nn.Module, x: Tensor) -> Tensor:
+    """``embedding(x)``; in evaluation its batch norm, linear then, goes into the convolution."""
+    if isinstance(embedding, PointwiseConv2d):
+        return embedding(x)
+    convolution, norm, activation = embedding
+    foldable = (
+        isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        and norm.affine
+        and norm.running_var is not None
+        and not norm.training
+        and is_untouched(convolution)
+        and not (norm._forward_pre_hooks or norm._forward_hooks)
+        and convolution.weight.dtype.itemsize >= 4  # half precision would round the weights twice
+    )
+    if not foldable:
+        return embedding(x)
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
+    weight = convolution.weight * gain[:, None, None, None]
+    return activation(pointwise(x, weight, norm.bias + shift * gain))
 
 
 def _on_anchors(layer: Callable[[Tensor], Tensor], anchors: Tensor) -> Tensor:
@@ -430,7 +457,8 @@ class APNB(_AnchorBlock):
             "paper": plain linear embeddings, scale 1.
         sampling: "avg", "max" or "random" (Table 7), which draws anew in every forward.
         fold: exact algebra that moves linear steps to the anchors, wherever it saves operations:
-            the value and W_o, the fusion, in the paper's form also query and key. Not with "max".
+            the value and W_o, the fusion, in the paper's form also query and key; in evaluation
+            the embeddings' batch norm moves into their convolution. Not with "max".
             Whatever replaces the children ``value`` and ``out`` must be linear too.
         scale: overrides the variant's.
         out_norm: a norm after W_o (appendix C of the paper).
