@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <type_traits>
+
 #include "common/cuda.h"
 #include "pyramid_pool/pyramid_pool.h"
 
@@ -14,6 +16,12 @@ constexpr int kBlocks = 3;  // on a multiprocessor at least: 80 registers for a 
 constexpr int64_t kBusyThreads = 1 << 18;
 
 enum class Mode { mean, maximum };
+
+// A thread adds at most so many floats one to the other; the sums of such runs are added in double.
+constexpr int kRun = 16;
+
+template <typename A, Mode kMode>
+constexpr bool kInRuns = kMode == Mode::mean && sizeof(A) < sizeof(double);
 
 // A block works on `items` pieces at a time. The positions of a piece are dealt to `teams`; a team
 // is `lanes` threads side by side in memory. Powers of two whose product is kThreads.
@@ -131,25 +139,26 @@ struct Running {
 // Partial results in the memory that a block shares: `count` values, then as many positions.
 template <typename A, Mode kMode>
 struct Partials {
-  A* value;
+  using Value = std::conditional_t<kMode == Mode::mean, double, A>;
+  using Total = Running<Value, kMode>;
+  Value* value;
   int32_t* at;
 
-  __device__ Partials(A* memory, int count)
+  __device__ Partials(Value* memory, int count)
       : value(memory), at(reinterpret_cast<int32_t*>(memory + count)) {}
 
-  __device__ void put(int slot, const Running<A, kMode>& partial) const {
-    value[slot] = partial.value;
-    if constexpr (kMode == Mode::maximum) at[slot] = partial.at;
+  // What a thread found in its first run or, of means, in a following one.
+  __device__ void put(int slot, const Running<A, kMode>& found, bool first_run) const {
+    value[slot] = first_run ? found.value : value[slot] + found.value;
+    if constexpr (kMode == Mode::maximum) at[slot] = found.at;
   }
-  __device__ void add_to(Running<A, kMode>* total, int slot) const {
+  __device__ void add_to(Total* total, int slot) const {
     total->include(value[slot], kMode == Mode::maximum ? at[slot] : 0);
   }
+  static size_t bytes(int count) {
+    return count * (sizeof(Value) + (kMode == Mode::maximum ? sizeof(int32_t) : 0));
+  }
 };
-
-template <typename A, Mode kMode>
-size_t partials_bytes(int count) {
-  return count * (sizeof(A) + (kMode == Mode::maximum ? sizeof(int32_t) : 0));
-}
 
 // Where column `i` of a team's strip lies in its slots: neighbouring threads use neighbouring slots
 // when they put what they have loaded in packs.
@@ -173,16 +182,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using A = Accumulator<T>;
   constexpr int kPacks = kElements<T> / V;
   constexpr int kUnroll = V == 1 ? (kPacks < 8 ? 8 / kPacks : 1) : 4;
-  CTXOPS_DYNAMIC_SHARED(A, shared);
+  using Shared = Partials<A, kMode>;
+  CTXOPS_DYNAMIC_SHARED(typename Shared::Value, shared);
   const int slots = item_slots(layout, kElements<T>);
-  const Partials<A, kMode> partials(shared, layout.items * slots);
+  const Shared partials(shared, layout.items * slots);
   const Place me = place_in(layout);
   const int strip = layout.lanes * kElements<T>;
   const int my_slots = me.item * slots + me.team * strip + me.lane;
   // Neighbouring threads write the cells of neighbouring planes.
   const int to_item = threadIdx.x % layout.items, to_piece = threadIdx.x / layout.items;
+  const int pieces = kThreads / layout.items;
 
-  const int64_t C = p.input.size[1], W = p.input.size[3], R = p.rows.count, Q = p.columns.count;
+  const int64_t C = p.input.size[1], R = p.rows.count, Q = p.columns.count;
+  const unsigned W = static_cast<unsigned>(p.input.size[3]);
   const int64_t planes = p.input.size[0] * C, row_stride = p.input.stride[2];
   const int64_t works = (planes + layout.items - 1) / layout.items * R;
 
@@ -198,62 +210,71 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     A* const cells = static_cast<A*>(p.cells.data) + to;        // (Q,), C apart
     int32_t* const cell_argmax = positions(p.cell_argmax, to);  // (Q,), C apart
 
-    for (int64_t left = 0; left < W; left += strip) {
-      Running<A, kMode> column[kElements<T>];
+    typename Shared::Total total;
+    for (unsigned left = 0; left < W; left += strip) {
       const T* const here = map + left + me.lane * V;
       const int32_t position = static_cast<int32_t>(top * W + left) + me.lane * V;
       bool inside[kPacks];
 #pragma unroll
       for (int n = 0; n < kPacks; ++n) inside[n] = left + (n * layout.lanes + me.lane) * V < W;
 
-      for (unsigned i = me.team; i < rows; i += kUnroll * layout.teams) {
-        Pack<T, V> x[kUnroll][kPacks];
+      unsigned i = me.team;
+      do {
+        Running<A, kMode> column[kElements<T>];
+        const bool first_run = i == static_cast<unsigned>(me.team);
+        const unsigned run_end = i + kRun * layout.teams;
+        const unsigned stop = kInRuns<A, kMode> && run_end < rows ? run_end : rows;
+        for (; i < stop; i += kUnroll * layout.teams) {
+          Pack<T, V> x[kUnroll][kPacks];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const unsigned h = i + u * layout.teams;
+          for (int u = 0; u < kUnroll; ++u) {
+            const unsigned h = i + u * layout.teams;
 #pragma unroll
-          for (int n = 0; n < kPacks; ++n) {
-            if (h < rows && inside[n]) {
-              x[u][n] = load_pack<V>(here + h * row_stride + n * layout.lanes * V);
+            for (int n = 0; n < kPacks; ++n) {
+              if (h < rows && inside[n]) {
+                x[u][n] = load_pack<V>(here + h * row_stride + n * layout.lanes * V);
+              }
             }
           }
-        }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const unsigned h = i + u * layout.teams;
+          for (int u = 0; u < kUnroll; ++u) {
+            const unsigned h = i + u * layout.teams;
 #pragma unroll
-          for (int n = 0; n < kPacks; ++n) {
-            if (h < rows && inside[n]) {
-              const int32_t first = position + static_cast<int32_t>(h * W) + n * layout.lanes * V;
+            for (int n = 0; n < kPacks; ++n) {
+              if (h < rows && inside[n]) {
+                const int32_t first = position + static_cast<int32_t>(h * W) + n * layout.lanes * V;
 #pragma unroll
-              for (int k = 0; k < V; ++k) {
-                column[n * V + k].include(load(x[u][n].x[k]), first + k);
+                for (int k = 0; k < V; ++k) {
+                  column[n * V + k].include(load(x[u][n].x[k]), first + k);
+                }
               }
             }
           }
         }
-      }
 #pragma unroll
-      for (int k = 0; k < kElements<T>; ++k) partials.put(my_slots + k * layout.lanes, column[k]);
+        for (int k = 0; k < kElements<T>; ++k) {
+          partials.put(my_slots + k * layout.lanes, column[k], first_run);
+        }
+      } while (kInRuns<A, kMode> && i < rows);
       __syncthreads();
 
-      const int64_t right = left + strip < W ? left + strip : W;
+      const unsigned right = left + strip < W ? left + strip : W;
+      const int64_t first_q = cell_at(p.columns, left);
       const int64_t end_q = cell_at(p.columns, right - 1) + 1;
-      for (int64_t q = cell_at(p.columns, left) + to_piece; to_plane < planes && q < end_q;
-           q += kThreads / layout.items) {
+      // A cell has one thread, which keeps the total of the cell from strip to strip.
+      for (int64_t q = first_q + ((to_piece - first_q) & (pieces - 1));
+           to_plane < planes && q < end_q; q += pieces) {
         const int64_t start = cell_start(p.columns, q), stop = cell_start(p.columns, q + 1);
         const int begin = static_cast<int>((start > left ? start : left) - left);
         const int end = static_cast<int>((stop < right ? stop : right) - left);
-        Running<A, kMode> total;
-        if (start < left) {
-          total.include(cells[q * C], cell_argmax ? cell_argmax[q * C] : 0);
-        }
+        if (start >= left) total = {};
         for (int team = 0; team < layout.teams; ++team) {
           for (int k = begin; k < end; ++k) {
             partials.add_to(&total, to_item * slots + team * strip + slot_of<V>(k, layout.lanes));
           }
         }
-        cells[q * C] = total.value;
+        if (stop > right) continue;
+        cells[q * C] = static_cast<A>(total.value);
         if (cell_argmax) cell_argmax[q * C] = total.at;
       }
       __syncthreads();
@@ -324,48 +345,51 @@ struct CellSource {
   }
 };
 
-// What one team finds in its positions of a rectangle.
-template <int V, typename A, Mode kMode, typename Source>
-__device__ void reduce_rectangle(const Source& source, int64_t rows, int64_t columns,
-                                 const Place& me, int teams, Running<A, kMode> (&total)[V]) {
+// Reduces for every item a rectangle of `rows`, perhaps none, times `columns` positions, then calls
+// write(channel, total), the channel counted within the tile of the thread's own item. Every thread
+// of the block calls it.
+template <int V, typename A, Mode kMode, typename Source, typename Write>
+__device__ void reduce_rectangles(const Partials<A, kMode>& partials, const BlockLayout& layout,
+                                  const Place& me, const Source& source, int64_t rows,
+                                  int64_t columns, const Write& write) {
   constexpr int kUnroll = V == 1 ? 8 : 4;
+  const int tile = layout.lanes * V, first_slot = me.item * item_slots(layout, V);
+  const int teams = layout.teams;
   Walk walk(me.team, teams, static_cast<int>(columns));
   const int64_t count = rows * columns;
-  for (int64_t i = me.team; i < count; i += kUnroll * teams) {
-    typename Source::Sample x[kUnroll];
+  int64_t i = me.team;
+  do {
+    Running<A, kMode> found[V];
+    const bool first_run = i == me.team;
+    const int64_t run_end = i + kRun * teams;
+    const int64_t stop = kInRuns<A, kMode> && run_end < count ? run_end : count;
+    for (; i < stop; i += kUnroll * teams) {
+      typename Source::Sample x[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u * teams < count) {
-        x[u] = source.sample(walk.row(), walk.column());
-        walk.next();
+      for (int u = 0; u < kUnroll; ++u) {
+        if (i + u * teams < count) {
+          x[u] = source.sample(walk.row(), walk.column());
+          walk.next();
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (i + u * teams < count) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) found[k].include(load(x[u].value.x[k]), x[u].at(k));
+        }
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u * teams < count) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) total[k].include(load(x[u].value.x[k]), x[u].at(k));
-      }
+    for (int k = 0; k < V; ++k) {
+      partials.put(first_slot + me.team * tile + k * layout.lanes + me.lane, found[k], first_run);
     }
-  }
-}
-
-// Adds up what the teams of an item found and calls write(channel, total), the channel counted
-// within the tile of the thread's own item. Every thread of the block calls it.
-template <int V, typename A, Mode kMode, typename Write>
-__device__ void combine_teams(const Partials<A, kMode>& partials, const BlockLayout& layout,
-                              const Place& me, const Running<A, kMode> (&found)[V],
-                              const Write& write) {
-  const int tile = layout.lanes * V, first_slot = me.item * item_slots(layout, V);
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    partials.put(first_slot + me.team * tile + k * layout.lanes + me.lane, found[k]);
-  }
+  } while (kInRuns<A, kMode> && i < count);
   __syncthreads();
   for (int channel = me.team * layout.lanes + me.lane; channel < tile;
-       channel += layout.teams * layout.lanes) {
-    Running<A, kMode> total;
-    for (int team = 0; team < layout.teams; ++team) {
+       channel += teams * layout.lanes) {
+    typename Partials<A, kMode>::Total total;
+    for (int team = 0; team < teams; ++team) {
       partials.add_to(&total, first_slot + team * tile + slot_of<V>(channel, layout.lanes));
     }
     write(channel, total);
@@ -387,8 +411,9 @@ template <typename T, Mode kMode, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     cells_channels_inner_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
-  CTXOPS_DYNAMIC_SHARED(A, shared);
-  const Partials<A, kMode> partials(shared, layout.items * item_slots(layout, V));
+  using Shared = Partials<A, kMode>;
+  CTXOPS_DYNAMIC_SHARED(typename Shared::Value, shared);
+  const Shared partials(shared, layout.items * item_slots(layout, V));
   const Place me = place_in(layout);
 
   const int64_t C = p.input.size[1], W = p.input.size[3];
@@ -401,22 +426,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const bool valid = first + me.item < items;
     const CellTile my = cell_tile(first + me.item, R, Q, tiles, tile);
     const int64_t c = my.c + me.lane * V;
-    Running<A, kMode> found[V];
-    if (valid && c < C) {
-      const int64_t top = cell_start(p.rows, my.r), left = cell_start(p.columns, my.q);
-      const MapSource<T, V> source{at<T>(p.input, my.b, c, top, left), p.input.stride[2],
-                                   p.input.stride[3], top * W + left, W};
-      reduce_rectangle<V>(source, cell_start(p.rows, my.r + 1) - top,
-                          cell_start(p.columns, my.q + 1) - left, me, layout.teams, found);
-    }
+    const int64_t top = cell_start(p.rows, my.r), left = cell_start(p.columns, my.q);
+    const MapSource<T, V> source{at<T>(p.input, my.b, c, top, left), p.input.stride[2],
+                                 p.input.stride[3], top * W + left, W};
+    const int64_t rows = valid && c < C ? cell_start(p.rows, my.r + 1) - top : 0;
     const int64_t to = ((my.b * R + my.r) * Q + my.q) * C + my.c;
     A* const cells = static_cast<A*>(p.cells.data) + to;        // (tile,)
     int32_t* const cell_argmax = positions(p.cell_argmax, to);  // (tile,)
-    combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
-      if (!valid || my.c + channel >= C) return;
-      cells[channel] = total.value;
-      if (cell_argmax) cell_argmax[channel] = total.at;
-    });
+    reduce_rectangles<V>(partials, layout, me, source, rows, cell_start(p.columns, my.q + 1) - left,
+                         [&](int channel, const auto& total) {
+                           if (!valid || my.c + channel >= C) return;
+                           cells[channel] = static_cast<A>(total.value);
+                           if (cell_argmax) cell_argmax[channel] = total.at;
+                         });
   }
 }
 
@@ -424,8 +446,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <typename A, Mode kMode, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     bins_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
-  CTXOPS_DYNAMIC_SHARED(A, shared);
-  const Partials<A, kMode> partials(shared, layout.items * item_slots(layout, V));
+  using Shared = Partials<A, kMode>;
+  CTXOPS_DYNAMIC_SHARED(typename Shared::Value, shared);
+  const Shared partials(shared, layout.items * item_slots(layout, V));
   const Place me = place_in(layout);
 
   const int64_t C = p.input.size[1], H = p.input.size[2], W = p.input.size[3];
@@ -441,25 +464,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const int64_t top = bin_start(bin.i, bin.n, H), bottom = bin_end(bin.i, bin.n, H);
     const int64_t left = bin_start(bin.j, bin.n, W), right = bin_end(bin.j, bin.n, W);
     const int64_t c = my.c + me.lane * V;
-    Running<A, kMode> found[V];
-    if (valid && c < C) {
-      const int64_t r = cell_at(p.rows, top), q = cell_at(p.columns, left);
-      const int64_t from = ((my.b * p.rows.count + r) * p.columns.count + q) * C + c;
-      const CellSource<A, kMode, V> source{static_cast<const A*>(p.cells.data) + from,
-                                           positions(p.cell_argmax, from), p.columns.count * C, C};
-      reduce_rectangle<V>(source, cell_at(p.rows, bottom) - r, cell_at(p.columns, right) - q, me,
-                          layout.teams, found);
-    }
+    const int64_t r = cell_at(p.rows, top), q = cell_at(p.columns, left);
+    const int64_t from = ((my.b * p.rows.count + r) * p.columns.count + q) * C + c;
+    const CellSource<A, kMode, V> source{static_cast<const A*>(p.cells.data) + from,
+                                         positions(p.cell_argmax, from), p.columns.count * C, C};
+    const int64_t rows = valid && c < C ? cell_at(p.rows, bottom) - r : 0;
+    const int64_t columns = cell_at(p.columns, right) - q;
     const A area = static_cast<A>((bottom - top) * (right - left));
-    combine_teams<V>(partials, layout, me, found, [&](int channel, const auto& total) {
-      const int64_t to = my.c + channel;
-      if (!valid || to >= C) return;
-      store_as(p.output, (my.b * C + to) * S + my.q,
-               kMode == Mode::mean ? total.value / area : total.value);
-      if (int32_t* const argmax = positions(p.argmax, (my.b * S + my.q) * C + to)) {
-        *argmax = total.at;
-      }
-    });
+    reduce_rectangles<V>(
+        partials, layout, me, source, rows, columns, [&](int channel, const auto& total) {
+          const int64_t to = my.c + channel;
+          if (!valid || to >= C) return;
+          const A value = static_cast<A>(total.value);
+          store_as(p.output, (my.b * C + to) * S + my.q,
+                   kMode == Mode::mean ? value / area : value);
+          if (int32_t* const argmax = positions(p.argmax, (my.b * S + my.q) * C + to)) {
+            *argmax = total.at;
+          }
+        });
   }
 }
 
@@ -666,8 +688,8 @@ const char* launch_cells(const Forward& p, cudaStream_t stream) {
       const int64_t items = B * R * Q * divide_up(C, layout.lanes * V);
       return CTXOPS_LAUNCH((cells_channels_inner_kernel<T, kMode, V>),
                            grid_size(divide_up(items, layout.items)), kThreads,
-                           (partials_bytes<A, kMode>(layout.items * item_slots(layout, V))), stream,
-                           p, layout);
+                           (Partials<A, kMode>::bytes(layout.items * item_slots(layout, V))),
+                           stream, p, layout);
     });
   }
   return with_packs<T>(packs_fit<T, kElements<T>>(p.input, 3), [&](auto width) {
@@ -676,7 +698,7 @@ const char* launch_cells(const Forward& p, cudaStream_t stream) {
     const int slots = layout.items * item_slots(layout, kElements<T>);
     return CTXOPS_LAUNCH((cells_width_inner_kernel<T, kMode, V>),
                          grid_size(divide_up(B * C, layout.items) * R), kThreads,
-                         (partials_bytes<A, kMode>(slots)), stream, p, layout);
+                         (Partials<A, kMode>::bytes(slots)), stream, p, layout);
   });
 }
 
@@ -689,9 +711,9 @@ const char* launch_bins(const Forward& p, cudaStream_t stream) {
     constexpr int V = decltype(width)::value;
     const BlockLayout layout = block_layout(C, V, cells_of_a_bin);
     const int64_t items = p.input.size[0] * S * divide_up(C, layout.lanes * V);
-    return CTXOPS_LAUNCH((bins_kernel<A, kMode, V>), grid_size(divide_up(items, layout.items)),
-                         kThreads, (partials_bytes<A, kMode>(layout.items * item_slots(layout, V))),
-                         stream, p, layout);
+    return CTXOPS_LAUNCH(
+        (bins_kernel<A, kMode, V>), grid_size(divide_up(items, layout.items)), kThreads,
+        (Partials<A, kMode>::bytes(layout.items * item_slots(layout, V))), stream, p, layout);
   });
 }
 

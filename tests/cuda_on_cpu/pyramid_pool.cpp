@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels of pyramid_pool, run on the host, against the CPU kernels.
-// Usage: pyramid_pool <dtype> avg|max <layout> small|batch
+// Usage: pyramid_pool <dtype> avg|max <layout> small|batch|large
 #include "pyramid_pool/pyramid_pool.h"
 
 #include "common/cuda.h"
@@ -156,6 +156,37 @@ void check(const Problem& p, uint64_t seed) {
   expect_same_bits("grad_input", back.grad_input, other_back.grad_input);
 }
 
+// Sums of very many values, as accurate as those of a few.
+const std::vector<Case> kLarge = {
+    {1, 4, 300, 400, {1}},       // large cells
+    {1, 4, 120, 110, {1, 100}},  // small cells, many of them in a bin
+};
+
+void check_sums(const Problem& p, bool constant) {
+  Random random(1);
+  Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
+  input.fill([&] { return constant ? 0.1 : std::fabs(random.in_unit()); });
+  auto [one, other] =
+      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward, 0); });
+  expect_same_bits("output", one.output, other.output);
+
+  const int64_t positions = p.shape.H * p.shape.W;
+  const TensorView map = input.view();
+  for (int64_t c = 0; c < p.shape.C; ++c) {
+    const int64_t plane = p.layout.offset + c * map.stride[1];
+    double sum = 0, sum_of_cells = 0;
+    for (int64_t i = 0; i < positions; ++i) {
+      const int64_t h = i / p.shape.W, w = i % p.shape.W;
+      sum += input.get(plane + h * map.stride[2] + w * map.stride[3]);
+    }
+    for (int64_t i = c; i < one.cells.stored(); i += p.shape.C) sum_of_cells += one.cells.get(i);
+    const double mean = sum / positions, output = one.output.get(c * p.bins());
+    if (std::fabs(sum_of_cells - sum) > 4 * epsilon(p.accumulator()) * sum)
+      fail("cells: sums too inaccurate");
+    if (std::fabs(output - mean) > 4 * epsilon(p.dtype) * mean) fail("output: sums too inaccurate");
+  }
+}
+
 // The kernels run on the device of the tensors and on the stream that they are given, and leave the
 // current device as it was.
 void check_device(const Problem& p) {
@@ -179,11 +210,20 @@ void check_device(const Problem& p) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) fail("usage: pyramid_pool <dtype> avg|max <layout> small|batch");
-  const bool maximum = std::string(argv[2]) == "max", small = std::string(argv[4]) == "small";
+  if (argc != 5) fail("usage: pyramid_pool <dtype> avg|max <layout> small|batch|large");
+  const std::string cases = argv[4];
+  const bool maximum = std::string(argv[2]) == "max";
   Problem p = {{}, dtype_named(argv[1]), maximum, false, layout_named(argv[3])};
+  if (cases == "large") {
+    for (const Case& shape : kLarge) {
+      p.shape = shape;
+      check_sums(p, true);
+      check_sums(p, false);
+    }
+    return 0;
+  }
   uint64_t seed = 0;
-  for (const Case& shape : small ? kSmall : kBatch) {
+  for (const Case& shape : cases == "small" ? kSmall : kBatch) {
     p.shape = shape;
     for (const bool save : {false, true}) {
       if (save && !maximum) continue;

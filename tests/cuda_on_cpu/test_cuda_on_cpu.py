@@ -140,3 +140,10 @@ def test_pyramid_pool(programs, layout, mode, dtype):
 def test_pyramid_pool_of_a_large_batch(programs, mode):
     done = _execute(programs["pyramid_pool"], "float32", mode, "contiguous", "batch")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd_rows", "odd_pixels"])
+def test_pyramid_pool_adds_many_values(programs, layout, dtype):
+    done = _execute(programs["pyramid_pool"], dtype, "avg", layout, "large")
+    assert done.returncode == 0, done.stdout + done.stderr
