@@ -28,7 +28,7 @@ CTXOPS_DECLARE_KERNEL(pyramid_pool_forward, const TensorView& input, const Tenso
 // grad_output (B, S, C), transposed by the caller
 // argmax      (B, S, C) int32, or without elements: the forward took means
 // grad_cells  (B, R, Q, C) accumulator, workspace; without elements for maxima
-// grad_input  (B, C, H, W), unit stride along C or along W
+// grad_input  (B, C, H, W), unit stride along C or along W; on the CPU no half precision for maxima
 CTXOPS_DECLARE_KERNEL(pyramid_pool_backward, const TensorView& grad_output,
                       const TensorView& argmax, const TensorView& grad_cells,
                       const TensorView& grad_input, const IntList& sizes, int64_t executor)

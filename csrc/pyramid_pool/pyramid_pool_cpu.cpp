@@ -376,6 +376,9 @@ const char* pyramid_pool_backward(const TensorView& grad_output, const TensorVie
   if (const char* error = check_backward(grad_output, argmax, grad_cells, grad_input, sizes)) {
     return error;
   }
+  if (element_count(argmax) > 0 && grad_input.dtype != accumulator_dtype(grad_input.dtype)) {
+    return "maxima of half precision need a float map";
+  }
   const Backward p{grad_output,
                    argmax,
                    grad_cells,

@@ -139,6 +139,15 @@ class Tensor {
     for (int64_t i = 0; i < stored(); ++i) set(i, value());
   }
 
+  // The same values and layout in another floating dtype.
+  Tensor to(DType dtype) const {
+    Tensor converted = *this;
+    converted.view_.dtype = dtype;
+    converted.memory_.assign(stored() * bytes_of(dtype), 0xff);
+    for (int64_t i = 0; i < stored(); ++i) converted.set(i, get(i));
+    return converted;
+  }
+
   bool same_bits(const Tensor& other) const { return memory_ == other.memory_; }
 
  private:
