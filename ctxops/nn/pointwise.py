@@ -17,8 +17,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: ``(O,)`` or None.
     """
     x, weight, bias = _library.autocast(x, weight, bias)
-    # oneDNN reorders a contiguous map twice: 193 ms for 2048 -> 256 channels at 96 x 96 where a matrix
-    # product takes 39. It wants the weight once per image, which a few anchors do not
+    # oneDNN reorders a contiguous map twice: 193 ms for 2048 -> 256 channels at 96 x 96 where a
+    # matrix product takes 39. That wants the weight once per image, which a few anchors do not
     # repay; but compiled by torch 2.8, their convolution fixes the size of the map.
     few = not torch.compiler.is_compiling() and x.shape[3] == 1
     if x.device.type != "cpu" or few or not x.is_contiguous():
