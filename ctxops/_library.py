@@ -178,10 +178,12 @@ def no_autocast(device: str) -> Iterator[None]:
 def check_map(name: str, x: Tensor) -> None:
     """Raises unless ``x`` is a floating, strided (B, C, H, W) with C, H and W at least 1."""
     check_dtype(name, x)
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have C, H and W of at least 1, got {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(shape)}")
+    _, channels, height, width = shape
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"{name} must have C, H and W of at least 1, got {tuple(shape)}")
 
 
 def check_shape(

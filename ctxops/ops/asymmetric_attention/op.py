@@ -140,11 +140,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Softmax weights (n, S) of a block of positions (n, C) for the keys (C, S)."""
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax weights (n, S) of a block of positions (n, C) for the scaled keys (C, S)."""
     logits = query @ key
-    if scale != 1.0:
-        logits.mul_(scale)
     if bias is not None:
         logits.add_(bias)
     return logits.softmax(dim=1)
@@ -157,11 +155,12 @@ def _forward_in_blocks(
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (2 * anchors + (0 if exact else channels + value.shape[1]))
     for image in range(len(query)):
-        k, v = key[image].to(dtype), value[image].to(dtype)
+        # The scale goes to the few keys, not to the many logits.
+        k, v = key[image].to(dtype) * scale, value[image].to(dtype)
         b = None if bias is None else bias[image].to(dtype)
         q, o = _positions(query, image), _positions(output, image)
         for block in _blocks(len(q), bytes_each):
-            weights = _weights(q[block].to(dtype), k, b, scale)
+            weights = _weights(q[block].to(dtype), k, b)
             if exact:
                 torch.mm(weights, v.t(), out=o[block])
             else:
@@ -229,27 +228,27 @@ def _backward_in_blocks(
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (4 * anchors + (0 if exact else 2 * channels + value.shape[1]))
     for image in range(len(query)):
-        k, v = key[image].to(dtype), value[image].to(dtype)
+        # The scale goes to the few keys, not to the many logits.
+        k, v = key[image].to(dtype) * scale, value[image].to(dtype)
         b = None if bias is None else bias[image].to(dtype)
         q, dq, do = (_positions(x, image) for x in (query, grad_query, grad))
         dk, dv, db = torch.zeros_like(k), torch.zeros_like(v), k.new_zeros(anchors)
         for block in _blocks(len(q), bytes_each):
             q_block, do_block = q[block].to(dtype), do[block].to(dtype)
-            weights = _weights(q_block, k, b, scale)
+            weights = _weights(q_block, k, b)
             dv.addmm_(do_block.t(), weights)
             # d(logits) = weights * (d(weights) - sum of weights * d(weights))
             dlogits = (do_block @ v).mul_(weights)
             dlogits.sub_(weights.mul_(dlogits.sum(dim=1, keepdim=True)))
             if bias is not None:
                 db.add_(dlogits.sum(dim=0))
-            dlogits.mul_(scale)
             dk.addmm_(q_block.t(), dlogits)
             if exact:
                 torch.mm(dlogits, k.t(), out=dq[block])
             else:
                 dq[block] = dlogits @ k.t()
             del q_block, do_block, weights, dlogits
-        grad_key[image], grad_value[image] = dk, dv
+        grad_key[image], grad_value[image] = dk.mul_(scale), dv
         if bias is not None:
             grad_bias[image] = db
 
