@@ -4,6 +4,10 @@
 from ctxops._library import use_reference
 from ctxops._native import build_info
 from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.neighborhood_attention import (
+    neighborhood_attention,
+    neighborhood_attention_weights,
+)
 from ctxops.ops.nonlocal_attention import nonlocal_attention
 from ctxops.ops.pyramid_pool import pyramid_pool
 from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
@@ -13,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "asymmetric_attention",
     "build_info",
+    "neighborhood_attention",
+    "neighborhood_attention_weights",
     "nonlocal_attention",
     "pyramid_pool",
     "random_anchor_indices",

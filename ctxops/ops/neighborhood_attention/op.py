@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""neighborhood_attention: every position attends to a dilated window around it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ctxops import _library
+from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
+
+# In the order of csrc/common/window.h.
+_BORDERS = ("zeros", "mask", "shift")
+# csrc/neighborhood_attention/neighborhood_attention.h
+_MAX_WINDOW = 4096
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    *,
+    scale: float | None = None,
+    border: str = "zeros",
+    num_heads: int = 1,
+) -> Tensor:
+    r"""Attention of every position to a dilated window of kh x kw neighbours around it.
+
+    .. math::
+        y_p = \sum_{n} \operatorname{softmax}_n(s \, \langle q_p, k_{p + \Delta_n} \rangle)
+              \; v_{p + \Delta_n}
+
+    Neighbour ``n = i * kw + j`` stands in row i and column j of the window, at
+    :math:`\Delta_n = ((i - \lfloor kh/2 \rfloor)\, d_h, (j - \lfloor kw/2 \rfloor)\, d_w)`: an even
+    window reaches one step further up and left than down and right.
+
+    Args:
+        query: map of shape ``(B, C, H, W)``.
+        key: map of the same shape.
+        value: map of shape ``(B, Cv, H, W)``.
+        kernel_size: kh and kw, or one number for both, at least 1; at most 4096 neighbours.
+        dilation: positions between two neighbours along each axis, or one number for both.
+        scale: s; None: ``(C / num_heads) ** -0.5``.
+        border: what stands where a window leaves the map. ``"zeros"``: a zero vector, with logit 0
+            and value 0, which keeps its share of the softmax (the paper). ``"mask"``: nothing; the
+            softmax is over the neighbours inside. ``"shift"``: the window slides inside the map, in
+            steps of the dilation, as in NATTEN.
+        num_heads: the channels are split into so many equal groups, each with its own weights.
+
+    Returns:
+        ``(B, Cv, H, W)`` in the query's memory format.
+
+    Raises:
+        TypeError: no floating tensors, or of different dtypes; sizes that are no integers.
+        ValueError: shapes that do not fit, sizes below 1, an unknown border, heads that do not
+            divide the channels, ``"shift"`` with fewer positions along an axis than its window.
+        NotImplementedError: forward-mode or second derivatives (use :func:`ctxops.use_reference`).
+
+    Source: Li et al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021,
+    eq. 7 and 8 (LDv2), whose s is 1.
+
+    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast casts down.
+    Gradients: query, key, value.
+    Deterministic: yes, forward and backward, for any number of threads.
+    Memory: with gradient, B * num_heads * kh * kw * H * W values of 4 bytes (8 for float64) are
+        kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
+        on the CPU) of every map that is not so.
+    """
+    kernel, steps, scale = _check(query, key, value, kernel_size, dilation, scale, border, num_heads)
+    query, key, value = _library.autocast(query, key, value)
+    _library.check_same_dtype(query=query, key=key, value=value)
+    if not _FORWARD.serves(query):
+        output = reference(query, key, value, kernel, steps, scale, border, num_heads)
+        return output.contiguous(memory_format=_library.memory_format(query))
+    _library.check_forward_mode("neighborhood_attention", query, key, value)
+    grad = _library.needs_grad(query, key, value)
+    options = (kernel, steps, scale, border, num_heads)
+    return _FORWARD(query, key, value, *options, grad, differentiable=grad)[0]
+
+
+def neighborhood_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    *,
+    scale: float | None = None,
+    border: str = "zeros",
+    num_heads: int = 1,
+) -> Tensor:
+    """The softmax weights of :func:`neighborhood_attention`, to look at.
+
+    Arguments, dtypes and errors are those of :func:`neighborhood_attention`.
+
+    Returns:
+        ``(B, num_heads, kh * kw, H, W)``. Entry ``[b, m, i * kw + j, h, w]`` is the weight that
+        position (h, w) gives to row i and column j of its window; with ``border="zeros"`` those
+        outside the map included, with ``"mask"`` they are 0.
+
+    Source: Li et al., TIP 2021, Fig. 9.
+
+    Gradients: query and key, through the reference: with them, every position's window of keys is
+        stored.
+    Deterministic: yes.
+    Memory: one channels_last copy of each map that is not so.
+    """
+    kernel, steps, scale = _check(query, key, None, kernel_size, dilation, scale, border, num_heads)
+    query, key = _library.autocast(query, key)
+    _library.check_same_dtype(query=query, key=key)
+    options = (kernel, steps, scale, border, num_heads)
+    if _library.needs_grad(query, key) or not _FORWARD.serves(query):
+        return reference_weights(query, key, *options).flatten(2, 3)
+    _library.check_forward_mode("neighborhood_attention_weights", query, key)
+    weights = _FORWARD(query, key, None, *options, True, differentiable=False)[1]
+    return weights.to(query.dtype)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
+    scale: float | None,
+    border: str,
+    num_heads: int,
+) -> tuple[tuple[int, int], tuple[int, int], float]:
+    _library.check_map("query", query)
+    batch, channels, height, width = query.shape
+    _library.check_shape("key", key, query, query.shape, "(B, C, H, W)")
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise TypeError(f"num_heads must be an integer, got {num_heads!r}")
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"num_heads must divide the query's {channels} channels, got {num_heads}")
+    if value is not None:
+        _library.check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H, W)")
+        if value.shape[1] == 0 or value.shape[1] % num_heads:
+            raise ValueError(
+                f"value must have a multiple of num_heads = {num_heads} channels, "
+                f"got {tuple(value.shape)}"
+            )
+    kernel = check_pair("kernel_size", kernel_size)
+    steps = check_pair("dilation", dilation)
+    if kernel[0] * kernel[1] > _MAX_WINDOW:
+        raise ValueError(
+            f"kernel_size must have at most {_MAX_WINDOW} positions, got {kernel[0]} x {kernel[1]}"
+        )
+    if border not in _BORDERS:
+        raise ValueError(f"border must be one of {_BORDERS}, got {border!r}")
+    # A tracer must not learn the map's size; the kernel finds the same fault when it runs.
+    if border == "shift" and not torch.compiler.is_compiling():
+        for axis, extent, k, d in zip("HW", (height, width), kernel, steps, strict=True):
+            if (extent - min(d, extent)) // d + 1 < k:
+                raise ValueError(
+                    f"border='shift' needs kernel_size positions of every residue class of the "
+                    f"dilation: {axis} of at least {k * d} for kernel_size {k} and dilation {d}, "
+                    f"got {extent}; use border='mask' or a smaller window"
+                )
+    return kernel, steps, _library.resolve_scale(scale, channels // num_heads)
+
+
+def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """A value per axis, from two or from one for both; raises unless they are in 1 ... 2^31 - 1."""
+    pair = (value, value) if isinstance(value, int) else value
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise TypeError(f"{name} must be an integer or two, got {value!r}")
+    for size in pair:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must hold integers, got {size!r}")
+        if not 1 <= size < 2**31:
+            raise ValueError(f"{name} must be at least 1 and below 2147483648, got {size}")
+    return tuple(pair)
+
+
+def _new_weights(query: Tensor, kernel_size: Sequence[int], num_heads: int) -> Tensor:
+    """Uninitialised weights (B, heads, kh * kw, H, W) in the accumulator's dtype.
+
+    In memory the CPU has the weights of a position side by side, CUDA the positions of a weight.
+    """
+    batch, _, height, width = query.shape
+    count = kernel_size[0] * kernel_size[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if query.is_cuda:
+        return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)
+    weights = query.new_empty((batch, height, width, num_heads, count), dtype=dtype)
+    return weights.permute(0, 3, 4, 1, 2)
+
+
+def _kernel_map(x: Tensor) -> Tensor:
+    """The map as the kernels take it: channels side by side, on the CPU no half precision."""
+    if not x.is_cuda and x.dtype.itemsize == 2:
+        return x.to(torch.float32, memory_format=torch.channels_last)
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_kernel_map(x: Tensor) -> Tensor:
+    """``x`` itself where the kernels can write it, else an uninitialised map for :func:`_finish`."""
+    half_on_cpu = not x.is_cuda and x.dtype.itemsize == 2
+    if not half_on_cpu and (x.stride(1) == 1 or x.shape[1] == 1):
+        return x
+    dtype = torch.float32 if half_on_cpu else x.dtype
+    return torch.empty(
+        x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _allocate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+    border: str,
+    num_heads: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(0) if value is None else _library.empty_map(value.shape, query)
+    if save:
+        return output, _new_weights(query, kernel_size, num_heads)
+    return output, query.new_empty(0, dtype=torch.float32)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+    border: str,
+    num_heads: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    output, weights = _allocate(
+        query, key, value, kernel_size, dilation, scale, border, num_heads, save
+    )
+    if query.numel() == 0:
+        return output, weights
+    target = output if value is None else _empty_kernel_map(output)
+    _library.launch(
+        "neighborhood_attention_forward", query,
+        _kernel_map(query), _kernel_map(key), target if value is None else _kernel_map(value),
+        target, weights, [*kernel_size, *dilation], num_heads, scale, _BORDERS.index(border),
+    )  # fmt: skip
+    if target is not output:
+        output.copy_(target)
+    return output, weights
+
+
+def _allocate_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+    border: str,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(_library.empty_map(x.shape, x) for x in (query, key, value))
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    kernel_size: list[int],
+    dilation: list[int],
+    scale: float,
+    border: str,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (kernel_size, dilation, scale, border, num_heads)
+    grads = _allocate_backward(grad, query, key, value, weights, *options)
+    if query.numel() == 0:
+        return grads
+    targets = [_empty_kernel_map(g) for g in grads]
+    grad_logits = _new_weights(query, kernel_size, num_heads)
+    _library.launch(
+        "neighborhood_attention_backward", query,
+        *map(_kernel_map, (grad, query, key, value)), weights, grad_logits, *targets,
+        [*kernel_size, *dilation], num_heads, scale, _BORDERS.index(border),
+    )  # fmt: skip
+    for gradient, target in zip(grads, targets, strict=True):
+        if target is not gradient:
+            gradient.copy_(target)
+    return grads
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, *ctx.options, saved = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    # A graph that was exported without gradients has no weights: the backward takes them anew.
+    ctx.save_for_backward(query, key, value, output[1] if saved else None)
+
+
+def _autograd(ctx, grad, _):
+    nothing = (None,) * 9
+    if grad is None:
+        return nothing
+    query, key, value, weights = ctx.saved_tensors
+    if weights is None:
+        weights = _FORWARD(query, key, None, *ctx.options, True)[1]
+    return *_BACKWARD(grad, query, key, value, weights, *ctx.options), *nothing[3:]
+
+
+_OPTIONS = "int[] kernel_size, int[] dilation, float scale, str border, int num_heads"
+_FORWARD = _library.Operator(
+    f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save) "
+    "-> (Tensor, Tensor)",
+    fake=_allocate,
+    kernels=_library.native_devices(_forward),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+_BACKWARD = _library.Operator(
+    "neighborhood_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
+    f"Tensor weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    fake=_allocate_backward,
+    kernels=_library.native_devices(_backward),
+    backward=_library.no_second_derivative("neighborhood_attention"),
+)
+
+
+@register_flop_formula(torch.ops.ctxops.neighborhood_attention)
+def _flops(query, key, value, kernel_size, *_, **__) -> int:
+    """For torch's FlopCounterMode, from shapes: the logits and the weighted sum."""
+    batch, channels, height, width = query
+    widths = channels + (0 if value is None else value[1])
+    return 2 * batch * height * width * kernel_size[0] * kernel_size[1] * widths
+
+
+@register_flop_formula(torch.ops.ctxops.neighborhood_attention_bwd)
+def _flops_backward(grad, query, key, value, weights, kernel_size, *_, **__) -> int:
+    """d(weights) and the gradients of query, key and value."""
+    batch, channels, height, width = query
+    window = kernel_size[0] * kernel_size[1]
+    return 2 * batch * height * width * window * 2 * (channels + value[1])
