@@ -69,7 +69,9 @@ def neighborhood_attention(
         kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
         on the CPU) of every map that is not so.
     """
-    kernel, steps, scale = _check(query, key, value, kernel_size, dilation, scale, border, num_heads)
+    kernel, steps, scale = _check(
+        query, key, value, kernel_size, dilation, scale, border, num_heads
+    )
     query, key, value = _library.autocast(query, key, value)
     _library.check_same_dtype(query=query, key=key, value=value)
     if not _FORWARD.serves(query):
@@ -204,9 +206,7 @@ def _empty_kernel_map(x: Tensor) -> Tensor:
     if not half_on_cpu and (x.stride(1) == 1 or x.shape[1] == 1):
         return x
     dtype = torch.float32 if half_on_cpu else x.dtype
-    return torch.empty(
-        x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _allocate(
