@@ -176,10 +176,10 @@ def test_many_tiny_maps(border, device):
 
 
 @pytest.mark.parametrize("border", BORDERS)
-# float64 would be judged by itself: where weights are 1 or 0, gradients are what cancellation leaves.
+# float64 would be judged by itself: where weights are 1 or 0, gradients are what cancels.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_values(dtype, border, device):
-    """Logits of some thousands: the softmax is nearly one-hot, its largest logit must be taken off."""
+    """Logits of some thousands: the largest must be taken off."""
     ours, plain = operator_and_reference(1, (3, 3), (1, 1), border, scale=1.0)
     tensors = [x * 30 for x in inputs((1, 8, 9, 9), 8, dtype=dtype, device=device)]
     check_operator(ours, plain, tensors)
@@ -368,7 +368,7 @@ def call(shape=(1, 4, 5, 6), key=None, value=None, kernel_size=3, dilation=1, **
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"shape": (4, 5, 6)}, ValueError, r"query must have shape \(B, C, H, W\), got \(4, 5, 6\)"),
+        ({"shape": (4, 5, 6)}, ValueError, r"query must have shape .*, got \(4, 5, 6\)"),
         ({"shape": (1, 0, 5, 6)}, ValueError, r"query must have C, H and W of at least 1"),
         ({"key": [1.0]}, TypeError, "key must be a torch.Tensor, got list"),
         ({"key": torch.ones(1, 4, 5, 7)}, ValueError, r"key must have shape .* got \(1, 4, 5, 7\)"),

@@ -201,7 +201,7 @@ def _kernel_map(x: Tensor) -> Tensor:
 
 
 def _empty_kernel_map(x: Tensor) -> Tensor:
-    """``x`` itself where the kernels can write it, else an uninitialised map for :func:`_finish`."""
+    """``x`` itself where the kernels can write to it, else a map to be copied from afterwards."""
     half_on_cpu = not x.is_cuda and x.dtype.itemsize == 2
     if not half_on_cpu and (x.stride(1) == 1 or x.shape[1] == 1):
         return x
