@@ -21,6 +21,7 @@ class Options:
     effort: Effort
     json: Path | None = None
     plot: Path | None = None
+    quick: bool = False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +56,8 @@ def read_options(arguments: argparse.Namespace) -> Options:
     seconds = arguments.seconds or (4.0 if arguments.quick else 60.0)
     fewest = min(arguments.rounds, 3 if arguments.quick else 5)
     effort = Effort(seconds, fewest, arguments.rounds)
-    return Options(device, DTYPES[arguments.dtype], effort, arguments.json, arguments.plot)
+    dtype = DTYPES[arguments.dtype]
+    return Options(device, dtype, effort, arguments.json, arguments.plot, arguments.quick)
 
 
 def require(name: str) -> types.ModuleType:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ctxops
 from ctxops import _native
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
-from numerics import DTYPES, LAYOUTS, check_operator, random_like
+from numerics import DTYPES, LAYOUTS, assert_close, check_operator, random_like
 
 BORDERS = ["zeros", "mask", "shift"]
 
@@ -150,8 +150,8 @@ def test_every_instruction_set(isa, border, monkeypatch):
         pytest.skip(f"this processor has no {isa}")
     monkeypatch.setattr(_native, "cpu", kernels)
     for dtype in (torch.float32, torch.float64):
-        for kernel in ((3, 3), (5, 5), (7, 8)):
-            check(((1, 70, 33, 37), 45, 1, kernel, (2, 1)), border, "channels_last", dtype=dtype)
+        for kernel in ((3, 3), (4, 7)):
+            check(((1, 38, 19, 27), 21, 1, kernel, (2, 1)), border, "channels_last", dtype=dtype)
 
 
 @settings(deadline=None, max_examples=50)
@@ -195,7 +195,10 @@ def test_values_that_are_not_finite_reach_the_windows_that_hold_them(which, valu
         ours, plain = operator_and_reference(1, kernel, dilation, border)
         output = ours(*tensors)
         torch.testing.assert_close(output, plain(*tensors), equal_nan=True)
-        assert 1 <= (~output.isfinite()).any(1).sum() <= kernel[0] * kernel[1]
+        assert (~output.isfinite()).any(1).sum() <= kernel[0] * kernel[1]
+    # A key of -inf only takes its own position out where the logit is -inf, not +inf or NaN.
+    if torch.isnan(tensors[which]).any():
+        assert not output.isfinite().all()
 
 
 @pytest.mark.parametrize("border", ["zeros", "mask"])
@@ -223,13 +226,9 @@ def test_weights(layout, dtype, border, device):
     options = {"scale": 0.3, "border": border, "num_heads": 2}
     weights = ctxops.neighborhood_attention_weights(query, key, (3, 2), (2, 3), **options)
     assert weights.shape == (2, 2, 6, 12, 11)
-    expected = reference_weights(query.float(), key.float(), (3, 2), (2, 3), 0.3, border, 2)
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        weights.float(), expected.flatten(2, 3), rtol=tolerance, atol=max(tolerance, 1e-6)
-    )
-    torch.testing.assert_close(weights.float().sum(2), torch.ones_like(weights[:, :, 0]).float(),
-                               rtol=0, atol=8 * tolerance)  # fmt: skip
+    exact = reference_weights(query.double(), key.double(), (3, 2), (2, 3), 0.3, border, 2)
+    same_dtype = reference_weights(query, key, (3, 2), (2, 3), 0.3, border, 2)
+    assert_close(weights, same_dtype.flatten(2, 3), exact.flatten(2, 3))
 
 
 def test_weights_are_those_of_the_operator(device):
