@@ -11,6 +11,7 @@ An operator is one entry of OPERATORS: a function from shape and options to case
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,8 @@ Shape = tuple[int, int, int, int]
 
 OUTPUT_SIZES = (1, 3, 6, 8)
 ANCHORS = sum(n * n for n in OUTPUT_SIZES)
+# (kernel_size, dilation) of neighborhood_attention
+WINDOWS = ((5, 6), (3, 1), (7, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +181,129 @@ def asymmetric_attention_cases(shape: Shape, options: Options) -> list[Case]:
     return [case(False), case(True)]
 
 
+def _windows_by_unfold(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int):
+    """LDv2 as it is usually written: every position's window is copied out."""
+    padding = kernel // 2 * dilation
+
+    def windows(x: Tensor) -> Tensor:
+        columns = F.unfold(x, kernel, dilation, padding)
+        return columns.view(*x.shape[:2], kernel * kernel, *x.shape[2:])
+
+    scaled = query * query.shape[1] ** -0.5
+    weights = (scaled[:, :, None] * windows(key)).sum(dim=1).softmax(dim=1)
+    return (weights[:, None] * windows(value)).sum(dim=2)
+
+
+def _windows_by_shifts(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int):
+    """One pass over shifted maps for each neighbour: nothing is copied but the padding."""
+    height, width = query.shape[2:]
+    padding = kernel // 2 * dilation
+    key, value = F.pad(key, (padding,) * 4), F.pad(value, (padding,) * 4)
+    shifts = [
+        (..., slice(i * dilation, i * dilation + height), slice(j * dilation, j * dilation + width))
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+    scaled = query * query.shape[1] ** -0.5
+    weights = torch.stack([(scaled * key[at]).sum(dim=1) for at in shifts], dim=1).softmax(dim=1)
+    return sum(weights[:, n, None] * value[at] for n, at in enumerate(shifts))
+
+
+def _flex(shape: Shape, options: Options, kernel: int, dilation: int) -> Callable[..., Tensor]:
+    """FlexAttention to the positions of maps that are padded with zeros, masked to the window."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    height, width = shape[2:]
+    padding = kernel // 2 * dilation
+    rows, columns = height + 2 * padding, width + 2 * padding
+
+    def in_window(batch, head, query, key):
+        down, right = key // columns - query // width, key % columns - query % width
+        rows_fit = (down >= 0) & (down <= 2 * padding) & (down % dilation == 0)
+        return rows_fit & (right >= 0) & (right <= 2 * padding) & (right % dilation == 0)
+
+    # Uncompiled it would make the whole mask, height * width * rows * columns numbers.
+    mask = torch.compile(create_block_mask)(
+        in_window, None, None, height * width, rows * columns, device=options.device
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (_rows(F.pad(x, (padding,) * 4)) for x in (key, value))
+        context = flex_attention(_rows(query), key, value, block_mask=mask)
+        return context.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
+
+    return attend
+
+
+def _natten(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int) -> Tensor:
+    """NATTEN, one head: maps (B, H, W, heads, C)."""
+    import natten
+
+    query, key, value = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (query, key, value))
+    context = natten.na2d(query, key, value, kernel_size=kernel, dilation=dilation)
+    return context.squeeze(3).permute(0, 3, 1, 2)
+
+
+def neighborhood_attention_cases(shape: Shape, options: Options) -> list[Case]:
+    """FLOPs: the products of a window, whoever computes them; three times with the backward."""
+    batch, channels, height, width = shape
+    positions = batch * height * width
+
+    def case(kernel: int, dilation: int, backward: bool, border: str = "zeros") -> Case:
+        window = {"kernel": kernel, "dilation": dilation}
+        neighbours, passes = kernel * kernel, 3 if backward else 1
+        maps = 8 if backward else 3
+        row = functools.partial(
+            Contender,
+            peak_bytes=4 * positions * (maps * channels + 4 * neighbours),
+            flops=4 * passes * positions * neighbours * channels,
+        )
+        copies = 4 * positions * neighbours * channels * (5 if backward else 3)
+        unfold = functools.partial(_windows_by_unfold, **window)
+        shifts = functools.partial(_windows_by_shifts, **window)
+        attend = functools.partial(
+            ctxops.neighborhood_attention, kernel_size=kernel, dilation=dilation, border=border
+        )
+        ours = row("ctxops", lambda: attend, ours=True)
+        if border == "shift":
+            natten = functools.partial(_natten, **window)
+            contenders = [row("NATTEN", lambda: natten), ours]
+        else:
+            contenders = [
+                row("unfold", lambda: unfold, peak_bytes=copies),
+                row("unfold compiled", lambda: unfold, compile=True, peak_bytes=copies),
+                row("shifts", lambda: shifts, peak_bytes=copies),
+                row("shifts compiled", lambda: shifts, compile=True, peak_bytes=copies),
+                ours,
+            ]
+        # On the CPU it has no backward.
+        if border == "zeros" and not (backward and options.device.type == "cpu"):
+            flex = functools.partial(_flex, shape, options, kernel, dilation)
+            contenders.insert(-1, row("FlexAttention", flex, compile=True))
+        title = f"neighborhood_attention {kernel} x {kernel}, dilation {dilation}, {border}"
+        return Case(
+            _title(title, shape, backward),
+            lambda: tuple(_random(shape, options, i) for i in range(3)),
+            shape,
+            _in_both_formats(*contenders),
+            backward=backward,
+        )
+
+    borders = ["zeros", *["shift"] * (importlib.util.find_spec("natten") is not None)]
+    return [
+        case(*window, backward, border)
+        for border in borders
+        for window in WINDOWS
+        for backward in (False, True)
+    ]
+
+
 OPERATORS = {
     "pyramid_pool": Operator(pyramid_pool_cases, (1, 2048, 96, 96), (1, 256, 48, 48)),
     "asymmetric_attention": Operator(asymmetric_attention_cases, (1, 256, 96, 96), (1, 64, 48, 48)),
+    "neighborhood_attention": Operator(
+        neighborhood_attention_cases, (1, 256, 128, 128), (1, 32, 40, 40)
+    ),
 }
 
 

@@ -10,11 +10,9 @@
 #include "third_party/dlpack.h"
 
 // Every kernel entry, one line each.
-#define CTXOPS_KERNELS(kernel)           \
-  kernel(pyramid_pool_forward)           \
-  kernel(pyramid_pool_backward)          \
-  kernel(neighborhood_attention_forward) \
-  kernel(neighborhood_attention_backward)
+#define CTXOPS_KERNELS(kernel)                               \
+  kernel(pyramid_pool_forward) kernel(pyramid_pool_backward) \
+      kernel(neighborhood_attention_forward) kernel(neighborhood_attention_backward)
 
 namespace py = pybind11;
 

@@ -30,7 +30,8 @@ CTXOPS_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// The first step of the window of step `query`; outside the class, below 0, where the border allows.
+// The first step of the window of step `query`; outside the class, below 0, where the border
+// allows.
 CTXOPS_HD int64_t window_start(const WindowAxis& axis, int64_t query, int64_t steps) {
   const int64_t centred = query - axis.kernel / 2;
   return axis.border == Border::shift ? clamp(centred, 0, steps - axis.kernel) : centred;

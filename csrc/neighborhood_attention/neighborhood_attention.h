@@ -100,7 +100,8 @@ inline const char* check_forward(const TensorView& query, const TensorView& key,
     return "weights must be (B, heads, kh * kw, H, W) in the accumulator's dtype";
   }
   if (element_count(value) == 0) return weighs ? nullptr : "neither values nor weights";
-  if (value.ndim != 4 || value.size[1] % heads != 0) return "heads must divide the value's channels";
+  if (value.ndim != 4 || value.size[1] % heads != 0)
+    return "heads must divide the value's channels";
   if (!is_map(value, query, value.size[1])) return "value must be a map like query";
   return is_map(output, query, value.size[1]) ? nullptr : "output must be a map like value";
 }
@@ -111,8 +112,7 @@ inline const char* check_backward(const TensorView& grad, const TensorView& quer
                                   const TensorView& grad_query, const TensorView& grad_key,
                                   const TensorView& grad_value, const IntList& window,
                                   int64_t heads, int64_t border) {
-  if (const char* error =
-          check_forward(query, key, value, grad, weights, window, heads, border)) {
+  if (const char* error = check_forward(query, key, value, grad, weights, window, heads, border)) {
     return error;
   }
   if (!is_weights(grad_logits, query, heads, window.value[0] * window.value[1])) {

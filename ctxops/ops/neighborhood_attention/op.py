@@ -69,7 +69,9 @@ def neighborhood_attention(
         kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
         on the CPU) of every map that is not so.
     """
-    kernel, steps, scale = _check(query, key, value, kernel_size, dilation, scale, border, num_heads)
+    kernel, steps, scale = _check(
+        query, key, value, kernel_size, dilation, scale, border, num_heads
+    )
     query, key, value = _library.autocast(query, key, value)
     _library.check_same_dtype(query=query, key=key, value=value)
     if not _FORWARD.serves(query):
@@ -199,14 +201,12 @@ def _kernel_map(x: Tensor) -> Tensor:
 
 
 def _empty_kernel_map(x: Tensor) -> Tensor:
-    """``x`` itself where the kernels can write it, else an uninitialised map for :func:`_finish`."""
+    """``x`` itself where the kernels can write to it, else a map to be copied from afterwards."""
     half_on_cpu = not x.is_cuda and x.dtype.itemsize == 2
     if not half_on_cpu and (x.stride(1) == 1 or x.shape[1] == 1):
         return x
     dtype = torch.float32 if half_on_cpu else x.dtype
-    return torch.empty(
-        x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _allocate(
