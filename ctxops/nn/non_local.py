@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
+from ctxops.nn._checks import check_choice, check_maps, check_sizes
 from ctxops.nn.pointwise import (
     PointwiseConcatConv2d,
     PointwiseConv2d,
@@ -22,11 +22,6 @@ _SHARE = ("query_key", "key_value", None)
 _FUSE = (None, "add", "concat")
 _VARIANTS = ("released", "paper")
 _SAMPLING = ("avg", "max", "random")
-
-
-def _check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def _check_shared_weights(block: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -65,19 +60,16 @@ class _NonLocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = query_channels if out_channels is None else out_channels
-        sizes = {
-            "query_channels": query_channels,
-            "context_channels": context_channels,
-            "key_channels": key_channels,
-            "value_channels": value_channels,
-            "out_channels": out_channels,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        _check_choice("share", share, _SHARE)
-        _check_choice("fuse", fuse, _FUSE)
-        _check_choice("variant", variant, _VARIANTS)
+        check_sizes(
+            query_channels=query_channels,
+            context_channels=context_channels,
+            key_channels=key_channels,
+            value_channels=value_channels,
+            out_channels=out_channels,
+        )
+        check_choice("share", share, _SHARE)
+        check_choice("fuse", fuse, _FUSE)
+        check_choice("variant", variant, _VARIANTS)
         if share == "key_value" and key_channels != value_channels:
             raise ValueError(
                 f"share='key_value' needs equal widths, got key_channels {key_channels} and "
@@ -129,22 +121,6 @@ class _NonLocalBlock(nn.Module):
             f"variant={self.variant!r}, share={self.share!r}, fuse={self.fuse!r}, "
             f"scale={self.scale:.6g}, out projection starts at zero"
         )
-
-    def _check_maps(self, **maps: tuple[Tensor, int]) -> None:
-        """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch."""
-        for name, (x, channels) in maps.items():
-            _library.check_map(name, x)
-            if x.shape[1] != channels:
-                raise ValueError(
-                    f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}"
-                )
-        (first, (x, _)), *others = maps.items()
-        for name, (other, _) in others:
-            if other.shape[0] != x.shape[0] or other.device != x.device:
-                raise ValueError(
-                    f"{name} must have the batch and device of {first}, {x.shape[0]} on "
-                    f"{x.device}, got {other.shape[0]} on {other.device}"
-                )
 
     def _fuse(self, context: Tensor, x: Tensor, *, projected: bool = False) -> Tensor:
         """The block's last step, on W_o's output and the query's map ``x``.
@@ -235,7 +211,7 @@ class NonLocal2d(_DenseBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_maps(x=(x, self.query_channels))
+        check_maps(x=(x, self.query_channels))
         return self._attend(x, x)
 
 
@@ -285,7 +261,7 @@ class FusionNonLocal2d(_DenseBlock):
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        self._check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
         return self._attend(high, low)
 
 
@@ -327,7 +303,7 @@ class _AnchorBlock(_NonLocalBlock):
             out_norm=out_norm,
             norm_layer=norm_layer,
         )
-        _check_choice("sampling", sampling, _SAMPLING)
+        check_choice("sampling", sampling, _SAMPLING)
         self.output_sizes = check_output_sizes(output_sizes)
         self.sampling, self.fold = sampling, fold
 
@@ -510,7 +486,7 @@ class APNB(_AnchorBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_maps(x=(x, self.query_channels))
+        check_maps(x=(x, self.query_channels))
         return self._attend(x, x)
 
 
@@ -570,5 +546,5 @@ class AFNB(_AnchorBlock):
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        self._check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
         return self._attend(high, low)

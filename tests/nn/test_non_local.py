@@ -10,18 +10,8 @@ from torch import nn
 import ctxops
 from ctxops.nn import AFNB, APNB, FusionNonLocal2d, NonLocal2d, non_local
 from harness import peak_memory
+from modules import assert_same, randomise
 from numerics import LAYOUTS, random_like
-
-
-def randomise(module: nn.Module) -> nn.Module:
-    """Nothing at zero or one: neither W_o nor the norms hide what the block computes."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-    return module
 
 
 def embed(convolution, x):
@@ -61,22 +51,6 @@ def formula(block, x, context, sample=lambda x: x):
     if block.fuse == "concat":
         return apply(block.fusion, torch.cat([y, x], dim=1))
     return y
-
-
-def assert_same(block, inputs, expected_of):
-    """Outputs and all gradients equal those of ``expected_of(*inputs)``, in float64."""
-    inputs = [x.double().requires_grad_() for x in inputs]
-    leaves = [*inputs, *block.parameters()]
-    expected = expected_of(*inputs)
-    upstream = random_like(expected)
-    expected_grads = torch.autograd.grad(expected, leaves, upstream, allow_unused=True)
-    actual = block(*inputs)
-    torch.testing.assert_close(actual, expected)
-    grads = torch.autograd.grad(actual, leaves, upstream, allow_unused=True)
-    for a, b in zip(grads, expected_grads, strict=True):
-        # A parameter without influence may be unused or get zeros.
-        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
-        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-6, atol=1e-8)
 
 
 FORMS = [

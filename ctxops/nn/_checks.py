@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What modules check, of their arguments and of the maps they are given."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ctxops import _library
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises unless each is an integer of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def check_groups(name: str, groups: int, **channels: int) -> None:
+    """Raises unless ``groups`` is an integer that divides all these numbers of channels."""
+    check_sizes(**{name: groups})
+    for what, count in channels.items():
+        if count % groups:
+            raise ValueError(f"{name} must divide {what}, {count}, got {groups}")
+
+
+def check_power_of_two(name: str, value: int, at_least: int) -> None:
+    check_sizes(**{name: value})
+    if value < at_least or value & (value - 1):
+        raise ValueError(f"{name} must be a power of two of at least {at_least}, got {value}")
+
+
+def check_module(name: str, module: object, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Raises unless ``module`` is None or one of these."""
+    if module is not None and not isinstance(module, kinds):
+        wanted = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be {wanted} or None, got {type(module).__name__}")
+
+
+def check_maps(**maps: tuple[Tensor, int]) -> None:
+    """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch."""
+    for name, (x, channels) in maps.items():
+        _library.check_map(name, x)
+        if x.shape[1] != channels:
+            raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
+    (first, (x, _)), *others = maps.items()
+    for name, (other, _) in others:
+        if other.shape[0] != x.shape[0] or other.device != x.device:
+            raise ValueError(
+                f"{name} must have the batch and device of {first}, {x.shape[0]} on "
+                f"{x.device}, got {other.shape[0]} on {other.device}"
+            )
