@@ -75,3 +75,25 @@ def test_nonlocal_attention_never_forms_the_square(layout, value_channels, devic
     assert used < square / 8
     used = peak_of_backward(ctxops.nonlocal_attention, query, query.clone(), value, device=device)
     assert used < square / 8
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neighborhood_attention(layout, dtype, device):
+    query, key, value = (
+        LAYOUTS[layout](torch.randn(2, 32, 48, 40, device=device).to(dtype)) for _ in range(3)
+    )
+    weights = 2 * 2 * 15 * 48 * 40 * 4
+    widened = dtype != torch.float32 and device == "cpu"
+    copy = 2 * 32 * 48 * 40 * (4 if widened else dtype.itemsize)
+    copies = 0 if layout == "channels_last" and not widened else copy
+
+    def attend(query, key, value):
+        return ctxops.neighborhood_attention(query, key, value, (3, 5), 2, num_heads=2)
+
+    with torch.no_grad():
+        assert peak(attend, query, key, value, device=device) <= 4 * copies + KIB
+    used = peak_of_backward(attend, query, key, value, device=device)
+    assert used <= weights + 7 * copies + KIB
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+    assert peak(attend, *leaves, device=device) <= weights + 4 * copies + KIB
