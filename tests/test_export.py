@@ -22,13 +22,33 @@ class Pool(nn.Module):
         return ctxops.pyramid_pool(x, mode=self.mode)
 
 
+class Attend(nn.Module):
+    def __init__(self, border):
+        super().__init__()
+        self.border = border
+
+    def forward(self, x):
+        window = {"kernel_size": (3, 2), "dilation": (1, 2), "border": self.border}
+        return ctxops.neighborhood_attention(x, x.flip(3), x * x, num_heads=2, **window)
+
+
 def block():
     module = APNB(8, 4, 4, fuse="concat").eval()
     nn.init.normal_(module.out.weight)
     return module
 
 
-@pytest.mark.parametrize("module", [Pool("avg"), Pool("max"), block()], ids=["avg", "max", "APNB"])
+MODULES = {
+    "avg": Pool("avg"),
+    "max": Pool("max"),
+    "zeros": Attend("zeros"),
+    "mask": Attend("mask"),
+    "shift": Attend("shift"),
+    "APNB": block(),
+}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_onnx_with_dynamic_sizes(module, tmp_path):
     path = tmp_path / "module.onnx"
     x = torch.randn(1, 8, 12, 10)
