@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension as it was built: what it holds, what it refuses, what it must not contain."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.dlpack import to_dlpack
+
+import ctxops
+from ctxops import _native
+
+ROOT = Path(__file__).parents[2]
+KERNELS = sorted(name for name in vars(_native.extension.baseline) if not name.startswith("_"))
+
+
+def test_build_info():
+    info = ctxops.build_info()
+    assert info["extension"]
+    assert info["error"] is None
+    assert info["kernels"] == KERNELS
+    assert info["cpu"][0] == "baseline"
+    assert getattr(_native.extension, info["cpu"][-1]) is _native.cpu
+
+
+@pytest.mark.parametrize("isa", [*_native.INSTRUCTION_SETS, "cuda"])
+def test_every_backend_has_every_kernel(isa):
+    backend = getattr(_native.extension, isa, None)
+    if backend is None:
+        pytest.skip(f"no {isa} here")
+    assert sorted(name for name in vars(backend) if not name.startswith("_")) == KERNELS
+
+
+def test_every_kernel_source_is_an_operators():
+    stems = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    for stem in stems - {"common", "third_party"}:
+        assert {path.name for path in (ROOT / "csrc" / stem).iterdir()} == {
+            f"{stem}.h",
+            f"{stem}_cpu.cpp",
+            f"{stem}_cuda.cu",
+        }
+        assert (ROOT / "ctxops" / "ops" / stem / "reference.py").is_file()
+        assert any(kernel.startswith(stem) for kernel in KERNELS)
+
+
+def test_info_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ctxops", "info"], capture_output=True, text=True, check=True
+    )
+    assert all(kernel in done.stdout for kernel in ("pyramid_pool", "neighborhood_attention"))
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+def test_links_no_torch():
+    done = subprocess.run(
+        ["ldd", _native.extension.__file__], capture_output=True, text=True, check=True
+    )
+    assert "libgomp" in done.stdout
+    assert not any(name in done.stdout for name in ("torch", "c10", "cudart"))
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("nm") is None, reason="needs g++ and nm"
+)
+@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/*/*_cpu.cpp")), ids=lambda p: p.stem)
+def test_no_symbol_is_shared_by_two_instruction_sets(source, tmp_path):
+    """The linker would keep one copy of it, which this processor may not be able to run."""
+    target = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O2", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fno-exceptions", "-DCTXOPS_ISA=avx2", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["g++", *flags, "-c", source, "-o", target], check=True)
+    done = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True)
+    symbols = [line[17:].split(" ", 1) for line in done.stdout.splitlines()]
+    assert not [name for kind, name in symbols if kind in "VWu"]
+    public = [name for kind, name in symbols if kind in "BDRT"]
+    assert public
+    assert all(name.startswith("ctxops::avx2::") for name in public)
+
+
+def call(*tensors, sizes=(1,)):
+    handed = [to_dlpack(t) if isinstance(t, torch.Tensor) else t for t in tensors]
+    _native.cpu.pyramid_pool_forward(*handed, list(sizes), False, 1)
+
+
+def test_a_kernel_checks_what_it_is_handed():
+    x, nothing = torch.ones(1, 2, 3, 3), torch.empty(0, dtype=torch.int32)
+    output, cells = torch.empty(1, 2, 1), torch.empty(1, 1, 1, 2)
+    call(x, output, nothing, cells, nothing)
+    assert torch.equal(output, torch.ones(1, 2, 1))
+    wrong = [
+        (torch.empty(1, 2, 2), nothing, cells, nothing),
+        (torch.empty(1, 2, 1).double(), nothing, cells, nothing),
+        (output, nothing, torch.empty(1, 1, 1, 1), nothing),
+        (output, torch.empty(1, 1, 2, dtype=torch.int32), cells, nothing),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="pyramid_pool_forward: "):
+            call(x, *arguments)
+    with pytest.raises(ValueError, match="sizes"):
+        call(x, output, nothing, cells, nothing, sizes=())
+    with pytest.raises(ValueError, match="too many integers"):
+        call(x, output, nothing, cells, nothing, sizes=(1,) * (_native.extension.max_ints + 1))
+    with pytest.raises(TypeError):
+        _native.cpu.pyramid_pool_forward(x, output, nothing, cells, nothing, [1], False, 1)
+    with pytest.raises(TypeError):
+        call(1, output, nothing, cells, nothing)
+
+
+def test_a_kernel_takes_no_tensor_of_six_dimensions():
+    nothing = torch.empty(0, dtype=torch.int32)
+    with pytest.raises(ValueError, match="too many dimensions"):
+        call(torch.ones(1, 1, 1, 1, 1, 1), nothing, nothing, nothing, nothing)
+
+
+def test_a_broken_extension_leaves_the_references(tmp_path):
+    """A package whose extension cannot be loaded warns once, and computes."""
+    package = tmp_path / "ctxops"
+    shutil.copytree(ROOT / "ctxops", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.so").write_bytes(b"no extension")
+    program = (
+        "import warnings, torch\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import ctxops\n"
+        "assert len([w for w in caught if 'without its compiled kernels' in str(w.message)]) == 1\n"
+        "assert not ctxops.build_info()['extension']\n"
+        "x = torch.randn(1, 2, 5, 5, requires_grad=True)\n"
+        "ctxops.pyramid_pool(x).sum().backward()\n"
+        "ctxops.neighborhood_attention(x, x, x, 3).sum().backward()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
