@@ -26,6 +26,27 @@
   T* name = reinterpret_cast<T*>(ctxops_dynamic_shared)
 
 #define CTXOPS_LARGEST_GRID INT32_MAX
+
+namespace ctxops {
+namespace {
+
+// Copies 8 or 16 aligned bytes from device memory to shared memory while the thread goes on. Copies
+// form a group at each copy_commit(); copy_wait<n>() waits for all of the thread's groups but the
+// last n. Other threads see them after a barrier.
+template <int kBytes>
+__device__ void copy_async(void* to, const void* from) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes)
+               : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+}  // namespace
+}  // namespace ctxops
 #endif
 
 namespace ctxops {

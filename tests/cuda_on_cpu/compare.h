@@ -9,8 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/tensor.h"
 
@@ -182,6 +184,33 @@ inline void expect_equal(const std::string& what, const Tensor& expected, const 
 
 inline void expect_same_bits(const std::string& what, const Tensor& one, const Tensor& other) {
   if (!one.same_bits(other)) fail(what + ": the order of the threads changes the result");
+}
+
+// Calls f with the usual order of threads and with the other one on a grid of a few blocks.
+template <typename F>
+auto in_both_orders(const F& f) {
+  cuda_on_cpu::settings = {cuda_on_cpu::Order::ascending, INT32_MAX};
+  auto ascending = f();
+  cuda_on_cpu::settings = {cuda_on_cpu::Order::descending, 3};
+  return std::make_pair(std::move(ascending), f());
+}
+
+inline TensorView on_device(int32_t device, Tensor& tensor) {
+  TensorView view = tensor.view();
+  view.cuda_device = device;
+  return view;
+}
+
+// Kernels run on the device of the tensors and on the stream that they are given, and leave the
+// current device as it was.
+inline void expect_launched(const std::string& what, const char* error, int device,
+                            intptr_t stream) {
+  if (error != nullptr) fail(what + ": " + error);
+  if (cuda_on_cpu::last_launch.device != device) fail(what + " ran on another device");
+  if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != stream) {
+    fail(what + " ran on another stream");
+  }
+  if (cuda_on_cpu::current_device != 0) fail(what + ": the current device was not restored");
 }
 
 }  // namespace compare

@@ -39,6 +39,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaStream_t = struct CUstream_st*;
@@ -80,6 +84,14 @@ constexpr int kMisuse = 97;
 
 enum class State { ready, at_block_barrier, at_warp_barrier, returned };
 
+// A copy that a thread may not yet rely on.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int64_t group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
@@ -88,6 +100,8 @@ struct Fiber {
   uint32_t mask = 0;          // lanes that the warp barrier waits for
   const char* place = "";     // where it waits
   unsigned char exchange[8];  // what a shuffle offers to other lanes
+  std::vector<Copy> copies;
+  int64_t group = 0;
 };
 
 struct Machine {
@@ -147,6 +161,7 @@ inline void fiber_main() {
   for (;;) {
     machine.body();
     Fiber& fiber = *machine.fibers[machine.running];
+    if (!fiber.copies.empty()) misuse("a thread returned before its copies arrived");
     fiber.state = State::returned;
     pause(fiber);
   }
@@ -223,6 +238,20 @@ inline void* shared_memory(const void* declaration, size_t bytes) {
   std::memset(memory, 0xff, bytes);
   machine.shared.emplace_back(declaration, memory);
   return memory;
+}
+
+// All groups but the last `left` arrive: no sooner, so that a copy which nobody waits for shows.
+inline void wait_for_copies(int64_t left) {
+  Fiber& fiber = *machine.fibers[machine.running];
+  std::vector<Copy> later;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group < fiber.group - left) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      later.push_back(copy);
+    }
+  }
+  fiber.copies = std::move(later);
 }
 
 // Lets the warps go on whose barriers are complete. Did any?
@@ -352,6 +381,24 @@ template <typename T>
 void __stwb(T* to, T value) {
   *to = value;
 }
+
+namespace ctxops {
+namespace {
+
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  static_assert(kBytes == 8 || kBytes == 16, "these sizes are copied at once");
+  auto& fiber = *cuda_on_cpu::machine.fibers[cuda_on_cpu::machine.running];
+  fiber.copies.push_back({to, from, kBytes, fiber.group});
+}
+inline void copy_commit() { ++cuda_on_cpu::machine.fibers[cuda_on_cpu::machine.running]->group; }
+template <int kLeft>
+void copy_wait() {
+  cuda_on_cpu::wait_for_copies(kLeft);
+}
+
+}  // namespace
+}  // namespace ctxops
 
 #define CUDA_ON_CPU_TEXT_OF(x) #x
 #define CUDA_ON_CPU_TEXT(x) CUDA_ON_CPU_TEXT_OF(x)

@@ -3,7 +3,6 @@
 // Usage: pyramid_pool <dtype> avg|max <layout> small|batch|large
 #include "pyramid_pool/pyramid_pool.h"
 
-#include "common/cuda.h"
 #include "compare.h"
 
 namespace {
@@ -104,15 +103,6 @@ Backward run_backward(const Problem& p, Tensor& grad_output, Tensor& argmax, con
   return result;
 }
 
-// Calls f with the usual order of threads and with the other one on a grid of a few blocks.
-template <typename F>
-auto in_both_orders(const F& f) {
-  cuda_on_cpu::settings = {cuda_on_cpu::Order::ascending, INT32_MAX};
-  auto ascending = f();
-  cuda_on_cpu::settings = {cuda_on_cpu::Order::descending, 3};
-  return std::make_pair(std::move(ascending), f());
-}
-
 // Sums differ by rounding: in the accumulator, then in the output's dtype.
 void expect_rounded(const std::string& what, const Problem& p, const Tensor& expected,
                     const Tensor& actual) {
@@ -191,24 +181,14 @@ void check_sums(const Problem& p, bool constant) {
   }
 }
 
-// The kernels run on the device of the tensors and on the stream that they are given, and leave the
-// current device as it was.
 void check_device(const Problem& p) {
-  const auto on_device_1 = [](Tensor& tensor) {
-    TensorView view = tensor.view();
-    view.cuda_device = 1;
-    return view;
-  };
   Forward result(p);
   Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
   const char* error = ctxops::cuda::pyramid_pool_forward(
-      on_device_1(input), on_device_1(result.output), on_device_1(result.argmax),
-      on_device_1(result.cells), on_device_1(result.cell_argmax), int_list(p.shape.sizes),
+      on_device(1, input), on_device(1, result.output), on_device(1, result.argmax),
+      on_device(1, result.cells), on_device(1, result.cell_argmax), int_list(p.shape.sizes),
       p.maximum, 7);
-  if (error != nullptr) fail(error);
-  if (cuda_on_cpu::last_launch.device != 1) fail("the kernel ran on another device");
-  if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != 7) fail("another stream");
-  if (cuda_on_cpu::current_device != 0) fail("the current device was not restored");
+  expect_launched("forward", error, 1, 7);
 }
 
 }  // namespace

@@ -30,7 +30,14 @@ def _sources(op: str) -> list[Path]:
     return [HERE / f"{op}.cpp", CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_cpu.cpp"]
 
 
-PROGRAMS = {"harness": [HERE / "harness.cpp"], "pyramid_pool": _sources("pyramid_pool")}
+PROGRAMS = {
+    "harness": [HERE / "harness.cpp"],
+    "pyramid_pool": _sources("pyramid_pool"),
+    "neighborhood_attention": [
+        HERE / "neighborhood_attention.cpp",
+        CSRC / "neighborhood_attention" / "neighborhood_attention_cuda.cu",
+    ],
+}
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++")
 
@@ -146,4 +153,46 @@ def test_pyramid_pool_of_a_large_batch(programs, mode):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd_rows", "odd_pixels"])
 def test_pyramid_pool_adds_many_values(programs, layout, dtype):
     done = _execute(programs["pyramid_pool"], dtype, "avg", layout, "large")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "border"),
+    [
+        ("float32", "zeros"),
+        ("float32", "mask"),
+        ("float16", "zeros"),
+        ("bfloat16", "mask"),
+    ],
+)
+def test_neighborhood_attention_in_tiles(programs, dtype, border):
+    done = _execute(programs["neighborhood_attention"], dtype, border, "tiled")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("dtype", "border"),
+    [
+        ("float32", "zeros"),
+        ("float32", "shift"),
+        ("float64", "zeros"),
+        ("float16", "mask"),
+        ("bfloat16", "shift"),
+    ],
+)
+def test_neighborhood_attention(programs, dtype, border):
+    done = _execute(programs["neighborhood_attention"], dtype, border, "general")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("border", ["zeros", "mask", "shift"])
+@pytest.mark.parametrize("cases", ["numbers", "device"])
+def test_neighborhood_attention_of(programs, cases, border):
+    done = _execute(programs["neighborhood_attention"], "float32", border, cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("dtype", "cases"), [("float16", "batch"), ("float64", "large")])
+def test_neighborhood_attention_of_many(programs, dtype, cases):
+    done = _execute(programs["neighborhood_attention"], dtype, "zeros", cases)
     assert done.returncode == 0, done.stdout + done.stderr
