@@ -52,7 +52,12 @@ def summarize(result: Result) -> list[str]:
         return lines
     speed = [f"{rival.timing.median / ours.timing.median:.2f} x {rival.name}" for rival in rivals]
     memory = [f"{_share(ours.memory, rival.memory)} of {rival.name}" for rival in rivals]
-    compared = [f"{ours.name} is {', '.join(speed)}.", f"its memory is {', '.join(memory)}."]
+    compared = [f"{ours.name} is {', '.join(speed)}."]
+    compared.append(
+        f"its memory is {', '.join(memory)}."
+        if ours.memory >= 1024
+        else "it needs no memory beyond inputs and results."
+    )
     return compared + lines
 
 
