@@ -104,20 +104,20 @@ def _first_run(
     if isinstance(function, nn.Module):
         function = function.to(device).to(memory_format=contender.memory_format)
     entry.runner = runner = Runner(function, tuple(inputs), upstream)
-    entry.flops = _counted_flops(runner) if contender.flops is None else contender.flops
+    results = None
+    if contender.flops is None:
+        with FlopCounterMode(display=False) as counter:
+            results = runner()
+        entry.flops = counter.get_total_flops()
+    else:  # it may have no uncompiled form
+        entry.flops = contender.flops
     if contender.compile:
         runner.compile()
-    results = runner()
+        results = None
+    results = runner() if results is None else results
     output_bytes = sum(storage_bytes(results[:1]).values())
     entry.traffic = runner.traffic(output_bytes) if contender.traffic is None else contender.traffic
     return results
-
-
-def _counted_flops(runner: Runner) -> int:
-    """Of an uncompiled call: some contenders have no other form, and give their own count."""
-    with FlopCounterMode(display=False) as counter:
-        runner()
-    return counter.get_total_flops()
 
 
 def _run_oracle(

@@ -224,17 +224,24 @@ class TestResult:
 
     def test_summary_takes_the_faster_format_of_each(self):
         rows = (
-            row("a", 12.0, 800),
-            row("a", 8.0, 600, channels_last=True),
-            row("c", 3.0, 25),
-            row("ours", 2.0, 50, ours=True),
-            row("ours", 4.0, 10, channels_last=True, ours=True),
+            row("a", 12.0, 80_000),
+            row("a", 8.0, 60_000, channels_last=True),
+            row("c", 3.0, 2_500),
+            row("ours", 2.0, 5_000, ours=True),
+            row("ours", 4.0, 1_000, channels_last=True, ours=True),
             Row(Entry(contender("b"), needs=3 * 2**30)),
         )
         assert summarize(Result(case(), rows)) == [
             "ours is 4.00 x a, 1.50 x c.",
             "its memory is 1/12.0 of a, 2.0 x that of c.",
             "b does not fit (needs 3.0 GiB).",
+        ]
+
+    def test_summary_of_no_memory(self):
+        rows = (row("a", 8.0, 60_000), row("ours", 2.0, 16, ours=True))
+        assert summarize(Result(case(), rows)) == [
+            "ours is 4.00 x a.",
+            "it needs no memory beyond inputs and results.",
         ]
 
     @pytest.mark.parametrize(
