@@ -17,11 +17,9 @@ from ctxops.nn._checks import (
     check_sizes,
 )
 from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d
-from ctxops.ops.neighborhood_attention import neighborhood_attention
-from ctxops.ops.neighborhood_attention.op import check_pair
+from ctxops.ops.neighborhood_attention import BORDERS, check_pair, neighborhood_attention
 
 _DOWNSAMPLES = ("conv", "bilinear", "avg")
-_BORDERS = ("zeros", "mask", "shift")
 _SOURCES = ("both", "global", "local")
 _ARRANGEMENTS = ("gald", "ldga", "parallel")
 
@@ -195,7 +193,7 @@ class LDv2(nn.Module):
         if global_channels != 0:
             check_sizes(global_channels=global_channels)
         check_groups("num_heads", num_heads, key_channels=key_channels, channels=channels)
-        check_choice("border", border, _BORDERS)
+        check_choice("border", border, BORDERS)
         self.global_channels, self.local_channels = global_channels, local_channels
         self.channels, self.key_channels, self.num_heads = channels, key_channels, num_heads
         self.kernel_size = check_pair("kernel_size", kernel_size)

@@ -11,7 +11,7 @@ from ctxops import _library
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
 
 # In the order of csrc/common/window.h.
-_BORDERS = ("zeros", "mask", "shift")
+BORDERS = ("zeros", "mask", "shift")
 # csrc/neighborhood_attention/neighborhood_attention.h
 _MAX_WINDOW = 4096
 
@@ -150,8 +150,8 @@ def _check(
         raise ValueError(
             f"kernel_size must have at most {_MAX_WINDOW} positions, got {kernel[0]} x {kernel[1]}"
         )
-    if border not in _BORDERS:
-        raise ValueError(f"border must be one of {_BORDERS}, got {border!r}")
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {BORDERS}, got {border!r}")
     # A tracer must not learn the map's size; the kernel finds the same fault when it runs.
     if border == "shift" and not torch.compiler.is_compiling():
         for axis, extent, k, d in zip("HW", (height, width), kernel, steps, strict=True):
@@ -246,7 +246,7 @@ def _forward(
     _library.launch(
         "neighborhood_attention_forward", query,
         _kernel_map(query), _kernel_map(key), target if value is None else _kernel_map(value),
-        target, weights, [*kernel_size, *dilation], num_heads, scale, _BORDERS.index(border),
+        target, weights, [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
     )  # fmt: skip
     if target is not output:
         output.copy_(target)
@@ -289,7 +289,7 @@ def _backward(
     _library.launch(
         "neighborhood_attention_backward", query,
         *map(_kernel_map, (grad, query, key, value)), weights, grad_logits, *targets,
-        [*kernel_size, *dilation], num_heads, scale, _BORDERS.index(border),
+        [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
     )  # fmt: skip
     for gradient, target in zip(grads, targets, strict=True):
         if target is not gradient:
