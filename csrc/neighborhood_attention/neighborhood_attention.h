@@ -115,6 +115,7 @@ inline const char* check_backward(const TensorView& grad, const TensorView& quer
   if (const char* error = check_forward(query, key, value, grad, weights, window, heads, border)) {
     return error;
   }
+  if (element_count(value) == 0) return "value has no elements";
   if (!is_weights(grad_logits, query, heads, window.value[0] * window.value[1])) {
     return "grad_logits must be like weights";
   }

@@ -30,6 +30,7 @@ WIDE = [
     ((1, 20, 7, 5), 9, 1, (9, 9), (1, 1)),
     ((1, 4, 6, 3), 4, 2, (5, 3), (4, 7)),
     ((2, 3, 2, 2), 2, 1, (64, 64), (1, 1)),
+    ((1, 2, 1, 700), 1, 1, (1, 600), (1, 1)),
     ((1, 3, 4, 5), 3, 1, (3, 3), (2**31 - 1, 1000)),
 ]
 
@@ -136,6 +137,23 @@ def test_windows_larger_than_the_map(case, border, device):
     check(case, border, device=device)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 256, 2, 300), 256, 1, (1, 7), (1, 2)),
+        ((1, 300, 130, 3), 5, 1, (7, 1), (1, 1)),
+        ((1, 2, 66, 71), 1, 1, (64, 64), (1, 1)),
+        ((1, 2, 1, 900), 1, 1, (1, 800), (1, 1)),
+        ((1, 2, 1200, 1), 1, 1, (600, 1), (2, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("border", BORDERS)
+def test_more_than_a_tile_holds(case, border):
+    """Of columns, of rows, and of the weights of several queries."""
+    check(case, border, "channels_last")
+
+
 @pytest.mark.parametrize("border", BORDERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, border, device):
@@ -199,6 +217,16 @@ def test_values_that_are_not_finite_reach_the_windows_that_hold_them(which, valu
     # A key of -inf only takes its own position out where the logit is -inf, not +inf or NaN.
     if torch.isnan(tensors[which]).any():
         assert not output.isfinite().all()
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_every_logit_far_below_that_of_a_zero_outside(border, device):
+    query, _, value = inputs((1, 4, 9, 10), 3, device=device)
+    ours, plain = operator_and_reference(1, (3, 3), (2, 2), border)
+    tensors = query.abs() + 1, -1e3 * query.abs() - 1e3, value
+    output = ours(*tensors)
+    torch.testing.assert_close(output, plain(*tensors), rtol=1e-3, atol=1e-5)
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("border", ["zeros", "mask"])
@@ -280,6 +308,19 @@ def test_memory_formats(layout, device):
     assert all(x.grad.stride() == x.stride() for x in (query, key, value))
 
 
+def test_saved_tensors_that_come_back_in_another_layout(device):
+    leaves = [x.requires_grad_() for x in inputs((2, 4, 5, 6), 4, "channels_last", device=device)]
+    upstream = torch.randn(2, 4, 5, 6, device=device)
+
+    def run():
+        return ctxops.neighborhood_attention(*leaves, 3, num_heads=2)
+
+    expected = torch.autograd.grad(run(), leaves, upstream)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        output = run()
+    assert all(map(torch.equal, torch.autograd.grad(output, leaves, upstream), expected))
+
+
 @pytest.mark.parametrize("border", BORDERS)
 def test_compiles_once_for_all_sizes(border, device):
     torch._dynamo.reset()
@@ -355,6 +396,21 @@ def test_deterministic(layout, border, device):
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_backward_without_values_is_refused():
+    query, key, _ = inputs((1, 4, 8, 8), 1)
+    options = ([3, 3], [1, 1], 0.3, "mask", 1)
+    _, weights = torch.ops.ctxops.neighborhood_attention(query, key, None, *options, True)
+    value = torch.empty(1, 0, 8, 8)
+    with pytest.raises(ValueError, match="value has no elements"):
+        torch.ops.ctxops.neighborhood_attention_bwd(query, query, key, value, weights, *options)
+
+
+def test_no_value():
+    query = torch.ones(1, 4, 5, 6)
+    with pytest.raises(TypeError, match=r"value must be .* got NoneType"):
+        ctxops.neighborhood_attention(query, query, None, 3)
 
 
 def call(shape=(1, 4, 5, 6), key=None, value=None, kernel_size=3, dilation=1, **options):

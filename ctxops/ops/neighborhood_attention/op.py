@@ -62,13 +62,15 @@ def neighborhood_attention(
     Source: Li et al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021,
     eq. 7 and 8 (LDv2), whose s is 1.
 
-    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast casts down.
+    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast casts down. On
+        the CPU a weight below exp(-87) is 0, unless in float64.
     Gradients: query, key, value.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: with gradient, B * num_heads * kh * kw * H * W values of 4 bytes (8 for float64) are
         kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
         on the CPU) of every map that is not so.
     """
+    _library.check_dtype("value", value)
     kernel, steps, scale = _check(
         query, key, value, kernel_size, dilation, scale, border, num_heads
     )
@@ -107,7 +109,8 @@ def neighborhood_attention_weights(
     Gradients: query and key, through the reference: with them, every position's window of keys is
         stored.
     Deterministic: yes.
-    Memory: one channels_last copy of each map that is not so.
+    Memory: one channels_last copy (float32 for half precision on the CPU) of each map that is not
+        so; for half precision the weights in float32.
     """
     kernel, steps, scale = _check(query, key, None, kernel_size, dilation, scale, border, num_heads)
     query, key = _library.autocast(query, key)
@@ -177,15 +180,17 @@ def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return tuple(pair)
 
 
-def _new_weights(query: Tensor, kernel_size: Sequence[int], num_heads: int) -> Tensor:
+def _new_weights(query: Tensor, kernel_size: Sequence[int], border: str, num_heads: int) -> Tensor:
     """Uninitialised weights (B, heads, kh * kw, H, W) in the accumulator's dtype.
 
-    In memory the CPU has the weights of a position side by side, CUDA the positions of a weight.
+    In memory the weights of a position stand side by side; where CUDA's tiles write them, as they
+    do for the usual windows, the positions of a weight.
     """
     batch, _, height, width = query.shape
     count = kernel_size[0] * kernel_size[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if query.is_cuda:
+    square = kernel_size[0] == kernel_size[1] and kernel_size[0] in (3, 5, 7)
+    if query.is_cuda and square and border != "shift" and dtype == torch.float32:
         return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)
     weights = query.new_empty((batch, height, width, num_heads, count), dtype=dtype)
     return weights.permute(0, 3, 4, 1, 2)
@@ -222,7 +227,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     output = query.new_empty(0) if value is None else _library.empty_map(value.shape, query)
     if save:
-        return output, _new_weights(query, kernel_size, num_heads)
+        return output, _new_weights(query, kernel_size, border, num_heads)
     return output, query.new_empty(0, dtype=torch.float32)
 
 
@@ -285,7 +290,9 @@ def _backward(
     if query.numel() == 0:
         return grads
     targets = [_empty_kernel_map(g) for g in grads]
-    grad_logits = _new_weights(query, kernel_size, num_heads)
+    grad_logits = _new_weights(query, kernel_size, border, num_heads)
+    if weights.stride() != grad_logits.stride():  # hooks on saved tensors may have moved them
+        weights = _new_weights(query, kernel_size, border, num_heads).copy_(weights)
     _library.launch(
         "neighborhood_attention_backward", query,
         *map(_kernel_map, (grad, query, key, value)), weights, grad_logits, *targets,
