@@ -61,9 +61,11 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     error_ = error_text(cudaGetDevice(&former_));
-    if (error_ != nullptr || device == former_) return;
-    error_ = error_text(cudaSetDevice(device));
-    changed_ = error_ == nullptr;
+    if (error_ == nullptr && device != former_) {
+      error_ = error_text(cudaSetDevice(device));
+      changed_ = error_ == nullptr;
+    }
+    if (error_ != nullptr) cudaGetLastError();  // or the next launch would report it once more
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(former_);

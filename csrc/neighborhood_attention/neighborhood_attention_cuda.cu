@@ -480,40 +480,67 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
   const StepRange in_columns = window_inside(p.window.columns, left, tile.columns);
   const Entries<float> entries = entries_of<float>(p.weights, tile.place(), p.window);
   const float scale = static_cast<float>(p.scale);
-  // f(n, its product, is it inside?) for the neighbours, a row at a time: all of them at once would
-  // need more registers than there are.
-  const auto each = [&](const auto& f) {
+  // f(i, x, inside) may change the products x[j] of row i of the window, and is told which of them
+  // are inside. All rows at once would need more registers than there are; one at a time, a row's
+  // loads do not wait for the stores before them.
+  const auto each_row = [&](const auto& f) {
 #pragma unroll 1
     for (int i = 0; i < k; ++i) {
+      float x[k];
+      bool inside[k];
 #pragma unroll
       for (int j = 0; j < k; ++j) {
-        const int n = i * k + j;
-        f(n, weights[n * groups + group].x[q],
-          within(in_rows, top + i) && within(in_columns, left + j));
+        x[j] = weights[(i * k + j) * groups + group].x[q];
+        inside[j] = within(in_rows, top + i) && within(in_columns, left + j);
       }
+      f(i, x, inside);
+#pragma unroll
+      for (int j = 0; j < k; ++j) weights[(i * k + j) * groups + group].x[q] = x[j];
     }
+  };
+  const auto load_entries = [&](int i, const bool (&inside)[k], float (&to)[k]) {
+#pragma unroll
+    for (int j = 0; j < k; ++j) to[j] = inside[j] ? *entries.at(i * k + j, row, column) : 0;
   };
   float total = 0;
   if (p.backward()) {
     const Entries<float> grads = entries_of<float>(p.grad_logits, tile.place(), p.window);
-    each([&](int n, float& x, bool inside) {
-      if (inside) total += *entries.at(n, row, column) * x;
+    each_row([&](int i, const float (&x)[k], const bool (&inside)[k]) {
+      float weight[k];
+      load_entries(i, inside, weight);
+#pragma unroll
+      for (int j = 0; j < k; ++j) {
+        if (inside[j]) total += weight[j] * x[j];
+      }
     });
-    each([&](int n, float& x, bool inside) {
-      x = inside ? scale * *entries.at(n, row, column) * (x - total) : 0;
-      *grads.at(n, row, column) = x;
+    each_row([&](int i, float (&x)[k], const bool (&inside)[k]) {
+      float weight[k];
+      load_entries(i, inside, weight);
+#pragma unroll
+      for (int j = 0; j < k; ++j) x[j] = inside[j] ? scale * weight[j] * (x[j] - total) : 0;
+#pragma unroll
+      for (int j = 0; j < k; ++j) *grads.at(i * k + j, row, column) = x[j];
     });
   } else {
     const float outside = p.window.rows.border == Border::mask ? -INFINITY : 0.0f;
     float largest = -INFINITY;
-    each([&](int, float& x, bool inside) {
-      x = inside ? x * scale : outside;
-      largest = fmaxf(largest, x);
+    each_row([&](int, float (&x)[k], const bool (&inside)[k]) {
+#pragma unroll
+      for (int j = 0; j < k; ++j) {
+        x[j] = inside[j] ? x[j] * scale : outside;
+        largest = fmaxf(largest, x[j]);
+      }
     });
-    each([&](int, float& x, bool) { total += x = expf(x - largest); });
-    each([&](int n, float& x, bool) {
-      x /= total;
-      if (entries.data) *entries.at(n, row, column) = x;
+    each_row([&](int, float (&x)[k], const bool (&)[k]) {
+#pragma unroll
+      for (int j = 0; j < k; ++j) total += x[j] = expf(x[j] - largest);
+    });
+    each_row([&](int i, float (&x)[k], const bool (&)[k]) {
+#pragma unroll
+      for (int j = 0; j < k; ++j) x[j] /= total;
+      if (entries.data == nullptr) return;
+#pragma unroll
+      for (int j = 0; j < k; ++j) *entries.at(i * k + j, row, column) = x[j];
     });
   }
 }
@@ -574,6 +601,7 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
   const int groups = tiling.groups();
   for (int64_t item = blockIdx.x; item < tiling.tiles; item += gridDim.x) {
     const Tile tile = tile_of(item, tiling, p.window, p.heads);
+    if (tile.row >= tile.rows || tile.column >= tile.columns) continue;  // a shorter class
     multiply<T, k>(weights, tiling, tile, grid_of<T>(p.left, tile.place(), p.window, p.heads),
                    grid_of<T>(p.right, tile.place(), p.window, p.heads),
                    static_cast<int>(p.left.size[1] / p.heads));
@@ -604,6 +632,7 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
   const int groups = tiling.groups();
   for (int64_t item = blockIdx.x; item < tiling.tiles; item += gridDim.x) {
     const Tile tile = tile_of(item, tiling, p.window, p.heads);
+    if (tile.row >= tile.rows || tile.column >= tile.columns) continue;  // a shorter class
     const Entries<float> coefficients = entries_of<float>(p.coefficients, tile.place(), p.window);
     for (int i = threadIdx.x; i < k * k * groups * kRows; i += blockDim.x) {
       const int q = i % kRows, group = i / kRows % groups, n = i / kRows / groups;
