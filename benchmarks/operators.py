@@ -4,6 +4,7 @@
     python benchmarks/operators.py --quick
     python benchmarks/operators.py pyramid_pool --json pyramid_pool.json
     python benchmarks/operators.py asymmetric_attention --shape 1x256x128x256 --dtype bfloat16
+    python benchmarks/operators.py neighborhood_attention --shape 8x64x97x97 --window 5x6
 
 An operator is one entry of OPERATORS: a function from shape and options to cases.
 """
@@ -43,7 +44,7 @@ WINDOWS = ((5, 6), (3, 1), (7, 3))
 class Operator:
     """``cases`` makes the comparisons for a map of a shape (B, C, H, W)."""
 
-    cases: Callable[[Shape, Options], list[Case]]
+    cases: Callable[..., list[Case]]
     shape: Shape
     quick_shape: Shape
 
@@ -247,8 +248,13 @@ def _natten(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation:
     return context.squeeze(3).permute(0, 3, 1, 2)
 
 
-def neighborhood_attention_cases(shape: Shape, options: Options) -> list[Case]:
-    """FLOPs: the products of a window, whoever computes them; three times with the backward."""
+def neighborhood_attention_cases(
+    shape: Shape, options: Options, windows: Sequence[tuple[int, int]] = ()
+) -> list[Case]:
+    """Windows are kernel size and dilation; by default WINDOWS, or the first of them with --quick.
+
+    FLOPs: the products of a window, whoever computes them; three times with the backward."""
+    windows = windows or (WINDOWS[:1] if options.quick else WINDOWS)
     batch, channels, height, width = shape
     positions = batch * height * width
 
@@ -296,7 +302,7 @@ def neighborhood_attention_cases(shape: Shape, options: Options) -> list[Case]:
     return [
         case(*window, backward, border)
         for border in borders
-        for window in (WINDOWS[:1] if options.quick else WINDOWS)
+        for window in windows
         for backward in (False, True)
     ]
 
@@ -310,12 +316,29 @@ OPERATORS = {
 }
 
 
+_WINDOWED = ("neighborhood_attention",)
+
+
+def _parse_window(text: str) -> tuple[int, int]:
+    kernel, _, dilation = text.partition("x")
+    if not (kernel.isdecimal() and dilation.isdecimal() and int(kernel) % 2 and int(dilation)):
+        raise argparse.ArgumentTypeError(f"must be an odd kernel size x dilation, got {text!r}")
+    return int(kernel), int(dilation)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[0], epilog=f"operators: {', '.join(OPERATORS)}"
     )
     parser.add_argument("operators", nargs="*", metavar="operator", help="default: all")
     parser.add_argument("--shape", type=parse_shape, metavar="BxCxHxW")
+    parser.add_argument(
+        "--window",
+        type=_parse_window,
+        action="append",
+        metavar="KxD",
+        help="kernel size and dilation of neighborhood_attention (repeatable)",
+    )
     add_options(parser)
     chosen = parser.parse_args(arguments)
     for name in chosen.operators:
@@ -328,7 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         operator = OPERATORS[name]
         default = operator.quick_shape if chosen.quick else operator.shape
         shapes[name] = chosen.shape or default
-        cases += operator.cases(shapes[name], options)
+        windows = {"windows": chosen.window} if chosen.window and name in _WINDOWED else {}
+        cases += operator.cases(shapes[name], options, **windows)
     return run_benchmark("operators", cases, options, {"shapes": shapes})
 
 
