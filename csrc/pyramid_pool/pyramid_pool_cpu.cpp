@@ -255,14 +255,19 @@ void gather_cells(const Backward& p) {
   parallel_for(B * p.rows.count * p.columns.count, elements, p.threads, [&](int64_t item) {
     const int64_t q = item % p.columns.count, r = item / p.columns.count % p.rows.count;
     const int64_t b = item / p.columns.count / p.rows.count;
-    A* __restrict sum = cell<A>(p.grad_cells, b, r, q, 0);
-    reset<false, false>(sum, nullptr, C);
-    for_bins_at(p.sizes, H, W, cell_start(p.rows, r), cell_start(p.columns, q),
-                [&](int64_t s, int64_t area) {
-                  const T* __restrict grad = row<T>(p.grad_output, b, s, 0);
-                  const A share = A(1) / static_cast<A>(area);
-                  for (int64_t c = 0; c < C; ++c) sum[c] += load(grad[c]) * share;
-                });
+    double sum[kChannelTile];  // a cell of a tiny map may get thousands of bins
+    for (int64_t first = 0; first < C; first += kChannelTile) {
+      const int64_t count = smaller(kChannelTile, C - first);
+      reset<false, false>(sum, nullptr, count);
+      for_bins_at(p.sizes, H, W, cell_start(p.rows, r), cell_start(p.columns, q),
+                  [&](int64_t s, int64_t area) {
+                    const T* __restrict grad = row<T>(p.grad_output, b, s, first);
+                    const double share = 1.0 / static_cast<double>(area);
+                    for (int64_t k = 0; k < count; ++k) sum[k] += load(grad[k]) * share;
+                  });
+      A* to = cell<A>(p.grad_cells, b, r, q, first);
+      for (int64_t k = 0; k < count; ++k) to[k] = static_cast<A>(sum[k]);
+    }
   });
 }
 

@@ -448,15 +448,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; item < items;
        item += static_cast<int64_t>(gridDim.x) * kThreads) {
     const CellTile my = cell_tile(item, R, Q, packs, V);
-    Pack<A, V> sum = {};
+    double sum[V] = {};  // a cell of a tiny map may get thousands of bins
     for_bins_at(p.sizes, H, W, cell_start(p.rows, my.r), cell_start(p.columns, my.q),
                 [&](int64_t s, int64_t area) {
-                  const A share = A(1) / static_cast<A>(area);
+                  const double share = 1.0 / static_cast<double>(area);
                   const Pack<T, V> grad = load_pack<V>(row<T>(p.grad_output, my.b, s, my.c));
 #pragma unroll
-                  for (int k = 0; k < V; ++k) sum.x[k] += load(grad.x[k]) * share;
+                  for (int k = 0; k < V; ++k) sum[k] += load(grad.x[k]) * share;
                 });
-    store_pack(cell<A>(p.grad_cells, my.b, my.r, my.q, my.c), sum);
+    Pack<A, V> result;
+#pragma unroll
+    for (int k = 0; k < V; ++k) result.x[k] = static_cast<A>(sum[k]);
+    store_pack(cell<A>(p.grad_cells, my.b, my.r, my.q, my.c), result);
   }
 }
 

@@ -86,6 +86,7 @@ def test_many_blocks_give_the_same(layout, dtype, monkeypatch):
     layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_drawn_shapes(shape, anchors, value_channels, layout):
+    torch.manual_seed(0)  # a failure is to be found again
     query, *others = make(shape, anchors, value_channels)
     check([LAYOUTS[layout](query), *others])
 

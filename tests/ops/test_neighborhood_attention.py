@@ -183,6 +183,7 @@ def test_every_instruction_set(isa, border, monkeypatch):
     border=st.sampled_from(BORDERS),
 )
 def test_drawn_shapes(shape, value_channels, heads, kernel_size, dilation, layout, border):
+    torch.manual_seed(0)  # a failure is to be found again
     assume(border != "shift" or fits(shape, kernel_size, dilation))
     shape = (shape[0], shape[1] * heads, *shape[2:])
     check((shape, value_channels * heads, heads, kernel_size, dilation), border, layout)

@@ -93,7 +93,14 @@ def test_grids(sizes, mode, device):
     mode=st.sampled_from(MODES),
 )
 def test_drawn_shapes(shape, sizes, layout, mode):
+    torch.manual_seed(0)  # a failure is to be found again
     check(LAYOUTS[layout](torch.randn(shape)), tuple(sizes), mode)
+
+
+def test_gradients_of_thousands_of_bins_that_share_a_position(device):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        check(torch.randn(1, 3, 1, 1, device=device), (1, 1, 1, 44, 45))
 
 
 @pytest.mark.parametrize("mode", MODES)
