@@ -356,7 +356,7 @@ def test_compiles_once_for_all_larger_sizes(make, device):
     block = make().to(device).eval()
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     # torch 2.8 compiles average pooling anew for other remainders of the size.
-    strict = torch.__version__ >= (2, 9)
+    strict = torch.__version__ >= (2, 9) or getattr(block, "downsample", None) != "avg"
     with torch._dynamo.config.patch(error_on_recompile=strict):
         for size in ((26, 25), (31, 45), (40, 23)):
             x = torch.randn(2, 8, *size, device=device)

@@ -20,6 +20,17 @@ def _neighbours(
     return neighbour.clamp(0, extent - 1), inside
 
 
+def _windows(
+    x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int], border: str, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Every position's window (B, heads, C, H, kh, W, kw), and what of it is inside."""
+    height, width = x.shape[2:]
+    rows, row_inside = _neighbours(height, kernel_size[0], dilation[0], border, x.device)
+    columns, column_inside = _neighbours(width, kernel_size[1], dilation[1], border, x.device)
+    windows = x.unflatten(1, (num_heads, -1))[:, :, :, rows][..., columns]
+    return windows, row_inside[:, :, None, None] & column_inside
+
+
 def reference_weights(
     query: Tensor,
     key: Tensor,
@@ -30,14 +41,9 @@ def reference_weights(
     num_heads: int,
 ) -> Tensor:
     """The softmax weights (B, heads, kh, kw, H, W)."""
-    height, width = query.shape[2:]
-    rows, row_inside = _neighbours(height, kernel_size[0], dilation[0], border, query.device)
-    columns, column_inside = _neighbours(width, kernel_size[1], dilation[1], border, query.device)
-    query, key = (x.unflatten(1, (num_heads, -1)) for x in (query, key))
-    # (B, heads, C, H, kh, W, kw): every position with its window.
-    windows = key[:, :, :, rows][..., columns]
+    windows, inside = _windows(key, kernel_size, dilation, border, num_heads)
+    query = query.unflatten(1, (num_heads, -1))
     logits = (query[:, :, :, :, None, :, None] * windows).sum(2) * scale
-    inside = row_inside[:, :, None, None] & column_inside
     logits = logits.masked_fill(~inside, -torch.inf if border == "mask" else 0)
     # (B, heads, kh, kw, H, W)
     logits = logits.permute(0, 1, 3, 5, 2, 4)
@@ -54,11 +60,7 @@ def reference(
     border: str,
     num_heads: int,
 ) -> Tensor:
-    height, width = query.shape[2:]
-    rows, row_inside = _neighbours(height, kernel_size[0], dilation[0], border, query.device)
-    columns, column_inside = _neighbours(width, kernel_size[1], dilation[1], border, query.device)
     weights = reference_weights(query, key, kernel_size, dilation, scale, border, num_heads)
-    windows = value.unflatten(1, (num_heads, -1))[:, :, :, rows][..., columns]
-    inside = row_inside[:, :, None, None] & column_inside
+    windows, inside = _windows(value, kernel_size, dilation, border, num_heads)
     windows = windows.masked_fill(~inside, 0).permute(0, 1, 2, 4, 6, 3, 5)
     return (weights[:, :, None] * windows).sum((3, 4)).flatten(1, 2)
