@@ -7,6 +7,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "common/dtype.h"
 
 namespace ctxops {
@@ -83,6 +87,37 @@ CTXOPS_INLINE void store_vector(A* to, Vector<A> v) {
 template <typename A>
 CTXOPS_INLINE void store_vector(A* to, Vector<A> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+}
+
+template <typename A>
+CTXOPS_INLINE bool is_aligned(const A* address) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+}
+
+// Stores to an aligned address past the caches; stream_fence() makes it visible to other threads.
+template <typename A>
+CTXOPS_INLINE void stream_vector(A* to, Vector<A> v) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  memcpy(&bits, &v, sizeof v);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  memcpy(&bits, &v, sizeof v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bits);
+#elif defined(__SSE2__)
+  __m128i bits;
+  memcpy(&bits, &v, sizeof v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits);
+#else
+  store_vector<A>(to, v);
+#endif
+}
+
+CTXOPS_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // Lane l of the sum of halves: a vector of groups of kWidth lanes, and another one, become one of

@@ -161,7 +161,9 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
-    """The maps as the kernels take them: all with channels side by side, or all with planes."""
+    """The maps as the kernels take them: all with channels side by side, or all with planes; on the
+    CPU no half precision.
+    """
 
     def fits(x: Tensor) -> bool:
         _, channels, height, width = x.shape
@@ -170,7 +172,24 @@ def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Te
             return channels == 1 or stride_c == 1
         return (width == 1 or stride_w == 1) and (height == 1 or stride_h == width)
 
-    return [x if fits(x) else x.contiguous(memory_format=layout) for x in maps]
+    dtype = maps[0].dtype if maps[0].is_cuda else _accumulator(maps[0])
+    return [
+        x if x.dtype == dtype and fits(x) else x.to(dtype).contiguous(memory_format=layout)
+        for x in maps
+    ]
+
+
+def _empty_kernel_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps themselves where the kernels can write to them, else some to be copied from."""
+    if maps[0].is_cuda or maps[0].dtype.itemsize > 2:
+        return maps
+    return [torch.empty_like(x, dtype=torch.float32) for x in maps]
+
+
+def _copy_unless_same(maps: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for x, source in zip(maps, sources, strict=True):
+        if x is not source:
+            x.copy_(source)
 
 
 def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -205,9 +224,11 @@ def _allocate(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     layout = _library.memory_format(features[0])
     fused = [_library.empty_map(x.shape, x, layout) for x in features]
-    nothing = features[0].new_empty(0, dtype=_accumulator(features[0]))
-    made = _new_gates(features) if save and gates is None else nothing
-    return fused, made, _new_sums(features) if save else nothing
+    # Two tensors without elements, not one twice: results must not alias.
+    made, sums = (features[0].new_empty(0, dtype=_accumulator(features[0])) for _ in range(2))
+    if save and gates is None:
+        made = _new_gates(features)
+    return fused, made, _new_sums(features) if save else sums
 
 
 def _forward(
@@ -226,13 +247,15 @@ def _forward(
     work = sums if save else _new_sums(features)
     if gates is None:
         gates = _new_gates(features) if work.numel() > 0 and not save else made
+    targets = _empty_kernel_maps(fused)
     _library.launch(
         "gated_fusion_forward", features[0],
         _kernel_maps(features, _library.memory_format(features[0])), gates.contiguous(),
         nothing if weight is None else weight.to(accumulator).contiguous(),
         nothing if bias is None else bias.to(accumulator).contiguous(),
-        fused, work, align_corners,
+        targets, work, align_corners,
     )  # fmt: skip
+    _copy_unless_same(fused, targets)
     return fused, made, sums
 
 
@@ -267,13 +290,14 @@ def _backward(
     batch, channels = features[0].shape[:2]
     parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
     partial = gates.new_empty(0 if weight is None else (len(features), parts, channels))
+    targets = _empty_kernel_maps(grad_features)
     _library.launch(
         "gated_fusion_backward", features[0],
         _kernel_maps(grads, layout), _kernel_maps(features, layout), gates.contiguous(),
         grad_weight if weight is None else weight.to(gates.dtype).contiguous(), sums.contiguous(),
-        torch.empty_like(sums), torch.empty_like(sums), grad_gates, grad_features, partial,
-        align_corners,
+        torch.empty_like(sums), torch.empty_like(sums), grad_gates, targets, partial, align_corners,
     )  # fmt: skip
+    _copy_unless_same(grad_features, targets)
     if weight is not None:
         torch.sum(partial, dim=1, out=grad_weight)
     return grad_features, grad_gates, grad_weight
