@@ -2,7 +2,26 @@
 """Modules: parameters, and calls of the operators."""
 
 from ctxops.nn.cgnl import CGNL
+from ctxops.nn.global_convolution import (
+    BoundaryRefinement,
+    ConvolutionStack,
+    GCNBottleneck,
+    GlobalConvolution,
+)
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
 
-__all__ = ["AFNB", "APNB", "CGNL", "GALD", "FusionNonLocal2d", "LDv1", "LDv2", "NonLocal2d"]
+__all__ = [
+    "AFNB",
+    "APNB",
+    "CGNL",
+    "GALD",
+    "BoundaryRefinement",
+    "ConvolutionStack",
+    "FusionNonLocal2d",
+    "GCNBottleneck",
+    "GlobalConvolution",
+    "LDv1",
+    "LDv2",
+    "NonLocal2d",
+]
