@@ -5,14 +5,16 @@
 #include <stdexcept>
 #include <string>
 
+#include "gated_fusion/gated_fusion.h"
 #include "neighborhood_attention/neighborhood_attention.h"
 #include "pyramid_pool/pyramid_pool.h"
 #include "third_party/dlpack.h"
 
 // Every kernel entry, one line each.
-#define CTXOPS_KERNELS(kernel)                               \
-  kernel(pyramid_pool_forward) kernel(pyramid_pool_backward) \
-      kernel(neighborhood_attention_forward) kernel(neighborhood_attention_backward)
+#define CTXOPS_KERNELS(kernel)                                                       \
+  kernel(pyramid_pool_forward) kernel(pyramid_pool_backward)                         \
+      kernel(neighborhood_attention_forward) kernel(neighborhood_attention_backward) \
+          kernel(gated_fusion_forward) kernel(gated_fusion_backward)
 
 namespace py = pybind11;
 
@@ -67,6 +69,21 @@ struct type_caster<ctxops::TensorView> {
   }
 };
 
+// A sequence of DLPack capsules -> TensorList.
+template <>
+struct type_caster<ctxops::TensorList> {
+  PYBIND11_TYPE_CASTER(ctxops::TensorList, const_name("Sequence[PyCapsule]"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<sequence>(source)) return false;
+    const auto items = reinterpret_borrow<sequence>(source);
+    if (items.size() > ctxops::kMaxTensors) throw value_error("a kernel got too many tensors");
+    value.count = static_cast<int32_t>(items.size());
+    for (int i = 0; i < value.count; ++i) value.value[i] = items[i].cast<ctxops::TensorView>();
+    return true;
+  }
+};
+
 // A sequence of integers -> IntList.
 template <>
 struct type_caster<ctxops::IntList> {
@@ -90,11 +107,17 @@ namespace {
 template <typename... Args>
 void define(py::module_& module, const char* name, const char* (*kernel)(Args...), bool cuda) {
   module.def(name, [name, kernel, cuda](Args... args) {
+    const auto expect = [&](const ctxops::TensorView& tensor) {
+      if ((tensor.cuda_device >= 0) != cuda) {
+        throw py::value_error(std::string(name) + ": a tensor is on the wrong device");
+      }
+    };
     const auto expect_device = [&](const auto& argument) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(argument)>, ctxops::TensorView>) {
-        if ((argument.cuda_device >= 0) != cuda) {
-          throw py::value_error(std::string(name) + ": a tensor is on the wrong device");
-        }
+      using Argument = std::decay_t<decltype(argument)>;
+      if constexpr (std::is_same_v<Argument, ctxops::TensorView>) {
+        expect(argument);
+      } else if constexpr (std::is_same_v<Argument, ctxops::TensorList>) {
+        for (int i = 0; i < argument.count; ++i) expect(argument.value[i]);
       }
     };
     (expect_device(args), ...);
@@ -142,6 +165,7 @@ PYBIND11_MODULE(_C, root) {
   root.attr("cuda_compiler") = CTXOPS_CUDA_COMPILER;
   root.attr("cuda_archs") = CTXOPS_CUDA_ARCHS;
   root.attr("max_ints") = ctxops::kMaxInts;
+  root.attr("max_tensors") = ctxops::kMaxTensors;
   define_cpu_backends(root);
 #ifdef CTXOPS_WITH_CUDA
   auto module = root.def_submodule("cuda");

@@ -4,6 +4,7 @@
 from ctxops._library import use_reference
 from ctxops._native import build_info
 from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 from ctxops.ops.neighborhood_attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
@@ -17,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "asymmetric_attention",
     "build_info",
+    "gated_fusion",
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "nonlocal_attention",
     "pyramid_pool",
     "random_anchor_indices",
     "sample_anchors",
+    "self_gated_fusion",
     "use_reference",
 ]

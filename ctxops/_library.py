@@ -118,7 +118,12 @@ def launch(name: str, like: Tensor, *arguments: object) -> None:
 
     Tensors travel as DLPack capsules; the number of threads or the current stream comes last.
     """
-    handed = [to_dlpack(a) if isinstance(a, Tensor) else a for a in arguments]
+    handed = [
+        to_dlpack(a) if isinstance(a, Tensor)
+        else [to_dlpack(t) for t in a] if isinstance(a, list) and isinstance(a[0], Tensor)
+        else a
+        for a in arguments
+    ]  # fmt: skip
     if like.is_cuda:
         stream = torch.cuda.current_stream(like.device).cuda_stream
         getattr(_native.cuda, name)(*handed, stream)

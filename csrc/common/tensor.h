@@ -45,6 +45,14 @@ struct TensorView {
   int32_t cuda_device;  // -1: memory of the host
 };
 
+// A few tensors.
+constexpr int kMaxTensors = 8;
+
+struct TensorList {
+  int32_t count;
+  TensorView value[kMaxTensors];
+};
+
 // A short list of integers that travels to a GPU by value.
 constexpr int kMaxInts = 32;
 

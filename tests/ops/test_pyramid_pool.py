@@ -85,9 +85,9 @@ def test_grids(sizes, mode, device):
     check(torch.randn(1, 3, 31, 260, device=device), sizes, mode)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
-    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 40, 40))),
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 20, 40, 40))),
     sizes=st.lists(st.integers(1, 45), min_size=1, max_size=5),
     layout=st.sampled_from(list(LAYOUTS)),
     mode=st.sampled_from(MODES),
@@ -97,10 +97,11 @@ def test_drawn_shapes(shape, sizes, layout, mode):
     check(LAYOUTS[layout](torch.randn(shape)), tuple(sizes), mode)
 
 
-def test_gradients_of_thousands_of_bins_that_share_a_position(device):
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_thousands_of_bins_that_share_a_position(mode, device):
     for seed in range(20):
         torch.manual_seed(seed)
-        check(torch.randn(1, 3, 1, 1, device=device), (1, 1, 1, 44, 45))
+        check(torch.randn(1, 3, 1, 1, device=device), (1, 1, 1, 44, 45), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -48,7 +48,8 @@ def pyramid_pool(
     Memory: B * C * R * Q values of 4 bytes (8 for float64), R and Q the cells that all bins cut an
         axis into: at most 2 * sum(n) and its length; beyond 255 cells, its length. mode="max" with
         gradient: as many int32 again, and B * S * C int32 are kept. Backward: the same cells (none
-        for maxima) and B * S * C values; maxima of half precision on the CPU: a float32 map.
+        for maxima) and B * S * C values; maxima of half precision on the CPU: a float32 map, of a
+        grid finer than the map: a float64 map.
     """
     sizes = _check(input, output_sizes, mode)
     if not _FORWARD.serves(input):
@@ -140,10 +141,13 @@ def _backward(
     grad_input = _allocate_backward(grad, argmax, sizes, height, width, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    if argmax is not None and not grad.is_cuda and grad.dtype.itemsize == 2:
-        # The CPU's kernel adds in the map itself.
-        total = _backward(grad.float(), argmax, sizes, height, width, channels_last)
-        return grad_input.copy_(total)
+    if argmax is not None:
+        # The CPU's kernel adds in the map itself. A grid finer than the map sends a position so
+        # many gradients that a float loses them.
+        finer = max(sizes) > min(height, width) and grad.dtype != torch.float64
+        if finer or (not grad.is_cuda and grad.dtype.itemsize == 2):
+            wide = grad.double() if finer else grad.float()
+            return grad_input.copy_(_backward(wide, argmax, sizes, height, width, channels_last))
     if argmax is None:
         argmax = grad.new_empty(0, dtype=torch.int32)
         grad_cells = _new_cells(grad, grad_input.shape, sizes)

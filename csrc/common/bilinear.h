@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bilinear interpolation along one axis, on the host and on the device: torch's, with sizes given.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace ctxops {
+namespace {
+
+struct ResizeAxis {
+  int64_t from, to;  // positions of the source and of the target
+  bool align_corners;
+  double scale;  // positions of the source per position of the target
+};
+
+inline ResizeAxis make_resize_axis(int64_t from, int64_t to, bool align_corners) {
+  if (!align_corners) return {from, to, false, static_cast<double>(from) / to};
+  return {from, to, true, to > 1 ? static_cast<double>(from - 1) / (to - 1) : 0.0};
+}
+
+// A target position is (1 - weight) * source[low] + weight * source[high].
+struct Tap {
+  int64_t low, high;  // equal at the last position, where the weight counts for nothing
+  double weight;
+};
+
+CTXOPS_HD Tap tap_at(const ResizeAxis& axis, int64_t target) {
+  double x = axis.align_corners ? axis.scale * target : axis.scale * (target + 0.5) - 0.5;
+  if (x < 0) x = 0;
+  int64_t low = static_cast<int64_t>(x);
+  if (low > axis.from - 1) low = axis.from - 1;  // the product may round up
+  return {low, low < axis.from - 1 ? low + 1 : low, x - low};
+}
+
+// The share of source[position] in the target of a tap.
+CTXOPS_HD double share_of(const Tap& tap, int64_t position) {
+  const double low = tap.low == position ? 1 - tap.weight : 0;
+  return low + (tap.high == position ? tap.weight : 0);
+}
+
+// The first target whose tap starts at `position` or behind it.
+CTXOPS_HD int64_t first_target(const ResizeAxis& axis, int64_t position) {
+  int64_t begin = 0, end = axis.to;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (tap_at(axis, middle).low < position) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+struct TargetRange {
+  int64_t begin, end;
+};
+
+// The targets that source[position] has a share in: they are consecutive.
+CTXOPS_HD TargetRange targets_of(const ResizeAxis& axis, int64_t position) {
+  return {first_target(axis, position - 1), first_target(axis, position + 1)};
+}
+
+}  // namespace
+}  // namespace ctxops

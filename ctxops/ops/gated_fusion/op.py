@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gated_fusion: maps of several levels, fused through the gates of sender and receiver."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctxops import _library
+from ctxops.ops.gated_fusion.reference import reference, reference_gates
+
+# csrc/common/tensor.h
+_MAX_LEVELS = 8
+# csrc/gated_fusion/gated_fusion.h
+_PART = 256
+
+
+def gated_fusion(
+    features: Sequence[Tensor], gates: Sequence[Tensor], *, align_corners: bool = False
+) -> tuple[Tensor, ...]:
+    r"""Every level takes in what the gates of the others send and its own gate leaves room for.
+
+    .. math::
+        \tilde X_l = (1 + G_l) \odot X_l + (1 - G_l) \odot
+                     \sum_{i \neq l} \operatorname{resize}_l(G_i \odot X_i)
+
+    Args:
+        features: X_l, at least two maps of shape ``(B, C, H_l, W_l)``, of any sizes.
+        gates: G_l, as many maps of shape ``(B, 1, H_l, W_l)``, meant to be in [0, 1].
+        align_corners: of the bilinear resize to the size of level l; the sums of levels of one size
+            are resized, not the levels.
+
+    Returns:
+        A tuple of maps like the features, all in the memory format of the first.
+
+    Raises:
+        TypeError: no sequences, no floating tensors, or of different dtypes.
+        ValueError: fewer than two levels, numbers, shapes or devices that do not fit.
+        NotImplementedError: forward-mode or second derivatives (use :func:`ctxops.use_reference`).
+
+    Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, eq. 5, which leaves
+    the resize out; that it is applied to G_i X_i is our reading.
+
+    Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Under autocast all maps
+        take the widest dtype among them.
+    Gradients: features and gates.
+    Deterministic: yes, forward and backward, for any number of threads.
+    Memory: one value of 4 bytes (8 for float64) for every position of every level, and with levels
+        of several sizes so many maps of that dtype, one of each size; kept with gradient. Backward:
+        as many values again, and two such maps of each size. More than 8 levels are served by the
+        reference.
+    """
+    _check_features(features)
+    if not isinstance(gates, (list, tuple)):
+        raise TypeError(f"gates must be a list or tuple of tensors, got {type(gates).__name__}")
+    if len(gates) != len(features):
+        raise ValueError(
+            f"gates must be as many as the features, {len(features)}, got {len(gates)}"
+        )
+    for level, (x, gate) in enumerate(zip(features, gates, strict=True)):
+        shape = (x.shape[0], 1, *x.shape[2:])
+        _library.check_shape(f"gates[{level}]", gate, x, shape, "(B, 1, H, W)")
+    maps = _promote(features[0].device.type, *features, *gates)
+    features, gates = maps[: len(features)], maps[len(features) :]
+    named = {f"features[{level}]": x for level, x in enumerate(features)}
+    named |= {f"gates[{level}]": gate for level, gate in enumerate(gates)}
+    _library.check_same_dtype(**named)
+    if not _serves(features):
+        return _in_format_of(features[0], reference(features, gates, align_corners))
+    _library.check_forward_mode("gated_fusion", *features, *gates)
+    grad = _library.needs_grad(*features, *gates)
+    flat = torch.cat([gate.flatten() for gate in gates]).to(_accumulator(features[0]))
+    fused = _FORWARD(features, flat, None, None, align_corners, grad, differentiable=grad)[0]
+    return tuple(fused)
+
+
+def self_gated_fusion(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    align_corners: bool = False,
+) -> tuple[Tensor, ...]:
+    r""":func:`gated_fusion` with gates that are computed in the same pass from the maps themselves.
+
+    .. math::
+        G_l = \operatorname{sigmoid}(\langle w_l, X_l \rangle + b_l)
+
+    Args:
+        features: X_l, at least two maps of shape ``(B, C, H_l, W_l)``, of any sizes.
+        weight: w_l, ``(L, C)``.
+        bias: b_l, ``(L,)``, or None. A bias of -inf closes its gate: G_l = 0.
+        align_corners: as for :func:`gated_fusion`.
+
+    Returns:
+        A tuple of maps like the features, all in the memory format of the first.
+
+    Raises:
+        What :func:`gated_fusion` raises.
+
+    Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, eq. 5. There the
+    gates come from the maps before their channels are reduced.
+
+    Dtypes: float32, float64, float16, bfloat16; sums and gates in float32 (float64). Under autocast
+        all tensors take the widest dtype among them.
+    Gradients: features, weight and bias.
+    Deterministic: yes, forward and backward, for any number of threads.
+    Memory: what :func:`gated_fusion` needs; without gradient, and with levels of one size, nothing.
+        Backward, besides: L C values for every 256 positions of the largest level.
+    """
+    _check_features(features)
+    levels, channels = len(features), features[0].shape[1]
+    _library.check_shape("weight", weight, features[0], (levels, channels), "(L, C)")
+    if bias is not None:
+        _library.check_shape("bias", bias, features[0], (levels,), "(L,)")
+    *features, weight, bias = _promote(features[0].device.type, *features, weight, bias)
+    named = {f"features[{level}]": x for level, x in enumerate(features)}
+    _library.check_same_dtype(**named, weight=weight, bias=bias)
+    if not _serves(features):
+        gates = reference_gates(features, weight, bias)
+        return _in_format_of(features[0], reference(features, gates, align_corners))
+    _library.check_forward_mode("self_gated_fusion", *features, weight, bias)
+    grad = _library.needs_grad(*features, weight, bias)
+    arguments = (features, None, weight, bias, align_corners, grad)
+    return tuple(_FORWARD(*arguments, differentiable=grad)[0])
+
+
+def _check_features(features: Sequence[Tensor]) -> None:
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(
+            f"features must be a list or tuple of tensors, got {type(features).__name__}"
+        )
+    if len(features) < 2:
+        raise ValueError(f"features must have at least two levels, got {len(features)}")
+    for level, x in enumerate(features):
+        _library.check_map(f"features[{level}]", x)
+        shape = (*features[0].shape[:2], None, None)
+        _library.check_shape(f"features[{level}]", x, features[0], shape, "(B, C, H, W)")
+
+
+def _promote(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the widest dtype among them where autocast is on, as torch.cat does it."""
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def _serves(features: Sequence[Tensor]) -> bool:
+    return len(features) <= _MAX_LEVELS and _FORWARD.serves(features[0])
+
+
+def _in_format_of(first: Tensor, fused: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(y.contiguous(memory_format=_library.memory_format(first)) for y in fused)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
+    """The maps as the kernels take them: all with channels side by side, or all with planes."""
+
+    def fits(x: Tensor) -> bool:
+        _, channels, height, width = x.shape
+        _, stride_c, stride_h, stride_w = x.stride()
+        if layout == torch.channels_last:
+            return channels == 1 or stride_c == 1
+        return (width == 1 or stride_w == 1) and (height == 1 or stride_h == width)
+
+    return [x if fits(x) else x.contiguous(memory_format=layout) for x in maps]
+
+
+def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The sizes of the levels, each once, in the order of their first levels."""
+    sizes = []
+    for x in features:
+        if not any(x.shape[2] == height and x.shape[3] == width for height, width in sizes):
+            sizes.append((x.shape[2], x.shape[3]))
+    return sizes
+
+
+def _new_sums(features: Sequence[Tensor]) -> Tensor:
+    """An uninitialised map for each size of the levels, all in one; nothing if there is one."""
+    batch, channels = features[0].shape[:2]
+    sizes = _sizes(features)
+    count = 0 if len(sizes) == 1 else sum(batch * channels * h * w for h, w in sizes)
+    return features[0].new_empty(count, dtype=_accumulator(features[0]))
+
+
+def _new_gates(features: Sequence[Tensor]) -> Tensor:
+    count = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+    return features[0].new_empty(count, dtype=_accumulator(features[0]))
+
+
+def _allocate(
+    features: Sequence[Tensor],
+    gates: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    align_corners: bool,
+    save: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    layout = _library.memory_format(features[0])
+    fused = [_library.empty_map(x.shape, x, layout) for x in features]
+    nothing = features[0].new_empty(0, dtype=_accumulator(features[0]))
+    made = _new_gates(features) if save and gates is None else nothing
+    return fused, made, _new_sums(features) if save else nothing
+
+
+def _forward(
+    features: Sequence[Tensor],
+    gates: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    align_corners: bool,
+    save: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    fused, made, sums = _allocate(features, gates, weight, bias, align_corners, save)
+    if fused[0].numel() == 0:
+        return fused, made, sums
+    accumulator = _accumulator(features[0])
+    nothing = features[0].new_empty(0, dtype=accumulator)
+    work = sums if save else _new_sums(features)
+    if gates is None:
+        gates = _new_gates(features) if work.numel() > 0 and not save else made
+    _library.launch(
+        "gated_fusion_forward", features[0],
+        _kernel_maps(features, _library.memory_format(features[0])), gates.contiguous(),
+        nothing if weight is None else weight.to(accumulator).contiguous(),
+        nothing if bias is None else bias.to(accumulator).contiguous(),
+        fused, work, align_corners,
+    )  # fmt: skip
+    return fused, made, sums
+
+
+def _allocate_backward(
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    gates: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    align_corners: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    layout = _library.memory_format(features[0])
+    grad_features = [_library.empty_map(x.shape, x, layout) for x in features]
+    grad_weight = gates.new_empty(0 if weight is None else weight.shape)
+    return grad_features, torch.empty_like(gates), grad_weight
+
+
+def _backward(
+    grads: Sequence[Tensor],
+    features: Sequence[Tensor],
+    gates: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    align_corners: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The gradients of features, of gates or with weight of their logits, and of weight."""
+    made = _allocate_backward(grads, features, gates, weight, sums, align_corners)
+    grad_features, grad_gates, grad_weight = made
+    if features[0].numel() == 0:
+        return grad_features, grad_gates, grad_weight.zero_()
+    layout = _library.memory_format(features[0])
+    batch, channels = features[0].shape[:2]
+    parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
+    partial = gates.new_empty(0 if weight is None else (len(features), parts, channels))
+    _library.launch(
+        "gated_fusion_backward", features[0],
+        _kernel_maps(grads, layout), _kernel_maps(features, layout), gates.contiguous(),
+        grad_weight if weight is None else weight.to(gates.dtype).contiguous(), sums.contiguous(),
+        torch.empty_like(sums), torch.empty_like(sums), grad_gates, grad_features, partial,
+        align_corners,
+    )  # fmt: skip
+    if weight is not None:
+        torch.sum(partial, dim=1, out=grad_weight)
+    return grad_features, grad_gates, grad_weight
+
+
+def _setup_context(ctx, inputs, output):
+    features, gates, weight, bias, ctx.align_corners, saved = inputs
+    _, made, sums = output
+    ctx.mark_non_differentiable(made, sums)
+    ctx.saved = saved
+    ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
+
+
+def _autograd(ctx, grads, *_):
+    *features, gates, weight, bias, sums = ctx.saved_tensors
+    if not ctx.saved:
+        # A graph that was exported without gradients has neither gates nor sums: take them anew.
+        given = None if weight is not None else gates
+        _, made, sums = _FORWARD(features, given, weight, bias, ctx.align_corners, True)
+        gates = made if given is None else given
+    grad_features, grad_gates, grad_weight = _BACKWARD(
+        grads, features, gates, weight, sums, ctx.align_corners
+    )
+    if weight is None:
+        return grad_features, grad_gates, None, None, None, None
+    grad_bias = None
+    if bias is not None:
+        counts = [x.shape[0] * x.shape[2] * x.shape[3] for x in features]
+        grad_bias = torch.stack([part.sum() for part in grad_gates.split(counts)]).to(bias.dtype)
+    return grad_features, None, grad_weight.to(weight.dtype), grad_bias, None, None
+
+
+_FORWARD = _library.Operator(
+    "gated_fusion(Tensor[] features, Tensor? gates, Tensor? weight, Tensor? bias, "
+    "bool align_corners, bool save) -> (Tensor[], Tensor, Tensor)",
+    fake=_allocate,
+    kernels=_library.native_devices(_forward),
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+_BACKWARD = _library.Operator(
+    "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
+    "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor)",
+    fake=_allocate_backward,
+    kernels=_library.native_devices(_backward),
+    backward=_library.no_second_derivative("gated_fusion"),
+)
