@@ -2,6 +2,12 @@
 """Modules: parameters, and calls of the operators."""
 
 from ctxops.nn.cgnl import CGNL
+from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
+from ctxops.nn.gated_fusion import (
+    DenseFeaturePyramid,
+    GatedFeaturePyramidFusion,
+    GatedFullyFusion,
+)
 from ctxops.nn.global_convolution import (
     BoundaryRefinement,
     ConvolutionStack,
@@ -16,10 +22,16 @@ __all__ = [
     "APNB",
     "CGNL",
     "GALD",
+    "AdditionFusion",
     "BoundaryRefinement",
+    "ConcatFusion",
     "ConvolutionStack",
+    "DenseFeaturePyramid",
+    "FeaturePyramidFusion",
     "FusionNonLocal2d",
     "GCNBottleneck",
+    "GatedFeaturePyramidFusion",
+    "GatedFullyFusion",
     "GlobalConvolution",
     "LDv1",
     "LDv2",
