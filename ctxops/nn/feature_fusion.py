@@ -87,7 +87,8 @@ class ConcatFusion(LevelFusion):
         norm_layer: makes a norm from a number of channels.
 
     Shape: maps ``(B, in_channels[l], H_l, W_l)`` of any sizes, as list or tuple
-        -> as many maps ``(B, levels * channels, H_l, W_l)``, as tuple.
+        -> as many maps ``(B, levels * channels, H_l, W_l)``, as tuple. A graph exported with open
+        sizes keeps which levels differ in height.
 
     Raises:
         TypeError: sizes that are no integers, features that are no list of floating tensors.

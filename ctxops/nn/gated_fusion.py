@@ -38,7 +38,8 @@ class GatedFullyFusion(LevelFusion):
     send nothing, and receive everything (the paper's Figure 7 b).
 
     Shape: maps ``(B, in_channels[l], H_l, W_l)`` of any sizes, as list or tuple
-        -> as many maps ``(B, channels, H_l, W_l)``, as tuple.
+        -> as many maps ``(B, channels, H_l, W_l)``, as tuple, in the memory format of the first. A
+        graph exported with open sizes keeps which levels differ in height.
 
     Raises:
         TypeError: sizes that are no integers, features that are no list of floating tensors.
@@ -200,7 +201,8 @@ class DenseFeaturePyramid(nn.Module):
 
     Shape: maps ``(B, in_channels[l], H_l, W_l)`` of any sizes, as list or tuple, and C
         ``(B, context_channels, H_c, W_c)`` -> a tuple y_0, ..., y_L of maps
-        ``(B, channels, H_0, W_0)``.
+        ``(B, channels, H_0, W_0)``. A graph exported with open sizes keeps which maps differ in
+        height.
 
     Raises:
         TypeError: sizes that are no integers, features that are no list of floating tensors, a
