@@ -30,5 +30,5 @@ def assert_same(block, inputs, expected_of):
     grads = torch.autograd.grad(actual, leaves, upstream, allow_unused=True)
     for a, b in zip(grads, expected_grads, strict=True):
         # A parameter without influence may be unused or get zeros.
-        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        a, b = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (a, b))
         torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-6, atol=1e-8)

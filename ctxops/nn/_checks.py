@@ -36,6 +36,13 @@ def check_power_of_two(name: str, value: int, at_least: int) -> None:
         raise ValueError(f"{name} must be a power of two of at least {at_least}, got {value}")
 
 
+def check_kernel_size(kernel_size: int, at_least: int = 1) -> None:
+    """Raises unless it is an odd integer of at least ``at_least``."""
+    check_sizes(kernel_size=kernel_size)
+    if kernel_size < at_least or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least {at_least}, got {kernel_size}")
+
+
 def check_module(name: str, module: object, kinds: tuple[type[nn.Module], ...]) -> None:
     """Raises unless ``module`` is None or one of these."""
     if module is not None and not isinstance(module, kinds):
@@ -56,3 +63,27 @@ def check_maps(**maps: tuple[Tensor, int]) -> None:
                 f"{name} must have the batch and device of {first}, {x.shape[0]} on "
                 f"{x.device}, got {other.shape[0]} on {other.device}"
             )
+
+
+def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
+    """The channels of each level; raises unless there are at least two levels with some."""
+    if not isinstance(channels, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of integers, got {channels!r}")
+    if len(channels) < 2:
+        raise ValueError(f"{name} must have at least two levels, got {channels!r}")
+    check_sizes(**{f"{name}[{level}]": width for level, width in enumerate(channels)})
+    return tuple(channels)
+
+
+def check_features(
+    features: Sequence[Tensor], channels: Sequence[int], **others: tuple[Tensor, int]
+) -> None:
+    """Raises unless there is a map for each level; these and the others as in check_maps."""
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(
+            f"features must be a list or tuple of tensors, got {type(features).__name__}"
+        )
+    if len(features) != len(channels):
+        raise ValueError(f"features must have {len(channels)} levels, got {len(features)}")
+    levels = enumerate(zip(features, channels, strict=True))
+    check_maps(**{f"features[{level}]": x for level, x in levels}, **others)
