@@ -34,6 +34,7 @@ from harness import (
 
 Shape = tuple[int, int, int, int]
 
+LEVELS = 4  # of self_gated_fusion
 OUTPUT_SIZES = (1, 3, 6, 8)
 ANCHORS = sum(n * n for n in OUTPUT_SIZES)
 # (kernel_size, dilation) of neighborhood_attention
@@ -307,12 +308,87 @@ def neighborhood_attention_cases(
     ]
 
 
+def _gates(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """1 x 1 convolutions to one channel, and sigmoid."""
+    return [
+        F.conv2d(x, w[None, :, None, None], b[None]).sigmoid()
+        for x, w, b in zip(features, weight, bias, strict=True)
+    ]
+
+
+def _sums(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """The same gates as sums of products, which a compiler can fuse."""
+    return [
+        ((x * w[:, None, None]).sum(dim=1, keepdim=True) + b).sigmoid()
+        for x, w, b in zip(features, weight, bias, strict=True)
+    ]
+
+
+def _fuse(features: Sequence[Tensor], gates: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """With the sum of all levels, so that none is added up again for every other."""
+    sent = [gate * x for x, gate in zip(features, gates, strict=True)]
+    total = sum(sent)
+    return tuple(
+        (1 + gate) * x + (1 - gate) * (total - own)
+        for x, gate, own in zip(features, gates, sent, strict=True)
+    )
+
+
+def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
+    """Four levels of one size. Bytes: every map read and written once; with the backward, features
+    and gradients read and gradients written once more."""
+    batch, channels, height, width = shape
+    maps = LEVELS * options.dtype.itemsize * batch * channels * height * width
+
+    def torch_form(gates: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+        def fuse(*inputs: Tensor) -> tuple[Tensor, ...]:
+            *features, weight, bias = inputs
+            return _fuse(features, gates(features, weight, bias))
+
+        return fuse
+
+    def ours(*inputs: Tensor) -> tuple[Tensor, ...]:
+        *features, weight, bias = inputs
+        return ctxops.self_gated_fusion(features, weight, bias)
+
+    def inputs() -> tuple[Tensor, ...]:
+        features = [_random(shape, options, level) for level in range(LEVELS)]
+        weight = _random((LEVELS, channels), options, LEVELS) / channels**0.5
+        return *features, weight, _random((LEVELS,), options, LEVELS + 1)
+
+    def case(backward: bool) -> Case:
+        row = functools.partial(
+            Contender,
+            peak_bytes=(8 if backward else 4) * maps,
+            flops=0,
+            traffic=(5 if backward else 2) * maps,
+        )
+        convolutions = functools.partial(torch_form, _gates)
+        sums = functools.partial(torch_form, _sums)
+        contenders = [
+            row("convolutions", convolutions),
+            row("convolutions compiled", convolutions, compile=True),
+            row("sums compiled", sums, compile=True),
+            row("ctxops", lambda: ours, ours=True),
+        ]
+        return Case(
+            _title(f"self_gated_fusion {LEVELS} x", shape, backward),
+            inputs,
+            (shape,) * LEVELS,
+            _in_both_formats(*contenders),
+            backward=backward,
+        )
+
+    return [case(False), case(True)]
+
+
 OPERATORS = {
     "pyramid_pool": Operator(pyramid_pool_cases, (1, 2048, 96, 96), (1, 256, 48, 48)),
     "asymmetric_attention": Operator(asymmetric_attention_cases, (1, 256, 96, 96), (1, 64, 48, 48)),
     "neighborhood_attention": Operator(
         neighborhood_attention_cases, (1, 256, 128, 128), (1, 32, 40, 40)
     ),
+    "self_gated_fusion": Operator(self_gated_fusion_cases, (1, 256, 128, 128), (1, 64, 64, 64)),
 }
 
 

@@ -32,6 +32,16 @@ class Attend(nn.Module):
         return ctxops.neighborhood_attention(x, x.flip(3), x * x, num_heads=2, **window)
 
 
+class Fuse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        features = [x, torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True), x.sin()]
+        return torch.cat([y.flatten(1) for y in ctxops.self_gated_fusion(features, self.weight)], 1)
+
+
 def block():
     module = APNB(8, 4, 4, fuse="concat").eval()
     nn.init.normal_(module.out.weight)
@@ -44,6 +54,7 @@ MODULES = {
     "zeros": Attend("zeros"),
     "mask": Attend("mask"),
     "shift": Attend("shift"),
+    "fusion": Fuse(),
     "APNB": block(),
 }
 

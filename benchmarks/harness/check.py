@@ -61,7 +61,9 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Ent
     for contender in case.contenders:
         layout = contender.memory_format
         if layout not in formatted:
-            formatted[layout] = _formatted((*inputs, upstream), layout)
+            formatted[layout] = [
+                tuple(as_format(x, layout) for x in tensors) for tensors in (inputs, upstream)
+            ]
         entry = Entry(contender)
         entries.append(entry)
         if contender.peak_bytes > _USABLE * available_memory(device):
@@ -71,39 +73,40 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Ent
         if family not in references and family in case.oracles:
             truth = _run_oracle(case.oracles[family], inputs, upstream, device)
             references |= {family: truth} if truth else {}
-        results = _first_run(entry, formatted[layout], device)
+        results = _first_run(entry, *formatted[layout], len(case.output_shapes), device)
         if family not in references:
             references[family] = (contender.label, entry.runner, results)
             continue
         entry.against, reference, expected = references[family]
         where = f"{contender.label} at {case.title}"
-        entry.error = _compare(where, entry.against, results, expected, entry.runner, reference)
+        outputs = len(case.output_shapes)
+        entry.error = _compare(
+            where, entry.against, results, expected, outputs, entry.runner, reference
+        )
     return entries
 
 
-def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if not case.backward:
-        return None
+        return ()
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(case.output_shape, generator=generator).to(device, dtype)
-
-
-def _formatted(
-    tensors: tuple[Tensor | None, ...], layout: torch.memory_format
-) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else as_format(x, layout) for x in tensors)
+    shapes = case.output_shapes
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
 def _first_run(
-    entry: Entry, formatted: tuple[Tensor | None, ...], device: torch.device
+    entry: Entry,
+    inputs: tuple[Tensor, ...],
+    upstream: tuple[Tensor, ...],
+    outputs: int,
+    device: torch.device,
 ) -> tuple[Tensor, ...]:
     """Builds the contender, counts its FLOPs and the bytes that it has to move, compiles it."""
     contender = entry.contender
-    *inputs, upstream = formatted
     function = contender.build()
     if isinstance(function, nn.Module):
         function = function.to(device).to(memory_format=contender.memory_format)
-    entry.runner = runner = Runner(function, tuple(inputs), upstream)
+    entry.runner = runner = Runner(function, inputs, upstream)
     results = None
     if contender.flops is None:
         with FlopCounterMode(display=False) as counter:
@@ -115,13 +118,13 @@ def _first_run(
         runner.compile()
         results = None
     results = runner() if results is None else results
-    output_bytes = sum(storage_bytes(results[:1]).values())
+    output_bytes = sum(storage_bytes(results[:outputs]).values())
     entry.traffic = runner.traffic(output_bytes) if contender.traffic is None else contender.traffic
     return results
 
 
 def _run_oracle(
-    oracle: Oracle, inputs: tuple[Tensor, ...], upstream: Tensor | None, device: torch.device
+    oracle: Oracle, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...], device: torch.device
 ) -> tuple[str, Runner, tuple[Tensor, ...]] | None:
     if oracle.peak_bytes > _USABLE_BY_ORACLE * available_memory(device):
         return None
@@ -129,7 +132,7 @@ def _run_oracle(
     if isinstance(function, nn.Module):
         function = function.to(device)
     doubled = tuple(x.double() for x in inputs)
-    runner = Runner(function, doubled, None if upstream is None else upstream.double())
+    runner = Runner(function, doubled, tuple(x.double() for x in upstream))
     return "float64", runner, runner()
 
 
@@ -138,10 +141,11 @@ def _compare(
     against: str,
     results: tuple[Tensor, ...],
     expected: tuple[Tensor, ...],
+    outputs: int,
     runner: Runner,
     reference: Runner,
 ) -> float:
-    """The output's relative error, once it and the gradients' are within the tolerance.
+    """The largest relative error of an output, once those of the gradients are allowed as well.
 
     The gradients of all parameters are compared as one vector: some are exactly zero, but for
     rounding, such as that of a bias before batch norm.
@@ -151,8 +155,9 @@ def _compare(
             f"{where} has the parameters {runner.parameter_names}, "
             f"{against} has {reference.parameter_names}"
         )
-    count = 1 + len(runner.inputs) if len(results) > 1 else 1
-    names = ["output"] + [f"gradient of input {i}" for i in range(count - 1)]
+    count = outputs + len(runner.inputs) if len(results) > outputs else outputs
+    names = ["output"] if outputs == 1 else [f"output {i}" for i in range(outputs)]
+    names += [f"gradient of input {i}" for i in range(count - outputs)]
     pairs = list(zip(results[:count], expected[:count], strict=True))
     if len(results) > count:
         names.append("gradient of the parameters")
@@ -170,7 +175,7 @@ def _compare(
                 f"{where}: {name} differs from {against}: relative error {errors[-1]:.3g}, "
                 f"allowed {tolerance:.3g}"
             )
-    return errors[0]
+    return max(errors[:outputs])
 
 
 def _one_vector(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 FORMAT_NAMES = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
 
@@ -65,15 +65,21 @@ class Case:
     """One comparison: inputs (contiguous, on the device) and the rows that meet on them.
 
     The first contender is the eager reference that ratios refer to. A family without an oracle, or
-    with one that does not fit into memory, is compared with its first row.
+    with one that does not fit into memory, is compared with its first row. Functions that return
+    several tensors have a shape for each of them.
     """
 
     title: str
     inputs: Callable[[], tuple[Tensor, ...]]
-    output_shape: tuple[int, ...]
+    output_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     contenders: tuple[Contender, ...]
     oracles: Mapping[str, Oracle] = dataclasses.field(default_factory=dict)
     backward: bool = False
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        one = isinstance(self.output_shape[0], int)
+        return (self.output_shape,) if one else self.output_shape
 
 
 def both_formats(contender: Contender) -> tuple[Contender, Contender]:
@@ -82,11 +88,11 @@ def both_formats(contender: Contender) -> tuple[Contender, Contender]:
 
 
 class Runner:
-    """A contender bound to its inputs. A call returns the output, and with ``upstream`` also the
+    """A contender bound to its inputs. A call returns the outputs, and with ``upstream`` also the
     gradients of the inputs, then of the parameters in the order of ``parameter_names``."""
 
     def __init__(
-        self, function: Function, inputs: tuple[Tensor, ...], upstream: Tensor | None
+        self, function: Function, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
     ) -> None:
         self.function = function
         self.inputs = inputs
@@ -95,16 +101,16 @@ class Runner:
         self.parameter_names, self.parameters = tuple(named), tuple(named.values())
 
     def __call__(self) -> tuple[Tensor, ...]:
-        if self.upstream is None:
+        if not self.upstream:
             with torch.no_grad():
-                return (self.function(*self.inputs),)
+                return _as_tuple(self.function(*self.inputs))
         inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
-        output = self.function(*inputs)
-        output.backward(self.upstream)
+        outputs = _as_tuple(self.function(*inputs))
+        torch.autograd.backward(outputs, self.upstream)
         gradients = [leaf.grad for leaf in inputs + self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        return output.detach(), *gradients
+        return *(output.detach() for output in outputs), *gradients
 
     def compile(self) -> None:
         """From now on the function runs under ``torch.compile``."""
@@ -120,7 +126,11 @@ class Runner:
         gradients.
         """
         read = sum(x.nbytes for x in self.inputs + self.parameters)
-        return read + output_bytes if self.upstream is None else 3 * read + 2 * output_bytes
+        return 3 * read + 2 * output_bytes if self.upstream else read + output_bytes
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _named_parameters(function: Function) -> dict[str, nn.Parameter]:

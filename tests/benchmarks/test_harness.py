@@ -80,7 +80,7 @@ class TestMemory:
 
     def test_gradients_are_results(self):
         x = torch.randn(SHAPE)
-        runner = Runner(lambda x: x * 2, (x,), torch.ones(SHAPE))
+        runner = Runner(lambda x: x * 2, (x,), (torch.ones(SHAPE),))
         assert peak_memory(runner, CPU) <= SCALARS
 
     def test_the_machine_has_some(self):

@@ -97,3 +97,36 @@ def test_neighborhood_attention(layout, dtype, device):
     assert used <= weights + 7 * copies + KIB
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     assert peak(attend, *leaves, device=device) <= weights + 4 * copies + KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", [[(48, 40)] * 3, [(48, 40), (24, 20), (24, 20)]], ids=str)
+def test_gated_fusion(sizes, layout, device):
+    features = [LAYOUTS[layout](torch.randn(2, 32, *size, device=device)) for size in sizes]
+    weight, bias = torch.randn(3, 32, device=device), torch.randn(3, device=device)
+    values = 4 * sum(2 * height * width for height, width in sizes)
+    maps = sum(4 * 2 * 32 * height * width for height, width in set(sizes)) * (len(set(sizes)) > 1)
+    parts = 2 * -(-48 * 40 // 256) * 3 * 32 * 4
+
+    def fuse(*tensors):
+        return ctxops.self_gated_fusion(tensors[:3], *tensors[3:])
+
+    def measure(function, *inputs):
+        return peak_memory(lambda: function(*inputs), torch.device(device))
+
+    def measure_backward(function, *inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        upstream = [torch.randn_like(y) for y in outputs]
+        return measure(torch.autograd.grad, outputs, leaves, upstream)
+
+    with torch.no_grad():
+        kept = values * (maps > 0)
+        assert measure(fuse, *features, weight, bias) <= maps + kept + KIB
+        gates = [torch.rand(2, 1, *size, device=device) for size in sizes]
+        used = measure(lambda *t: ctxops.gated_fusion(t[:3], t[3:]), *features, *gates)
+        assert used <= maps + values + KIB
+    leaves = [x.detach().requires_grad_() for x in (*features, weight, bias)]
+    assert measure(fuse, *leaves) <= maps + values + KIB
+    used = measure_backward(fuse, *features, weight, bias)
+    assert used <= 2 * maps + values + parts + 2 * KIB

@@ -47,8 +47,9 @@ def gated_fusion(
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: one value of 4 bytes (8 for float64) for every position of every level, and with levels
         of several sizes so many maps of that dtype, one of each size; kept with gradient. Backward:
-        as many values again, and two such maps of each size. More than 8 levels are served by the
-        reference.
+        as many values again, and two such maps of each size. Besides, a copy of every map that is
+        not in the format of the first, and on the CPU float32 copies of maps in half precision.
+        More than 8 levels are served by the reference.
     """
     _check_features(features)
     if not isinstance(gates, (list, tuple)):
@@ -306,6 +307,7 @@ def _backward(
 def _setup_context(ctx, inputs, output):
     features, gates, weight, bias, ctx.align_corners, saved = inputs
     _, made, sums = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(made, sums)
     ctx.saved = saved
     ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
@@ -318,6 +320,7 @@ def _autograd(ctx, grads, *_):
         given = None if weight is not None else gates
         _, made, sums = _FORWARD(features, given, weight, bias, ctx.align_corners, True)
         gates = made if given is None else given
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(features, grads, strict=True)]
     grad_features, grad_gates, grad_weight = _BACKWARD(
         grads, features, gates, weight, sums, ctx.align_corners
     )
