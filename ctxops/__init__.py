@@ -4,6 +4,10 @@
 from ctxops._library import use_reference
 from ctxops._native import build_info
 from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.criss_cross_attention import (
+    criss_cross_attention,
+    criss_cross_attention_weights,
+)
 from ctxops.ops.neighborhood_attention import (
     neighborhood_attention,
     neighborhood_attention_weights,
@@ -17,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "asymmetric_attention",
     "build_info",
+    "criss_cross_attention",
+    "criss_cross_attention_weights",
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "nonlocal_attention",
