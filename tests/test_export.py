@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ctxops
-from ctxops.nn import APNB
+from ctxops.nn import APNB, CrissCrossAttention
 
 pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
@@ -32,6 +32,17 @@ class Attend(nn.Module):
         return ctxops.neighborhood_attention(x, x.flip(3), x * x, num_heads=2, **window)
 
 
+class CrissCross(nn.Module):
+    def forward(self, x):
+        return ctxops.criss_cross_attention(x, x.flip(3), x * x)
+
+
+def criss_cross_block():
+    module = CrissCrossAttention(8, 4).eval()
+    nn.init.constant_(module.gamma, 0.7)
+    return module
+
+
 def block():
     module = APNB(8, 4, 4, fuse="concat").eval()
     nn.init.normal_(module.out.weight)
@@ -44,7 +55,9 @@ MODULES = {
     "zeros": Attend("zeros"),
     "mask": Attend("mask"),
     "shift": Attend("shift"),
+    "criss_cross": CrissCross(),
     "APNB": block(),
+    "CrissCrossAttention": criss_cross_block(),
 }
 
 

@@ -2,7 +2,19 @@
 """Modules: parameters, and calls of the operators."""
 
 from ctxops.nn.cgnl import CGNL
+from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
 
-__all__ = ["AFNB", "APNB", "CGNL", "GALD", "FusionNonLocal2d", "LDv1", "LDv2", "NonLocal2d"]
+__all__ = [
+    "AFNB",
+    "APNB",
+    "CGNL",
+    "GALD",
+    "CrissCrossAttention",
+    "FusionNonLocal2d",
+    "LDv1",
+    "LDv2",
+    "NonLocal2d",
+    "RecurrentCrissCrossAttention",
+]

@@ -222,7 +222,7 @@ class Tiles(NamedTuple):
 _TILES = {
     "half": Tiles(64, 64, 64, 256, 8, 2),
     "tf32": Tiles(64, 64, 32, 128, 8, 2),
-    "fma": Tiles(64, 32, 16, 64, 8, 2),
+    "fma": Tiles(32, 32, 16, 32, 4, 2),
 }
 
 
