@@ -210,22 +210,33 @@ def _forward_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, lse: Tensor
 ) -> None:
     query, key, value = (_library.inner_dense(x) for x in (query, key, value))
-    for image in range(len(query)):
-        q, k, v = (x[image].to(lse.dtype) for x in (query, key, value))
-        o = _widened(output[image], lse.dtype)
-        for lines, others in ((_columns, False), (_rows, True)):
-            _attend(*map(lines, (q, k, v)), scale, lines(o), lines(lse[image]), others)
-        if o.dtype != output.dtype:
-            output[image] = o
+    for image in zip(query, key, value, output, lse, strict=True):
+        _forward_image(*image, scale)
+
+
+def _forward_image(
+    query: Tensor,  # (C, H, W)
+    key: Tensor,  # (C, H, W)
+    value: Tensor,  # (Cv, H, W)
+    output: Tensor,  # (Cv, H, W), written
+    lse: Tensor,  # (H, W), written
+    scale: float,
+) -> None:
+    query, key, value = (x.to(lse.dtype) for x in (query, key, value))
+    widened = _widened(output, lse.dtype)
+    for lines, others in ((_columns, False), (_rows, True)):
+        _attend(*map(lines, (query, key, value, widened, lse)), scale, others)
+    if widened is not output:
+        output.copy_(widened)
 
 
 def _attend(
     query: Tensor,  # (L, n, C)
     key: Tensor,  # (L, n, C)
     value: Tensor,  # (L, n, Cv)
-    scale: float,
     output: Tensor,  # (L, n, Cv), written; with `others` read as well
     lse: Tensor,  # (L, n), likewise
+    scale: float,
     others: bool,
 ) -> None:
     """Attention along lines; with ``others`` to those but itself, beside what output and lse hold.
@@ -302,21 +313,33 @@ def _backward_in_blocks(
     grad_value: Tensor,
 ) -> None:
     maps = [_library.inner_dense(x) for x in (grad, query, key, value, output)]
+    for image in zip(*maps, lse, grad_query, grad_key, grad_value, strict=True):
+        _backward_image(*image, scale)
+
+
+def _backward_image(
+    grad: Tensor,  # (Cv, H, W)
+    query: Tensor,  # (C, H, W)
+    key: Tensor,  # (C, H, W)
+    value: Tensor,  # (Cv, H, W)
+    output: Tensor,  # (Cv, H, W)
+    lse: Tensor,  # (H, W)
+    grad_query: Tensor,  # (C, H, W), written
+    grad_key: Tensor,  # (C, H, W), written
+    grad_value: Tensor,  # (Cv, H, W), written
+    scale: float,
+) -> None:
+    dtype = lse.dtype
+    grad, query, key, value = (x.to(dtype) for x in (grad, query, key, value))
+    delta = _inner_products(grad, output.to(dtype))
     grads = (grad_query, grad_key, grad_value)
-    for image in range(len(query)):
-        g, q, k, v, o = (x[image].to(lse.dtype) for x in maps)
-        dq, dk, dv = (_widened(x[image], lse.dtype) for x in grads)
-        delta = _inner_products(g, o)
-        del o
-        for lines, others in ((_columns, False), (_rows, True)):
-            _attend_backward(
-                *map(lines, (g, q, k, v)),
-                scale,
-                *map(lines, (lse[image], delta, dq, dk, dv)),
-                others,
-            )
-        if lse.dtype != query.dtype:
-            grad_query[image], grad_key[image], grad_value[image] = dq, dk, dv
+    widened = [_widened(x, dtype) for x in grads]
+    for lines, others in ((_columns, False), (_rows, True)):
+        maps = map(lines, (grad, query, key, value, lse, delta, *widened))
+        _attend_backward(*maps, scale, others)
+    for x, wide in zip(grads, widened, strict=True):
+        if wide is not x:
+            x.copy_(wide)
 
 
 def _inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -332,12 +355,12 @@ def _attend_backward(
     query: Tensor,  # (L, n, C)
     key: Tensor,  # (L, n, C)
     value: Tensor,  # (L, n, Cv)
-    scale: float,
     lse: Tensor,  # (L, n)
     delta: Tensor,  # (L, n), the inner products of grad and output
     grad_query: Tensor,  # (L, n, C), written; with `others` added to
     grad_key: Tensor,  # (L, n, C), likewise
     grad_value: Tensor,  # (L, n, Cv), likewise
+    scale: float,
     others: bool,
 ) -> None:
     _, size, channels = query.shape
