@@ -220,8 +220,8 @@ class Tiles(NamedTuple):
 # The largest tried that spill no register on sm_80 to sm_100 and fit 99 KB of shared memory. "fma"
 # is float32 without TF32.
 _TILES = {
-    "half": Tiles(64, 64, 64, 256, 8, 2),
-    "tf32": Tiles(64, 64, 32, 128, 8, 2),
+    "half": Tiles(64, 64, 64, 256, 8, 3),
+    "tf32": Tiles(64, 32, 32, 128, 8, 2),
     "fma": Tiles(32, 32, 16, 32, 4, 2),
 }
 
