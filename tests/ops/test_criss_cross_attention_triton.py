@@ -94,6 +94,11 @@ def test_strided_maps(layout):
     check(inputs, -0.7, grad)
 
 
+def test_more_value_channels_than_any_tile():
+    inputs, grad = draw(1, 4, 261, 2, 2, torch.float16)
+    check(inputs, 0.5, grad)
+
+
 def test_one_position():
     """It attends to itself: the gradients of query and key are zero, by cancellation."""
     inputs, grad = draw(1, 3, 5, 1, 1)
