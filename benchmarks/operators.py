@@ -382,11 +382,80 @@ def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
     return [case(False), case(True)]
 
 
+def _cross_by_einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    height = query.shape[2]
+    query = query * query.shape[1] ** -0.5
+    itself = torch.eye(height, dtype=torch.bool, device=query.device)[:, None]
+    column = torch.einsum("bchw,bciw->bhwi", query, key).masked_fill(itself, -torch.inf)
+    row = torch.einsum("bchw,bchj->bhwj", query, key)
+    weights = torch.cat([column, row], dim=3).softmax(dim=3)
+    attended = torch.einsum("bhwi,bciw->bchw", weights[..., :height], value)
+    return attended + torch.einsum("bhwj,bchj->bchw", weights[..., height:], value)
+
+
+def _cross_by_bmm(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The recipe of CCNet's released code: every map is copied to columns and to rows."""
+    batch, _, height, width = query.shape
+    query = query * query.shape[1] ** -0.5
+
+    def columns(x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2).contiguous().view(batch * width, -1, height)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 1, 3).contiguous().view(batch * height, -1, width)
+
+    itself = torch.eye(height, dtype=torch.bool, device=query.device)
+    column = torch.bmm(columns(query).mT, columns(key)).masked_fill(itself, -torch.inf)
+    column = column.view(batch, width, height, height).transpose(1, 2)
+    row = torch.bmm(rows(query).mT, rows(key)).view(batch, height, width, width)
+    weights = torch.cat([column, row], dim=3).softmax(dim=3)
+    column = weights[..., :height].transpose(1, 2).contiguous().view(-1, height, height)
+    row = weights[..., height:].contiguous().view(-1, width, width)
+    column = torch.bmm(columns(value), column.mT).view(batch, width, -1, height)
+    row = torch.bmm(rows(value), row.mT).view(batch, height, -1, width)
+    return column.permute(0, 2, 3, 1) + row.permute(0, 2, 1, 3)
+
+
+def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
+    """Queries and keys have an eighth of the channels, as in CCNet.
+
+    FLOPs: the products of the cross, whoever computes them."""
+    batch, channels, height, width = shape
+    narrow = (batch, max(1, channels // 8), height, width)
+    positions, keys = batch * height * width, height + width - 1
+
+    def case(backward: bool) -> Case:
+        row = functools.partial(
+            Contender,
+            peak_bytes=4 * positions * (8 * channels + 6 * keys) * (2 if backward else 1),
+            flops=2 * positions * keys * (narrow[1] + channels) * (3 if backward else 1),
+        )
+        contenders = [
+            row("einsum", lambda: _cross_by_einsum),
+            row("einsum compiled", lambda: _cross_by_einsum, compile=True),
+            row("permute + bmm", lambda: _cross_by_bmm),
+            row("permute + bmm compiled", lambda: _cross_by_bmm, compile=True),
+            row("ctxops", lambda: ctxops.criss_cross_attention, ours=True),
+        ]
+        return Case(
+            _title("criss_cross_attention", shape, backward),
+            lambda: tuple(_random(s, options, i) for i, s in enumerate((narrow, narrow, shape))),
+            shape,
+            _in_both_formats(*contenders),
+            backward=backward,
+        )
+
+    return [case(False), case(True)]
+
+
 OPERATORS = {
     "pyramid_pool": Operator(pyramid_pool_cases, (1, 2048, 96, 96), (1, 256, 48, 48)),
     "asymmetric_attention": Operator(asymmetric_attention_cases, (1, 256, 96, 96), (1, 64, 48, 48)),
     "neighborhood_attention": Operator(
         neighborhood_attention_cases, (1, 256, 128, 128), (1, 32, 40, 40)
+    ),
+    "criss_cross_attention": Operator(
+        criss_cross_attention_cases, (1, 512, 97, 97), (1, 128, 48, 48)
     ),
     "self_gated_fusion": Operator(self_gated_fusion_cases, (1, 256, 128, 128), (1, 64, 64, 64)),
 }

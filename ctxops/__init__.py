@@ -4,6 +4,10 @@
 from ctxops._library import use_reference
 from ctxops._native import build_info
 from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.criss_cross_attention import (
+    criss_cross_attention,
+    criss_cross_attention_weights,
+)
 from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 from ctxops.ops.neighborhood_attention import (
     neighborhood_attention,
@@ -18,6 +22,8 @@ __version__ = "0.1.0"
 __all__ = [
     "asymmetric_attention",
     "build_info",
+    "criss_cross_attention",
+    "criss_cross_attention_weights",
     "gated_fusion",
     "neighborhood_attention",
     "neighborhood_attention_weights",

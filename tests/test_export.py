@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ctxops
-from ctxops.nn import APNB
+from ctxops.nn import APNB, CrissCrossAttention
 
 pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
@@ -42,6 +42,17 @@ class Fuse(nn.Module):
         return torch.cat([y.flatten(1) for y in ctxops.self_gated_fusion(features, self.weight)], 1)
 
 
+class CrissCross(nn.Module):
+    def forward(self, x):
+        return ctxops.criss_cross_attention(x, x.flip(3), x * x)
+
+
+def criss_cross_block():
+    module = CrissCrossAttention(8, 4).eval()
+    nn.init.constant_(module.gamma, 0.7)
+    return module
+
+
 def block():
     module = APNB(8, 4, 4, fuse="concat").eval()
     nn.init.normal_(module.out.weight)
@@ -55,7 +66,9 @@ MODULES = {
     "mask": Attend("mask"),
     "shift": Attend("shift"),
     "fusion": Fuse(),
+    "criss_cross": CrissCross(),
     "APNB": block(),
+    "CrissCrossAttention": criss_cross_block(),
 }
 
 

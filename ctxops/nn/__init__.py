@@ -2,6 +2,7 @@
 """Modules: parameters, and calls of the operators."""
 
 from ctxops.nn.cgnl import CGNL
+from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
 from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
@@ -26,6 +27,7 @@ __all__ = [
     "BoundaryRefinement",
     "ConcatFusion",
     "ConvolutionStack",
+    "CrissCrossAttention",
     "DenseFeaturePyramid",
     "FeaturePyramidFusion",
     "FusionNonLocal2d",
@@ -36,4 +38,5 @@ __all__ = [
     "LDv1",
     "LDv2",
     "NonLocal2d",
+    "RecurrentCrissCrossAttention",
 ]

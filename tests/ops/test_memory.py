@@ -6,6 +6,7 @@ import torch
 
 import ctxops
 from ctxops.ops.asymmetric_attention.op import BLOCK_BYTES
+from ctxops.ops.criss_cross_attention.op import BLOCK_BYTES as CRISS_CROSS_BYTES
 from harness import peak_memory
 from numerics import LAYOUTS
 
@@ -130,3 +131,42 @@ def test_gated_fusion(sizes, layout, device):
     assert measure(fuse, *leaves) <= maps + values + KIB
     used = measure_backward(fuse, *features, weight, bias)
     assert used <= 2 * maps + values + parts + 2 * KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [(64, 512), (8, 3)], ids=str)
+def test_criss_cross_attention_in_blocks(channels, layout, dtype):
+    query, key, value = (
+        LAYOUTS[layout](torch.randn(2, c, 97, 97).to(dtype)) for c in (channels[0], *channels)
+    )
+    positions = 97 * 97
+    states = 2 * positions * 4
+    widened = 0 if dtype == torch.float32 else 2 * sum(channels) * positions * 4
+    attend = ctxops.criss_cross_attention
+    if dtype == torch.float32:
+        assert CRISS_CROSS_BYTES + 2 * states < 2 * (97 + 97) * positions * 4
+    with torch.no_grad():
+        used = peak(attend, query, key, value, device="cpu")
+    # Of numbers for each position there are the sums and maxima of a block.
+    assert used <= CRISS_CROSS_BYTES + widened + 4 * states
+    # Of the query, the key, the value and their gradients, and of that of the output.
+    widened = widened and (4 * channels[0] + 3 * channels[1]) * positions * 4
+    used = peak_of_backward(attend, query, key, value, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + widened + 4 * states
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_criss_cross_attention_copies_each_map_once(layout):
+    query, key, value = (
+        LAYOUTS[layout](torch.randn(2, c, 97, 97, device="cuda")) for c in (64, 64, 512)
+    )
+    position = 2 * 97 * 97 * 4
+    with torch.no_grad():
+        used = peak(ctxops.criss_cross_attention, query, key, value, device="cuda")
+    copies = 0 if layout == "channels_last" else 2 * (64 + 512) * position
+    assert used <= copies + 2 * position + 8 * KIB
+    used = peak_of_backward(ctxops.criss_cross_attention, query, key, value, device="cuda")
+    copies = 0 if layout == "channels_last" else (4 * 64 + 4 * 512) * position
+    assert used <= copies + position + 8 * KIB

@@ -81,7 +81,53 @@ def asymmetric_attention_cases(capability):
     yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones)
 
 
-CASES = (asymmetric_attention_cases,)
+def criss_cross_attention_cases(capability):
+    """The tiles chosen at C = 64, Cv = 512 for rows of 97, and for single channels."""
+    from ctxops.ops.criss_cross_attention import triton_kernels as kernels
+
+    forward = kernels.criss_cross_attention_fwd_kernel
+    backward = kernels.criss_cross_attention_bwd_kernel
+
+    def case(kernel, tiles, element, precision, name, constants):
+        constants = constants | tiles._asdict() | {"PRECISION": precision}
+        return Case(
+            f"{kernel.__name__}-{name}-{element}-{precision}",
+            kernel,
+            element,
+            dict.fromkeys(("p_former", "p_lse", "p_delta"), "*fp32"),
+            {k: v for k, v in constants.items() if k in kernel.arg_names},
+            {"LINES", "L"},
+            tiles.num_warps,
+            tiles.num_stages,
+        )
+
+    columns, rows = {"OTHERS": False, "s_line": 1, "p_former": None}, {"OTHERS": True, "s_n": 1}
+    gradients = {
+        "query": (512, 64, {"KEYS": False}),
+        "key": (512, 64, {"KEYS": True}),
+        "value": (64, 512, {"KEYS": True, "p_x": None, "p_y": None, "p_delta": None}),
+    }
+    for element, size, precision in (("bf16", 2, "ieee"), ("fp32", 4, "tf32"), ("fp32", 4, "ieee")):
+        tiles = kernels.choose_tiles(97, 64, 512, size, precision)
+        yield case(forward, tiles, element, precision, "rows", rows)
+        if capability == 90:
+            yield case(forward, tiles, element, precision, "columns", columns)
+        for name, (summed, written, more) in gradients.items():
+            if name == "query" and capability != 90:  # but for KEYS it is the key's
+                continue
+            tiles = kernels.choose_tiles(97, summed, written, size, precision)
+            yield case(backward, tiles, element, precision, name, rows | more)
+
+    # a launch turns sizes of one into constants
+    ones = dict.fromkeys(("LINES", "L", "C", "Cv", "D"), 1)
+    tiles = kernels.choose_tiles(1, 1, 1, 2, "ieee")
+    yield case(forward, tiles, "fp16", "ieee", "ones", columns | ones)
+    yield case(backward, tiles, "fp16", "ieee", "ones", columns | ones | {"KEYS": False})
+    delta = kernels.criss_cross_attention_delta_kernel
+    yield Case("delta", delta, "bf16", {"p_delta": "*fp32"}, {"BN": 32, "BC": 128}, {"N"}, 4, 2)
+
+
+CASES = (asymmetric_attention_cases, criss_cross_attention_cases)
 
 
 def compile_for(case: Case, capability: int) -> dict[str, int]:
