@@ -331,6 +331,10 @@ BLOCKS = {
     "GALDv2": lambda: randomise(GALD(CGNL(8, 4, 2), LDv2(8, 8, 4, 3), channels=8, concat=True)),
 }
 blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+# Tracing takes long: those that hold all the others' code.
+compiled_blocks = pytest.mark.parametrize(
+    "make", [BLOCKS[name] for name in ("LDv1", "LDv2", "GALD")], ids=["LDv1", "LDv2", "GALD"]
+)
 
 
 @blocks
@@ -363,7 +367,7 @@ def test_compiles_once_for_all_larger_sizes(make, device):
             torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
 
 
-@blocks
+@compiled_blocks
 def test_compiled_in_training(make, device):
     torch._dynamo.reset()
     block = make().to(device)
@@ -376,7 +380,7 @@ def test_compiled_in_training(make, device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@blocks
+@compiled_blocks
 def test_compiled_on_small_maps(make, device):
     torch._dynamo.reset()
     block = make().to(device).eval()

