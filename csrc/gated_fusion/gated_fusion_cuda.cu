@@ -25,11 +25,11 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLoads = 8;  // of maps, by a thread at a time
 
 // Where channels lie side by side, a team is a warp on one position: its lanes have neighbouring
 // channels. Of planes, it is a block on the positions of 64 bytes: neighbouring threads have
 // neighbouring positions of a channel. A tile is what a block has in work between two barriers.
+constexpr int kPlanarWidth = 4;
 template <typename T_, int V_, bool kInner_, int kLevels_>
 struct Shape {
   using T = T_;
@@ -37,14 +37,13 @@ struct Shape {
   static constexpr int V = V_;              // neighbours in memory that a thread loads at once
   static constexpr bool kInner = kInner_;   // channels are inner
   static constexpr int kLevels = kLevels_;  // of a group, at most
-  static constexpr int kChunks = kLoads / kLevels;
   static constexpr int kTile = kInner ? 2 * kWarps : 64 / static_cast<int>(sizeof(T));
   static constexpr int kPositions = kInner ? 1 : kTile;          // of a team
   static constexpr int kNext = kInner ? kWarps : kTile;          // from one of them to the next
   static constexpr int kOwn = kInner ? 1 : V;                    // of a thread
   static constexpr int kTeam = kInner ? kWarp : kThreads;        // threads
   static constexpr int kLanes = kInner ? kWarp : kPositions / V;  // of them side by side in memory
-  static constexpr int64_t kStep = kInner ? kWarp * V : kThreads / kLanes;  // channels of a chunk
+  static constexpr int64_t kStep = kInner ? kWarp * V : kThreads / kLanes;  // channels
   static_assert(kPart % kTile == 0, "a part is made of whole tiles");
 
   // Which of its positions element k of a thread's pack belongs to.
@@ -56,27 +55,26 @@ struct Map {
   int64_t stride[4];  // B, C, H, W
 };
 
-// The items that blocks take: so many neighbouring positions of an image of a group. Every group
-// has as many numbers for its items as the one that needs most.
+// The items that blocks take: so many neighbouring positions of an image of a group.
 struct Work {
   Levels levels;
-  int64_t positions, numbers;
+  int64_t positions;
+  int64_t items[kMaxTensors];  // of an image of a group
+  int64_t numbers;             // of the items of the group that has most
   bool align_corners;
 };
 
 struct Item {
-  const Group* group;
-  int64_t number, b, begin, end;  // no positions: there is no such item
+  int group;
+  int64_t b, begin, end;  // no positions: the group has fewer items
 };
 
-__device__ Item item_at(const Work& work, int64_t index) {
-  const Group& group = work.levels.group[index / work.numbers];
-  const int64_t number = index % work.numbers, N = group.height * group.width;
-  const int64_t items = (N + work.positions - 1) / work.positions;  // of an image
-  if (number >= work.levels.batch * items) return {&group, number, 0, 0, 0};
-  const int64_t begin = number % items * work.positions;
-  return {&group, number, number / items, begin,
-          begin + work.positions < N ? begin + work.positions : N};
+__device__ Item item_at(const Work& work, int group, int64_t number) {
+  const int64_t items = work.items[group];
+  const int64_t N = work.levels.group[group].height * work.levels.group[group].width;
+  const int64_t b = number / items, begin = (number - b * items) * work.positions;
+  if (b >= work.levels.batch) return {group, b, 0, 0};
+  return {group, b, begin, begin + work.positions < N ? begin + work.positions : N};
 }
 
 // What the levels of a group send and receive; fuse is both, where there is one group.
@@ -137,16 +135,16 @@ struct Team {
   using T = typename S::T;
   using A = typename S::A;
   static constexpr int V = S::V;
-  using Maps = Pack<T, V>[S::kChunks][S::kLevels];
+  using Packs = Pack<T, V>[S::kLevels];
   using Products = A[S::kLevels][S::kOwn];
 
   const Work& work;
   A* partial;     // (warps, levels, positions of a team), shared
   Taps<A>* taps;  // (groups, tile), shared
-  int rank, first_channel;
+  int rank, channel;  // the thread's first
   int first, own;  // the position that the team starts at in a tile; the thread's in the team's
 
-  const Group* group;
+  int g;                    // of the group
   int64_t b, n, end, h, w;  // n: the thread's first position; end: of the item
   int64_t C, channels;      // all of them; none where the thread has no position
   int slot, team_slot;      // the place of that position in a tile, and of the team's
@@ -156,7 +154,7 @@ struct Team {
     const int thread = static_cast<int>(threadIdx.x);
     rank = thread % S::kTeam;
     first = thread / S::kTeam;
-    first_channel = S::kInner ? rank * V : rank / S::kLanes;
+    channel = S::kInner ? rank * V : rank / S::kLanes;
     own = S::kInner ? 0 : rank % S::kLanes * V;
   }
 
@@ -169,20 +167,18 @@ struct Team {
   }
 
   __device__ void go_to(const Item& item, int64_t tile, int64_t position) {
-    group = item.group;
+    g = item.group;
     b = item.b;
     end = item.end;
     n = position + own;
-    h = n / group->width;
-    w = n % group->width;
+    h = n / group().width;
+    w = n - h * group().width;
     team_slot = static_cast<int>(position - tile);
     slot = team_slot + own;
     channels = n < end ? C : 0;
   }
 
-  __device__ int64_t channel(int64_t chunk, int i) const {
-    return chunk + i * S::kStep + first_channel;
-  }
+  __device__ const Group& group() const { return work.levels.group[g]; }
   __device__ T* at(const Map& map, int64_t c) const {
     const int64_t offset = S::kInner ? h * map.stride[2] + w * map.stride[3] + c
                                      : n + c * map.stride[1];
@@ -193,30 +189,27 @@ struct Team {
     return static_cast<A*>(sums) + of.sums +
            (S::kInner ? (b * N + position) * C + c : (b * C + c) * N + position);
   }
-  __device__ A* in_sums(void* sums, int64_t c) const { return in_sums(sums, *group, n, c); }
+  __device__ A* in_sums(void* sums, int64_t c) const { return in_sums(sums, group(), n, c); }
 
-  __device__ void load(const Map* maps, int64_t chunk, Maps& x) const {
+  __device__ void load(const Map* maps, int64_t c, Packs& x) const {
 #pragma unroll
-    for (int i = 0; i < S::kChunks; ++i) {
-#pragma unroll
-      for (int l = 0; l < S::kLevels; ++l) {
-        const int64_t c = channel(chunk, i);
-        if (l < group->count && c < channels) x[i][l] = load_pack<V>(at(maps[group->level[l]], c));
-      }
+    for (int l = 0; l < S::kLevels; ++l) {
+      if (l < group().count) x[l] = load_pack<V>(at(maps[group().level[l]], c));
     }
   }
-  __device__ bool one_load() const { return C <= S::kChunks * S::kStep; }
+  // Does a thread have so few channels that it need not read them twice?
+  __device__ bool one_load() const { return C <= S::kStep; }
 
   // f(level of the group, slot, place among the gates of all levels) for all levels and positions
   // of the team, each in one of its threads.
   template <typename F>
   __device__ void for_gates(const F& f) const {
-    const int64_t N = group->height * group->width;
-    for (int i = rank; i < group->count * S::kPositions; i += S::kTeam) {
+    const int64_t N = group().height * group().width;
+    for (int i = rank; i < group().count * S::kPositions; i += S::kTeam) {
       const int l = i / S::kPositions, k = i % S::kPositions;
       const int64_t position = n - own + k;
       if (position < end) {
-        f(l, team_slot + k, work.levels.gates[group->level[l]] + b * N + position);
+        f(l, team_slot + k, work.levels.gates[group().level[l]] + b * N + position);
       }
     }
   }
@@ -228,7 +221,7 @@ struct Team {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int l = 0; l < S::kLevels; ++l) {
-      if (l >= group->count) break;
+      if (l >= group().count) break;
 #pragma unroll
       for (int k = 0; k < S::kOwn; ++k) {
         A sum = products[l][k];
@@ -256,12 +249,12 @@ struct Team {
       const Group& other = work.levels.group[i / S::kPositions];
       const int k = i % S::kPositions;
       const int64_t position = n - own + k;
-      if (&other == group || position >= end) continue;
+      if (i / S::kPositions == g || position >= end) continue;
       const bool corners = work.align_corners;
-      const Tap row = tap_at(make_resize_axis(other.height, group->height, corners),
-                             position / group->width);
-      const Tap column = tap_at(make_resize_axis(other.width, group->width, corners),
-                                position % group->width);
+      const Tap row = tap_at(make_resize_axis(other.height, group().height, corners),
+                             position / group().width);
+      const Tap column = tap_at(make_resize_axis(other.width, group().width, corners),
+                                position % group().width);
       Taps<A>& tap = taps[i / S::kPositions * S::kTile + team_slot + k];
       for (int t = 0; t < 4; ++t) {
         tap.at[t] = (t < 2 ? row.low : row.high) * other.width +
@@ -275,9 +268,10 @@ struct Team {
   // T from the sums of all groups.
   __device__ Pack<A, V> receive(void* sums, int64_t c) const {
     Pack<A, V> sum = load_pack<V>(in_sums(sums, c));
+#pragma unroll 1
     for (int o = 0; o < work.levels.groups; ++o) {
       const Group& other = work.levels.group[o];
-      if (&other == group) continue;
+      if (o == g) continue;
       const A* const from = in_sums(sums, other, 0, c);
       const Taps<A>* const tap = taps + o * S::kTile + slot;
 #pragma unroll
@@ -297,11 +291,11 @@ struct Team {
 
   // The sum of a group's maps, each times factor(level, k), k < V.
   template <typename F>
-  __device__ Pack<A, V> sum(const Pack<T, V> (&maps)[S::kLevels], const F& factor) const {
+  __device__ Pack<A, V> sum(const Packs& maps, const F& factor) const {
     Pack<A, V> total = {};
 #pragma unroll
     for (int l = 0; l < S::kLevels; ++l) {
-      if (l >= group->count) break;
+      if (l >= group().count) break;
 #pragma unroll
       for (int k = 0; k < V; ++k) total.x[k] += factor(l, k) * ctxops::load(maps[l].x[k]);
     }
@@ -322,30 +316,25 @@ __global__ void __launch_bounds__(kThreads, 3)
   A* const all_gates = static_cast<A*>(p.gates);
   const A* const weight = static_cast<const A*>(p.weight);
   const A* const bias = static_cast<const A*>(p.bias);
-  const int64_t C = me.C, items = p.work.levels.groups * p.work.numbers;
+  const int64_t C = me.C;
 
-  for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-    const Item item = item_at(p.work, index);
+  for (int64_t number = blockIdx.x; number < p.work.numbers; number += gridDim.x) {
+    const Item item = item_at(p.work, blockIdx.y, number);
     for (int64_t n = item.begin + me.first; n < item.end; n += S::kNext) {
       me.go_to(item, item.begin, n);
-      const Group& group = *me.group;
-      typename Team<S>::Maps x;
+      const Group& group = p.work.levels.group[item.group];
+      typename Team<S>::Packs x;
       if (weight) {
         typename Team<S>::Products products = {};
-        for (int64_t chunk = 0; chunk < C; chunk += S::kChunks * S::kStep) {
-          me.load(p.from, chunk, x);
+        for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
+          me.load(p.from, c, x);
 #pragma unroll
-          for (int i = 0; i < S::kChunks; ++i) {
-            const int64_t c = me.channel(chunk, i);
-            if (c >= me.channels) break;
+          for (int l = 0; l < S::kLevels; ++l) {
+            if (l >= group.count) break;
+            const auto w = load_pack<S::kInner ? V : 1>(weight + group.level[l] * C + c);
 #pragma unroll
-            for (int l = 0; l < S::kLevels; ++l) {
-              if (l >= group.count) break;
-              const auto w = load_pack<S::kInner ? V : 1>(weight + group.level[l] * C + c);
-#pragma unroll
-              for (int k = 0; k < V; ++k) {
-                products[l][S::own(k)] += w.x[S::kInner ? k : 0] * load(x[i][l].x[k]);
-              }
+            for (int k = 0; k < V; ++k) {
+              products[l][S::own(k)] += w.x[S::kInner ? k : 0] * load(x[l].x[k]);
             }
           }
         }
@@ -363,31 +352,26 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
 
       const auto gate = [&](int l, int k) { return gates[l * S::kTile + me.slot + S::own(k)]; };
-      for (int64_t chunk = 0; chunk < C; chunk += S::kChunks * S::kStep) {
-        if (!weight || !me.one_load()) me.load(p.from, chunk, x);
+      for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
+        if (!weight || !me.one_load()) me.load(p.from, c, x);
+        const Pack<A, V> sum =
+            p.step == Step::receive ? me.receive(p.sums, c) : me.sum(x, [&](int l, int k) {
+              return p.keep ? 1 - gate(l, k) : gate(l, k);
+            });
+        if (p.step == Step::send) {
+          store_pack(me.in_sums(p.sums, c), sum);
+          continue;
+        }
 #pragma unroll
-        for (int i = 0; i < S::kChunks; ++i) {
-          const int64_t c = me.channel(chunk, i);
-          if (c >= me.channels) break;
-          const Pack<A, V> sum =
-              p.step == Step::receive ? me.receive(p.sums, c) : me.sum(x[i], [&](int l, int k) {
-                return p.keep ? 1 - gate(l, k) : gate(l, k);
-              });
-          if (p.step == Step::send) {
-            store_pack(me.in_sums(p.sums, c), sum);
-            continue;
+        for (int l = 0; l < S::kLevels; ++l) {
+          if (l >= group.count) break;
+          Pack<T, V> y;
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            const A g = gate(l, k);
+            store(&y.x[k], (1 + g * g) * load(x[l].x[k]) + (1 - g) * sum.x[k]);
           }
-#pragma unroll
-          for (int l = 0; l < S::kLevels; ++l) {
-            if (l >= group.count) break;
-            Pack<T, V> y;
-#pragma unroll
-            for (int k = 0; k < V; ++k) {
-              const A g = gate(l, k);
-              store(&y.x[k], (1 + g * g) * load(x[i][l].x[k]) + (1 - g) * sum.x[k]);
-            }
-            store_pack(me.at(p.to[group.level[l]], c), y);
-          }
+          store_pack(me.at(p.to[group.level[l]], c), y);
         }
       }
       me.sync();
@@ -409,24 +393,24 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
   const A* const all_gates = static_cast<const A*>(p.gates);
   A* const all_grad_gates = static_cast<A*>(p.grad_gates);
   const A* const weight = static_cast<const A*>(p.weight);
-  const int64_t C = me.C, items = p.work.levels.groups * p.work.numbers;
+  const int64_t C = me.C;
 
   const auto gate = [&](int l, int k) { return gates[l * S::kTile + me.slot + S::own(k)]; };
   const auto grad_gate = [&](int l, int k) {
     return grad_gates[l * S::kTile + me.slot + S::own(k)];
   };
   // dS of a pack.
-  const auto sent = [&](const Pack<T, V>(&dy)[S::kLevels], int64_t c) {
+  const auto sent = [&](const typename Team<S>::Packs& dy, int64_t c) {
     if (p.grad_sent) return load_pack<V>(me.in_sums(p.grad_sent, c));
     return me.sum(dy, [&](int l, int k) { return 1 - gate(l, k); });
   };
 
-  for (int64_t index = blockIdx.x; index < items; index += gridDim.x) {
-    const Item item = item_at(p.work, index);
-    const Group& group = *item.group;
+  for (int64_t number = blockIdx.x; number < p.work.numbers; number += gridDim.x) {
+    const Item item = item_at(p.work, blockIdx.y, number);
+    const Group& group = p.work.levels.group[item.group];
     // The item's sums for a level of the group, (C,).
     const auto in_weight = [&](int l) {
-      return static_cast<A*>(p.grad_weight) + (group.level[l] * p.work.numbers + item.number) * C;
+      return static_cast<A*>(p.grad_weight) + (group.level[l] * p.work.numbers + number) * C;
     };
     if (weight && item.begin == item.end) {
       for (int l = 0; l < group.count; ++l) {
@@ -444,29 +428,24 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
         if (p.sums) me.make_taps();
         me.sync();
 
-        typename Team<S>::Maps x, dy;
+        typename Team<S>::Packs x, dy;
         typename Team<S>::Products products = {};
-        for (int64_t chunk = 0; chunk < C; chunk += S::kChunks * S::kStep) {
-          me.load(p.features, chunk, x);
-          me.load(p.grads, chunk, dy);
+        for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
+          me.load(p.features, c, x);
+          me.load(p.grads, c, dy);
+          const Pack<A, V> ds = sent(dy, c);
+          const Pack<A, V> t = p.sums ? me.receive(p.sums, c) : me.sum(x, gate);
 #pragma unroll
-          for (int i = 0; i < S::kChunks; ++i) {
-            const int64_t c = me.channel(chunk, i);
-            if (c >= me.channels) break;
-            const Pack<A, V> ds = sent(dy[i], c);
-            const Pack<A, V> t = p.sums ? me.receive(p.sums, c) : me.sum(x[i], gate);
+          for (int l = 0; l < S::kLevels; ++l) {
+            if (l >= group.count) break;
+            Pack<T, V> dx;
 #pragma unroll
-            for (int l = 0; l < S::kLevels; ++l) {
-              if (l >= group.count) break;
-              Pack<T, V> dx;
-#pragma unroll
-              for (int k = 0; k < V; ++k) {
-                const A g = gate(l, k), xk = load(x[i][l].x[k]), dyk = load(dy[i][l].x[k]);
-                products[l][S::own(k)] += (2 * g * xk - t.x[k]) * dyk + xk * ds.x[k];
-                store(&dx.x[k], (1 + g * g) * dyk + g * ds.x[k]);
-              }
-              if (!weight) store_pack(me.at(p.grad_features[group.level[l]], c), dx);
+            for (int k = 0; k < V; ++k) {
+              const A g = gate(l, k), xk = load(x[l].x[k]), dyk = load(dy[l].x[k]);
+              products[l][S::own(k)] += (2 * g * xk - t.x[k]) * dyk + xk * ds.x[k];
+              store(&dx.x[k], (1 + g * g) * dyk + g * ds.x[k]);
             }
+            if (!weight) store_pack(me.at(p.grad_features[group.level[l]], c), dx);
           }
         }
         me.collect(products, [&](int l, int slot, int64_t place, A sum) {
@@ -477,42 +456,41 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
         });
         if (!weight) continue;
 
-        for (int64_t chunk = 0; chunk < C; chunk += S::kChunks * S::kStep) {
-          if (!me.one_load()) {
-            me.load(p.grads, chunk, dy);
-            if constexpr (!S::kInner) me.load(p.features, chunk, x);
+        // All lanes of a warp stay together: where they have positions, they add up over them.
+        for (int64_t first = 0; first < C; first += S::kStep) {
+          const int64_t c = first + me.channel;
+          const bool valid = c < me.channels;
+          Pack<A, V> ds;
+          if (valid) {
+            me.load(p.grads, c, dy);
+            if constexpr (!S::kInner) me.load(p.features, c, x);
+            ds = sent(dy, c);
           }
 #pragma unroll
-          for (int i = 0; i < S::kChunks; ++i) {
-            const int64_t c = me.channel(chunk, i);
-            Pack<A, V> ds = {};
-            if (c < me.channels) ds = sent(dy[i], c);
+          for (int l = 0; l < S::kLevels; ++l) {
+            if (l >= group.count) break;
+            A dw = 0;
+            if (valid) {
+              const auto w = load_pack<S::kInner ? V : 1>(weight + group.level[l] * C + c);
+              Pack<T, V> dx;
 #pragma unroll
-            for (int l = 0; l < S::kLevels; ++l) {
-              if (l >= group.count) break;
-              A dw = 0;
-              if (c < me.channels) {
-                const auto w = load_pack<S::kInner ? V : 1>(weight + group.level[l] * C + c);
-                Pack<T, V> dx;
-#pragma unroll
-                for (int k = 0; k < V; ++k) {
-                  const A g = gate(l, k), dz = grad_gate(l, k);
-                  store(&dx.x[k], (1 + g * g) * load(dy[i][l].x[k]) + g * ds.x[k] +
-                                      dz * w.x[S::kInner ? k : 0]);
-                  if constexpr (!S::kInner) dw += dz * load(x[i][l].x[k]);
-                }
-                store_pack(me.at(p.grad_features[group.level[l]], c), dx);
+              for (int k = 0; k < V; ++k) {
+                const A g = gate(l, k), dz = grad_gate(l, k);
+                store(&dx.x[k], (1 + g * g) * load(dy[l].x[k]) + g * ds.x[k] +
+                                    dz * w.x[S::kInner ? k : 0]);
+                if constexpr (!S::kInner) dw += dz * load(x[l].x[k]);
               }
-              if constexpr (!S::kInner) {
+              store_pack(me.at(p.grad_features[group.level[l]], c), dx);
+            }
+            if constexpr (!S::kInner) {
 #pragma unroll
-                for (int lanes = 1; lanes < S::kLanes; lanes *= 2) {
-                  dw += __shfl_xor_sync(kAllLanes, dw, lanes);
-                }
-                // Of all tiles of the item it is the same thread that comes here.
-                if (me.own == 0 && c < C) {
-                  A* const to = in_weight(l) + c;
-                  *to = tile == item.begin ? dw : *to + dw;
-                }
+              for (int lanes = 1; lanes < S::kLanes; lanes *= 2) {
+                dw += __shfl_xor_sync(kAllLanes, dw, lanes);
+              }
+              // Of all tiles of the item it is the same thread that comes here.
+              if (me.own == 0 && c < C) {
+                A* const to = in_weight(l) + c;
+                *to = tile == item.begin ? dw : *to + dw;
               }
             }
           }
@@ -624,8 +602,6 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   }
 }
 
-constexpr int kWidth = 4;  // of a pack
-
 void* data_of(const TensorView& view) { return element_count(view) > 0 ? view.data : nullptr; }
 
 void set_maps(Map* maps, const TensorList& list) {
@@ -635,17 +611,19 @@ void set_maps(Map* maps, const TensorList& list) {
   }
 }
 
-// Are there packs of kWidth everywhere: in all maps, and in the buffers that are read along them?
+// Are there packs everywhere: in all maps, and in the buffers that are read along them?
 template <typename T>
-bool packs_fit(const Levels& levels, std::initializer_list<const TensorList*> lists,
-               std::initializer_list<void*> buffers) {
+bool all_packs_fit(const Levels& levels, std::initializer_list<const TensorList*> lists,
+               std::initializer_list<const TensorView*> buffers) {
   bool fit = true;
   for (const TensorList* list : lists) {
     for (int l = 0; l < list->count; ++l) {
-      fit = fit && packs_fit<T, kWidth>(list->value[l], levels.channels_inner ? 1 : 3);
+      fit = fit && packs_fit<T, kElements<T>>(list->value[l], levels.channels_inner ? 1 : 3);
     }
   }
-  for (void* buffer : buffers) fit = fit && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
+  for (const TensorView* buffer : buffers) {
+    fit = fit && aligned(*buffer, kElements<T> * sizeof(Accumulator<T>));
+  }
   return fit;
 }
 
@@ -659,21 +637,22 @@ const char* with_shape(const Levels& levels, bool packs, const F& f) {
       most = levels.group[g].count > most ? levels.group[g].count : most;
     }
     if (packs && most <= 4) {
-      return inner ? f(Shape<T, kWidth, true, 4>{}) : f(Shape<T, kWidth, false, 4>{});
+      return inner ? f(Shape<T, kElements<T>, true, 4>{}) : f(Shape<T, kPlanarWidth, false, 4>{});
     }
-    if (packs) return inner ? f(Shape<T, kWidth, true, 8>{}) : f(Shape<T, kWidth, false, 8>{});
   }
   return inner ? f(Shape<T, 1, true, 8>{}) : f(Shape<T, 1, false, 8>{});
 }
 
-// Items of so many positions.
-void divide(Work* work, int64_t positions) {
+// Items of so many positions: one block for each, and for each of the groups.
+dim3 divide(Work* work, int64_t positions) {
   work->positions = positions;
   for (int g = 0; g < work->levels.groups; ++g) {
     const Group& group = work->levels.group[g];
-    const int64_t numbers = work->levels.batch * divide_up(group.height * group.width, positions);
+    work->items[g] = divide_up(group.height * group.width, positions);
+    const int64_t numbers = work->levels.batch * work->items[g];
     work->numbers = numbers > work->numbers ? numbers : work->numbers;
   }
+  return dim3(grid_size(work->numbers), work->levels.groups);
 }
 
 template <typename S>
@@ -686,9 +665,8 @@ template <typename T>
 const char* launch(Forward p, bool packs, cudaStream_t stream) {
   return with_shape<T>(p.work.levels, packs, [&](auto shape) {
     using S = decltype(shape);
-    divide(&p.work, S::kTile);
-    return CTXOPS_LAUNCH((forward_kernel<S>), grid_size(p.work.levels.groups * p.work.numbers),
-                         kThreads, taps_bytes<S>(p.work), stream, p);
+    const dim3 grid = divide(&p.work, S::kTile);
+    return CTXOPS_LAUNCH((forward_kernel<S>), grid, kThreads, taps_bytes<S>(p.work), stream, p);
   });
 }
 
@@ -696,9 +674,8 @@ template <typename T>
 const char* launch(Backward p, bool packs, cudaStream_t stream) {
   return with_shape<T>(p.work.levels, packs, [&](auto shape) {
     using S = decltype(shape);
-    divide(&p.work, p.weight ? kPart : S::kTile);
-    return CTXOPS_LAUNCH((backward_kernel<S>), grid_size(p.work.levels.groups * p.work.numbers),
-                         kThreads, taps_bytes<S>(p.work), stream, p);
+    const dim3 grid = divide(&p.work, p.weight ? kPart : S::kTile);
+    return CTXOPS_LAUNCH((backward_kernel<S>), grid, kThreads, taps_bytes<S>(p.work), stream, p);
   });
 }
 
@@ -730,7 +707,7 @@ const char* gather(const Work& work, bool packs, void* grad_sums, void* grad_sen
     if (!work.levels.channels_inner) {
       error = run(one, std::false_type{});
     } else if (packs) {
-      error = run(std::integral_constant<int, sizeof(A) < 8 ? kWidth : 1>{}, std::true_type{});
+      error = run(std::integral_constant<int, sizeof(A) < 8 ? kElements<A> : 1>{}, std::true_type{});
     } else {
       error = run(one, std::true_type{});
     }
@@ -786,7 +763,7 @@ const char* gated_fusion_forward(const TensorList& features, const TensorView& g
   dispatch_floating(features.value[0].dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool packs =
-        packs_fit<T>(p.work.levels, {&features, &outputs}, {p.weight, p.sums});
+        all_packs_fit<T>(p.work.levels, {&features, &outputs}, {&weight, &sums});
     error = forward<T>(p, packs, reinterpret_cast<cudaStream_t>(stream));
   });
   return error;
@@ -821,8 +798,8 @@ const char* gated_fusion_backward(const TensorList& grads, const TensorList& fea
   dispatch_floating(features.value[0].dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool packs =
-        packs_fit<T>(p.work.levels, {&grads, &features, &grad_features},
-                     {p.weight, p.sums, grad_sums.data, p.grad_sent, p.grad_weight});
+        all_packs_fit<T>(p.work.levels, {&grads, &features, &grad_features},
+                         {&weight, &sums, &grad_sums, &grad_sent, &grad_weight});
     error = backward<T>(p, packs, grad_sums.data, reinterpret_cast<cudaStream_t>(stream));
   });
   return error;
