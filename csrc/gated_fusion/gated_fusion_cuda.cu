@@ -38,10 +38,10 @@ struct Shape {
   static constexpr bool kInner = kInner_;   // channels are inner
   static constexpr int kLevels = kLevels_;  // of a group, at most
   static constexpr int kTile = kInner ? 2 * kWarps : 64 / static_cast<int>(sizeof(T));
-  static constexpr int kPositions = kInner ? 1 : kTile;          // of a team
-  static constexpr int kNext = kInner ? kWarps : kTile;          // from one of them to the next
-  static constexpr int kOwn = kInner ? 1 : V;                    // of a thread
-  static constexpr int kTeam = kInner ? kWarp : kThreads;        // threads
+  static constexpr int kPositions = kInner ? 1 : kTile;           // of a team
+  static constexpr int kNext = kInner ? kWarps : kTile;           // from one of them to the next
+  static constexpr int kOwn = kInner ? 1 : V;                     // of a thread
+  static constexpr int kTeam = kInner ? kWarp : kThreads;         // threads
   static constexpr int kLanes = kInner ? kWarp : kPositions / V;  // of them side by side in memory
   static constexpr int64_t kStep = kInner ? kWarp * V : kThreads / kLanes;  // channels
   static_assert(kPart % kTile == 0, "a part is made of whole tiles");
@@ -108,7 +108,7 @@ struct Gather {
   int group;
   int teams;  // of threads that share the targets of a position
   ResizeAxis rows[kMaxTensors], columns[kMaxTensors];  // from this group to the others
-  void* grad_sums;  // of all groups
+  void* grad_sums;                                     // of all groups
   void* grad_sent;
 };
 
@@ -139,10 +139,10 @@ struct Team {
   using Products = A[S::kLevels][S::kOwn];
 
   const Work& work;
-  A* partial;     // (warps, levels, positions of a team), shared
-  Taps<A>* taps;  // (groups, tile), shared
+  A* partial;         // (warps, levels, positions of a team), shared
+  Taps<A>* taps;      // (groups, tile), shared
   int rank, channel;  // the thread's first
-  int first, own;  // the position that the team starts at in a tile; the thread's in the team's
+  int first, own;     // the position that the team starts at in a tile; the thread's in the team's
 
   int g;                    // of the group
   int64_t b, n, end, h, w;  // n: the thread's first position; end: of the item
@@ -180,8 +180,8 @@ struct Team {
 
   __device__ const Group& group() const { return work.levels.group[g]; }
   __device__ T* at(const Map& map, int64_t c) const {
-    const int64_t offset = S::kInner ? h * map.stride[2] + w * map.stride[3] + c
-                                     : n + c * map.stride[1];
+    const int64_t offset =
+        S::kInner ? h * map.stride[2] + w * map.stride[3] + c : n + c * map.stride[1];
     return static_cast<T*>(map.data) + b * map.stride[0] + offset;
   }
   __device__ A* in_sums(void* sums, const Group& of, int64_t position, int64_t c) const {
@@ -251,14 +251,14 @@ struct Team {
       const int64_t position = n - own + k;
       if (i / S::kPositions == g || position >= end) continue;
       const bool corners = work.align_corners;
-      const Tap row = tap_at(make_resize_axis(other.height, group().height, corners),
-                             position / group().width);
-      const Tap column = tap_at(make_resize_axis(other.width, group().width, corners),
-                                position % group().width);
+      const Tap row =
+          tap_at(make_resize_axis(other.height, group().height, corners), position / group().width);
+      const Tap column =
+          tap_at(make_resize_axis(other.width, group().width, corners), position % group().width);
       Taps<A>& tap = taps[i / S::kPositions * S::kTile + team_slot + k];
       for (int t = 0; t < 4; ++t) {
-        tap.at[t] = (t < 2 ? row.low : row.high) * other.width +
-                    (t % 2 == 0 ? column.low : column.high);
+        tap.at[t] =
+            (t < 2 ? row.low : row.high) * other.width + (t % 2 == 0 ? column.low : column.high);
         tap.share[t] = static_cast<A>((t < 2 ? 1 - row.weight : row.weight) *
                                       (t % 2 == 0 ? 1 - column.weight : column.weight));
       }
@@ -304,8 +304,7 @@ struct Team {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 3)
-    forward_kernel(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_constant__ Forward p) {
   using T = typename S::T;
   using A = typename S::A;
   constexpr int V = S::V;
@@ -344,9 +343,8 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (all_gates) all_gates[place] = gate;
         });
       } else {
-        me.for_gates([&](int l, int slot, int64_t place) {
-          gates[l * S::kTile + slot] = all_gates[place];
-        });
+        me.for_gates(
+            [&](int l, int slot, int64_t place) { gates[l * S::kTile + slot] = all_gates[place]; });
         if (p.step == Step::receive) me.make_taps();
         me.sync();
       }
@@ -355,9 +353,9 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
         if (!weight || !me.one_load()) me.load(p.from, c, x);
         const Pack<A, V> sum =
-            p.step == Step::receive ? me.receive(p.sums, c) : me.sum(x, [&](int l, int k) {
-              return p.keep ? 1 - gate(l, k) : gate(l, k);
-            });
+            p.step == Step::receive
+                ? me.receive(p.sums, c)
+                : me.sum(x, [&](int l, int k) { return p.keep ? 1 - gate(l, k) : gate(l, k); });
         if (p.step == Step::send) {
           store_pack(me.in_sums(p.sums, c), sum);
           continue;
@@ -422,9 +420,8 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
       const int64_t tile_end = tile + S::kTile < item.end ? tile + S::kTile : item.end;
       for (int64_t n = tile + me.first; n < tile_end; n += S::kNext) {
         me.go_to(item, tile, n);
-        me.for_gates([&](int l, int slot, int64_t place) {
-          gates[l * S::kTile + slot] = all_gates[place];
-        });
+        me.for_gates(
+            [&](int l, int slot, int64_t place) { gates[l * S::kTile + slot] = all_gates[place]; });
         if (p.sums) me.make_taps();
         me.sync();
 
@@ -476,8 +473,8 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
 #pragma unroll
               for (int k = 0; k < V; ++k) {
                 const A g = gate(l, k), dz = grad_gate(l, k);
-                store(&dx.x[k], (1 + g * g) * load(dy[l].x[k]) + g * ds.x[k] +
-                                    dz * w.x[S::kInner ? k : 0]);
+                store(&dx.x[k],
+                      (1 + g * g) * load(dy[l].x[k]) + g * ds.x[k] + dz * w.x[S::kInner ? k : 0]);
                 if constexpr (!S::kInner) dw += dz * load(x[l].x[k]);
               }
               store_pack(me.at(p.grad_features[group.level[l]], c), dx);
@@ -538,7 +535,7 @@ constexpr int kMaxTeams = kThreads / 2;
 // received. A small map's positions may have very many of those.
 template <typename A, int V, bool kInner>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ Gather p) {
-  CTXOPS_SHARED(double, partial, kThreads * V);
+  CTXOPS_SHARED(double, partial, kThreads* V);
   const Group& group = p.levels.group[p.group];
   const int64_t C = p.levels.channels, W = group.width, N = group.height * W;
   const A* const grad_sums = static_cast<const A*>(p.grad_sums);
@@ -565,8 +562,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
       const TargetRange columns = targets_of(p.columns[o], n % W);
       const int64_t count = (rows.end - rows.begin) * (columns.end - columns.begin);
       if (count == 0) continue;
-      const A* const from =
-          grad_sums + target.sums + (kInner ? b * M * C + c : (b * C + c) * M);
+      const A* const from = grad_sums + target.sums + (kInner ? b * M * C + c : (b * C + c) * M);
       Walk walk(team, p.teams, static_cast<int>(columns.end - columns.begin));
       for (int64_t m = team; m < count;) {
         A run[V] = {};
@@ -575,8 +571,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
           const int64_t i = rows.begin + walk.row(), j = columns.begin + walk.column();
           const A share = static_cast<A>(share_of(tap_at(p.rows[o], i), n / W) *
                                          share_of(tap_at(p.columns[o], j), n % W));
-          const Pack<A, V> x =
-              load_pack<V>(from + (i * target.width + j) * (kInner ? C : 1));
+          const Pack<A, V> x = load_pack<V>(from + (i * target.width + j) * (kInner ? C : 1));
 #pragma unroll
           for (int k = 0; k < V; ++k) run[k] += share * x.x[k];
         }
@@ -614,7 +609,7 @@ void set_maps(Map* maps, const TensorList& list) {
 // Are there packs everywhere: in all maps, and in the buffers that are read along them?
 template <typename T>
 bool all_packs_fit(const Levels& levels, std::initializer_list<const TensorList*> lists,
-               std::initializer_list<const TensorView*> buffers) {
+                   std::initializer_list<const TensorView*> buffers) {
   bool fit = true;
   for (const TensorList* list : lists) {
     for (int l = 0; l < list->count; ++l) {
@@ -707,7 +702,8 @@ const char* gather(const Work& work, bool packs, void* grad_sums, void* grad_sen
     if (!work.levels.channels_inner) {
       error = run(one, std::false_type{});
     } else if (packs) {
-      error = run(std::integral_constant<int, sizeof(A) < 8 ? kElements<A> : 1>{}, std::true_type{});
+      error =
+          run(std::integral_constant<int, sizeof(A) < 8 ? kElements<A> : 1>{}, std::true_type{});
     } else {
       error = run(one, std::true_type{});
     }
@@ -732,8 +728,7 @@ const char* backward(const Backward& p, bool packs, void* grad_sums, cudaStream_
     Forward sum{p.work, Step::send, true, {}, {}, p.gates, nullptr, nullptr, grad_sums};
     for (int l = 0; l < p.work.levels.count; ++l) sum.from[l] = p.grads[l];
     if (const char* error = launch<T>(sum, packs, stream)) return error;
-    if (const char* error =
-            gather<Accumulator<T>>(p.work, packs, grad_sums, p.grad_sent, stream)) {
+    if (const char* error = gather<Accumulator<T>>(p.work, packs, grad_sums, p.grad_sent, stream)) {
       return error;
     }
   }
@@ -762,8 +757,7 @@ const char* gated_fusion_forward(const TensorList& features, const TensorView& g
   const char* error = nullptr;
   dispatch_floating(features.value[0].dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool packs =
-        all_packs_fit<T>(p.work.levels, {&features, &outputs}, {&weight, &sums});
+    const bool packs = all_packs_fit<T>(p.work.levels, {&features, &outputs}, {&weight, &sums});
     error = forward<T>(p, packs, reinterpret_cast<cudaStream_t>(stream));
   });
   return error;
@@ -797,9 +791,8 @@ const char* gated_fusion_backward(const TensorList& grads, const TensorList& fea
   const char* error = nullptr;
   dispatch_floating(features.value[0].dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool packs =
-        all_packs_fit<T>(p.work.levels, {&grads, &features, &grad_features},
-                         {&weight, &sums, &grad_sums, &grad_sent, &grad_weight});
+    const bool packs = all_packs_fit<T>(p.work.levels, {&grads, &features, &grad_features},
+                                        {&weight, &sums, &grad_sums, &grad_sent, &grad_weight});
     error = backward<T>(p, packs, grad_sums.data, reinterpret_cast<cudaStream_t>(stream));
   });
   return error;

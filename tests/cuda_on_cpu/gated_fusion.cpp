@@ -62,19 +62,22 @@ const std::vector<Case> kMany = {
 };
 
 std::vector<Case> drawn_cases() {
-  const char* const layouts[] = {"pixels",     "planes",      "wide_pixels",
+  const char* const layouts[] = {"pixels",      "planes",     "wide_pixels",
                                  "wide_planes", "odd_pixels", "odd_planes"};
   std::vector<Case> cases;
   Random random(2);
   for (int n = 0; n < 12; ++n) {
-    Case drawn = {1 + random.below(2), 1 + random.below(n % 3 == 0 ? 80 : 12), {},
-                  layouts[random.below(6)], random.below(2) == 0};
+    Case drawn = {1 + random.below(2),
+                  1 + random.below(n % 3 == 0 ? 80 : 12),
+                  {},
+                  layouts[random.below(6)],
+                  random.below(2) == 0};
     if (random.below(2) == 0) drawn.C = (drawn.C + 3) / 4 * 4;
     const int64_t levels = 2 + random.below(7), different = 1 + random.below(4);
     std::vector<Size> sizes;
     for (int64_t i = 0; i < different; ++i) {
-      sizes.push_back({1 + random.below(9), random.below(2) == 0 ? 4 * (1 + random.below(3))
-                                                                 : 1 + random.below(12)});
+      sizes.push_back({1 + random.below(9),
+                       random.below(2) == 0 ? 4 * (1 + random.below(3)) : 1 + random.below(12)});
     }
     for (int64_t l = 0; l < levels; ++l) drawn.sizes.push_back(sizes[random.below(different)]);
     cases.push_back(drawn);
@@ -101,8 +104,8 @@ struct Problem {
     for (int64_t l = 0; l < L(); ++l) {
       bool first = true;
       for (int64_t i = 0; i < l; ++i) {
-        first = first && (shape.sizes[i].H != shape.sizes[l].H ||
-                          shape.sizes[i].W != shape.sizes[l].W);
+        first =
+            first && (shape.sizes[i].H != shape.sizes[l].H || shape.sizes[i].W != shape.sizes[l].W);
       }
       if (!first) continue;
       ++different;
@@ -310,8 +313,8 @@ Results run(const Problem& p, Inputs& in, int32_t device = 0, int64_t stream = 0
   const auto view = [&](Tensor& tensor) { return on_device(device, tensor); };
 
   const char* error = ctxops::cuda::gated_fusion_forward(
-      views(in.features, device), view(r.gates), view(weight), view(bias),
-      views(r.outputs, device), view(sums), p.shape.align_corners, stream);
+      views(in.features, device), view(r.gates), view(weight), view(bias), views(r.outputs, device),
+      view(sums), p.shape.align_corners, stream);
   expect_launched("forward", error, device, stream);
   error = ctxops::cuda::gated_fusion_backward(
       views(in.grads, device), views(in.features, device), view(r.gates), view(weight), view(sums),
@@ -326,7 +329,8 @@ Results run(const Problem& p, Inputs& in, int32_t device = 0, int64_t stream = 0
   return r;
 }
 
-// Sums of `terms` products of numbers up to `largest`, rounded in the accumulator, then in the dtype.
+// Sums of `terms` products of numbers up to `largest`, rounded in the accumulator, then in the
+// dtype.
 void expect_rounded(const std::string& what, const Problem& p, const Tensor& exact,
                     const Tensor& actual, double largest, int64_t terms) {
   expect_close(what, exact.to(actual.dtype()), actual, 2 * epsilon(actual.dtype()),
