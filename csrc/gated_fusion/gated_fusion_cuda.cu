@@ -3,9 +3,8 @@
 // The kernels are bound by memory. Of one size, a forward reads every map once and writes every
 // output once, a backward reads features and gradients once: a team of threads takes a few
 // positions with all their channels, makes the products that its gates (or their gradients) need,
-// and then the outputs from what it has read, out of registers, or out of a cache where there are
-// too many channels for them. The positions that a multiprocessor has in work are few enough for
-// that.
+// and then the outputs, for which it reads the positions a second time, out of the cache. The
+// positions that a multiprocessor has in work at a time are few enough for that.
 //
 // Of several sizes, the sums of all groups are made first, then everything that needs the sums of
 // other groups.
@@ -25,18 +24,18 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kPlanarWidth = 4;  // of packs of positions: a thread has a sum for every one of them
 
 // Where channels lie side by side, a team is a warp on one position: its lanes have neighbouring
 // channels. Of planes, it is a block on the positions of 64 bytes: neighbouring threads have
 // neighbouring positions of a channel. A tile is what a block has in work between two barriers.
-constexpr int kPlanarWidth = 4;
 template <typename T_, int V_, bool kInner_, int kLevels_>
 struct Shape {
   using T = T_;
   using A = Accumulator<T>;
   static constexpr int V = V_;              // neighbours in memory that a thread loads at once
   static constexpr bool kInner = kInner_;   // channels are inner
-  static constexpr int kLevels = kLevels_;  // of a group, at most
+  static constexpr int kLevels = kLevels_;  // of a group, at most; loops over them are unrolled
   static constexpr int kTile = kInner ? 2 * kWarps : 64 / static_cast<int>(sizeof(T));
   static constexpr int kPositions = kInner ? 1 : kTile;           // of a team
   static constexpr int kNext = kInner ? kWarps : kTile;           // from one of them to the next
@@ -119,7 +118,7 @@ __device__ double exponential(double x) { return exp(x); }
 template <typename A>
 __device__ A sigmoid(A z) {
   const A e = exponential(z < 0 ? z : -z);
-  return z < 0 ? e / (1 + e) : 1 / (1 + e);
+  return (z < 0 ? e : 1) / (1 + e);
 }
 
 // The four positions of another group's map that a position is made of, and their shares.
@@ -197,8 +196,6 @@ struct Team {
       if (l < group().count) x[l] = load_pack<V>(at(maps[group().level[l]], c));
     }
   }
-  // Does a thread have so few channels that it need not read them twice?
-  __device__ bool one_load() const { return C <= S::kStep; }
 
   // f(level of the group, slot, place among the gates of all levels) for all levels and positions
   // of the team, each in one of its threads.
@@ -220,8 +217,7 @@ struct Team {
     constexpr int kApart = S::kInner ? 1 : S::kLanes;  // lanes with the same positions
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int l = 0; l < S::kLevels; ++l) {
-      if (l >= group().count) break;
+    for (int l = 0; l < S::kLevels; ++l) {  // absent ones as well: no branch between the shuffles
 #pragma unroll
       for (int k = 0; k < S::kOwn; ++k) {
         A sum = products[l][k];
@@ -351,7 +347,7 @@ __global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_const
 
       const auto gate = [&](int l, int k) { return gates[l * S::kTile + me.slot + S::own(k)]; };
       for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
-        if (!weight || !me.one_load()) me.load(p.from, c, x);
+        me.load(p.from, c, x);
         const Pack<A, V> sum =
             p.step == Step::receive
                 ? me.receive(p.sums, c)
@@ -507,16 +503,19 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
           A* const to = in_weight(l) + c;
           Pack<A, V> dw = {};
           if (tile > item.begin) dw = load_pack<V>(to);
-          int64_t h = tile / group.width, w = tile % group.width;
+          const int64_t h = tile / group.width;
+          int64_t w = tile - h * group.width;
+          const T* x = static_cast<const T*>(map.data) + item.b * map.stride[0] +
+                       h * map.stride[2] + w * map.stride[3] + c;
+          const int64_t to_next_row = map.stride[2] - (group.width - 1) * map.stride[3];
 #pragma unroll 8
-          for (int64_t n = tile; n < tile_end; ++n) {
-            const auto x = load_pack<V>(static_cast<const T*>(map.data) + item.b * map.stride[0] +
-                                        h * map.stride[2] + w * map.stride[3] + c);
-            const A dz = grad_gates[l * S::kTile + n - tile];
+          for (int n = 0; n < tile_end - tile; ++n) {
+            const Pack<T, V> pack = load_pack<V>(x);
+            const A dz = grad_gates[l * S::kTile + n];
 #pragma unroll
-            for (int k = 0; k < V; ++k) dw.x[k] += dz * load(x.x[k]);
+            for (int k = 0; k < V; ++k) dw.x[k] += dz * load(pack.x[k]);
             const bool row_ends = ++w == group.width;
-            h += row_ends;
+            x += row_ends ? to_next_row : map.stride[3];
             w = row_ends ? 0 : w;
           }
           store_pack(to, dw);
@@ -622,7 +621,8 @@ bool all_packs_fit(const Levels& levels, std::initializer_list<const TensorList*
   return fit;
 }
 
-// f(Shape<...>{})
+// f(Shape<...>{}). Packs are for up to four levels of one size: more are rare, and each kernel is
+// compiled for four dtypes, two layouts and four architectures.
 template <typename T, typename F>
 const char* with_shape(const Levels& levels, bool packs, const F& f) {
   const bool inner = levels.channels_inner;
