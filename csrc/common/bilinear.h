@@ -13,7 +13,7 @@ struct ResizeAxis {
   double scale;  // positions of the source per position of the target
 };
 
-inline ResizeAxis make_resize_axis(int64_t from, int64_t to, bool align_corners) {
+CTXOPS_HD ResizeAxis make_resize_axis(int64_t from, int64_t to, bool align_corners) {
   if (!align_corners) return {from, to, false, static_cast<double>(from) / to};
   return {from, to, true, to > 1 ? static_cast<double>(from - 1) / (to - 1) : 0.0};
 }

@@ -47,7 +47,7 @@ CTXOPS_DECLARE_KERNEL(gated_fusion_forward, const TensorList& features, const Te
 // grad_gates     sum of N_l, accumulator: dgate, or with weight dz
 // grad_features  as features
 // grad_weight    (L, P, C) accumulator: sums of dz x over parts of the positions, to be added by
-//                the caller. P = max over l of B * ceil(H_l * W_l / 256); without elements: no
+//                the caller. P = max over l of B * ceil(H_l * W_l / 64); without elements: no
 //                weight
 CTXOPS_DECLARE_KERNEL(gated_fusion_backward, const TensorList& grads, const TensorList& features,
                       const TensorView& gates, const TensorView& weight, const TensorView& sums,
@@ -59,7 +59,7 @@ namespace ctxops {
 namespace {
 
 // The positions that one item of the work covers, consecutive ones of one image.
-constexpr int64_t kPart = 256;
+constexpr int64_t kPart = 64;
 
 struct Group {
   int64_t height, width;

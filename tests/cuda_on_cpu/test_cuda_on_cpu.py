@@ -37,6 +37,10 @@ PROGRAMS = {
         HERE / "neighborhood_attention.cpp",
         CSRC / "neighborhood_attention" / "neighborhood_attention_cuda.cu",
     ],
+    "gated_fusion": [
+        HERE / "gated_fusion.cpp",
+        CSRC / "gated_fusion" / "gated_fusion_cuda.cu",
+    ],
 }
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++")
@@ -195,4 +199,27 @@ def test_neighborhood_attention_of(programs, cases, border):
 @pytest.mark.parametrize(("dtype", "cases"), [("float16", "batch"), ("float64", "large")])
 def test_neighborhood_attention_of_many(programs, dtype, cases):
     done = _execute(programs["neighborhood_attention"], dtype, "zeros", cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("gates", ["given", "computed"])
+@pytest.mark.parametrize("cases", ["one_size", "sizes"])
+def test_gated_fusion(programs, cases, gates, dtype):
+    done = _execute(programs["gated_fusion"], dtype, cases, gates)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cases", "gates"),
+    [
+        ("many", "given"),
+        ("drawn", "given"),
+        ("drawn", "computed"),
+        ("device", "given"),
+        ("device", "computed"),
+    ],
+)
+def test_gated_fusion_of(programs, cases, gates):
+    done = _execute(programs["gated_fusion"], "float32", cases, gates)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from ctxops.ops.gated_fusion.reference import reference, reference_gates
 # csrc/common/tensor.h
 _MAX_LEVELS = 8
 # csrc/gated_fusion/gated_fusion.h
-_PART = 256
+_PART = 64
 
 
 def gated_fusion(
@@ -107,7 +107,7 @@ def self_gated_fusion(
     Gradients: features, weight and bias.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: what :func:`gated_fusion` needs; without gradient, and with levels of one size, nothing.
-        Backward, besides: L C values for every 256 positions of the largest level.
+        Backward, besides: L C values for every 64 positions of the largest level.
     """
     _check_features(features)
     levels, channels = len(features), features[0].shape[1]
