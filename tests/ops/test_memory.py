@@ -107,7 +107,7 @@ def test_gated_fusion(sizes, layout, device):
     weight, bias = torch.randn(3, 32, device=device), torch.randn(3, device=device)
     values = 4 * sum(2 * height * width for height, width in sizes)
     maps = sum(4 * 2 * 32 * height * width for height, width in set(sizes)) * (len(set(sizes)) > 1)
-    parts = 2 * -(-48 * 40 // 256) * 3 * 32 * 4
+    parts = 2 * -(-48 * 40 // 64) * 3 * 32 * 4
 
     def fuse(*tensors):
         return ctxops.self_gated_fusion(tensors[:3], *tensors[3:])
