@@ -152,7 +152,7 @@ def test_windows_larger_than_the_map(case, border, device):
 def test_more_than_a_tile_holds(case, border):
     """Of columns, of rows, and of the weights of several queries."""
     if case[3] == (64, 64) and border != "shift":
-        pytest.skip("the reference takes long, and test_windows_larger_than_the_map has that window")
+        pytest.skip("its reference takes long; test_windows_larger_than_the_map has this window")
     check(case, border, "channels_last")
 
 
