@@ -506,6 +506,11 @@ GATES = [torch.ones(2, 1, 6, 5), torch.ones(2, 1, 4, 4)]
         (([A, B[:1]], GATES), ValueError, r"features\[1\] must have shape .* got \(1, 3, 4, 4\)"),
         (([A, B[0]], GATES), ValueError, r"features\[1\] must have shape \(B, C, H, W\), got"),
         (([A, B[:, :, :0]], GATES), ValueError, r"features\[1\] must have C, H and W of at least"),
+        (
+            ([A, B.to("meta")], GATES),
+            ValueError,
+            r"features\[1\] must be on .* device cpu, got meta",
+        ),
         (([A, B], GATES[:1]), ValueError, "gates must be as many as the features, 2, got 1"),
         (([A, B], GATES[0]), TypeError, "gates must be a list or tuple of tensors, got Tensor"),
         (([A, B], GATES[::-1]), ValueError, r"gates\[0\] must have shape .*\(2, 1, 6, 5\), got"),
