@@ -272,6 +272,22 @@ def test_gradients_without_strides(sizes, device):
         torch.testing.assert_close(a, b)
 
 
+def test_what_was_saved_may_come_back_with_gaps(device):
+    features = [x.requires_grad_() for x in features_of([(6, 5), (3, 3)], device=device)]
+    leaves = [*features, *(x.requires_grad_() for x in weight_and_bias(features))]
+    expected = ctxops.self_gated_fusion(features, *leaves[2:])
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: torch.stack([x, x], dim=-1), lambda x: x[..., 0]
+    ):
+        fused = ctxops.self_gated_fusion(features, *leaves[2:])
+    for a, b in zip(
+        torch.autograd.grad(fused, leaves, expected),
+        torch.autograd.grad(expected, leaves, expected),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("wanted", range(4))
 def test_gradient_of_a_part_of_the_inputs(wanted, device):
     features = features_of([(6, 5), (3, 3)], device=device)
