@@ -82,7 +82,9 @@ class GatedFullyFusion(LevelFusion):
 
     def forward(self, features: Sequence[Tensor], closed: Sequence[int] = ()) -> tuple[Tensor, ...]:
         levels = range(len(self.gate))
-        if not isinstance(closed, (list, tuple)) or any(level not in levels for level in closed):
+        if not isinstance(closed, (list, tuple)) or any(
+            not isinstance(level, int) or level not in levels for level in closed
+        ):
             raise ValueError(
                 f"closed must be a list or tuple of levels from 0 to {levels[-1]}, got {closed!r}"
             )

@@ -525,6 +525,11 @@ def test_features_that_are_no_list(kind):
             r"closed must be a list or tuple of levels from 0 to 1, got \(2,\)",
         ),
         (
+            lambda: GatedFullyFusion([3, 5])(maps(*GOOD), closed=(1.0,)),
+            ValueError,
+            r"closed must be a list or tuple of levels from 0 to 1, got \(1.0,\)",
+        ),
+        (
             lambda: GatedFullyFusion([3, 5])(maps(*GOOD), closed=0),
             ValueError,
             "closed must be a list or tuple of levels from 0 to 1, got 0",

@@ -258,6 +258,36 @@ def test_one_output_is_enough(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("sizes", [[(1, 1), (1, 1)], [(1, 1), (4, 3)], [(4, 1), (1, 3)]])
+def test_gradients_without_strides(sizes, device):
+    """What .sum().backward() sends: one number, expanded."""
+    features = [x.requires_grad_() for x in features_of(sizes, device=device)]
+    gates = gates_of(features)
+    ours, plain = ctxops.gated_fusion(features, gates), reference(features, gates, False)
+    for a, b in zip(
+        torch.autograd.grad([y.sum() for y in ours], features),
+        torch.autograd.grad([y.sum() for y in plain], features),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_was_saved_may_come_back_with_gaps(device):
+    features = [x.requires_grad_() for x in features_of([(6, 5), (3, 3)], device=device)]
+    leaves = [*features, *(x.requires_grad_() for x in weight_and_bias(features))]
+    expected = ctxops.self_gated_fusion(features, *leaves[2:])
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: torch.stack([x, x], dim=-1), lambda x: x[..., 0]
+    ):
+        fused = ctxops.self_gated_fusion(features, *leaves[2:])
+    for a, b in zip(
+        torch.autograd.grad(fused, leaves, expected),
+        torch.autograd.grad(expected, leaves, expected),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("wanted", range(4))
 def test_gradient_of_a_part_of_the_inputs(wanted, device):
     features = features_of([(6, 5), (3, 3)], device=device)
@@ -399,6 +429,23 @@ def test_deterministic(sizes, layout, device):
         torch.set_num_threads(threads)
 
 
+def test_gradient_of_the_bias_does_not_depend_on_threads():
+    """Of long sums: torch's own depend on them."""
+    features = features_of([(300, 200)] * 2, 2)
+    leaves = [x.requires_grad_() for x in weight_and_bias(features)]
+    upstream = [random_like(x) for x in features]
+    threads, gradients = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            fused = ctxops.self_gated_fusion(features, *leaves)
+            gradients.append(torch.autograd.grad(fused, leaves, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for gradient in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], gradient))
+
+
 def test_autocast_promotes(device):
     features = features_of([(5, 6), (3, 3)], device=device)
     weight, bias = weight_and_bias(features)
@@ -475,6 +522,11 @@ GATES = [torch.ones(2, 1, 6, 5), torch.ones(2, 1, 4, 4)]
         (([A, B[:1]], GATES), ValueError, r"features\[1\] must have shape .* got \(1, 3, 4, 4\)"),
         (([A, B[0]], GATES), ValueError, r"features\[1\] must have shape \(B, C, H, W\), got"),
         (([A, B[:, :, :0]], GATES), ValueError, r"features\[1\] must have C, H and W of at least"),
+        (
+            ([A, B.to("meta")], GATES),
+            ValueError,
+            r"features\[1\] must be on .* device cpu, got meta",
+        ),
         (([A, B], GATES[:1]), ValueError, "gates must be as many as the features, 2, got 1"),
         (([A, B], GATES[0]), TypeError, "gates must be a list or tuple of tensors, got Tensor"),
         (([A, B], GATES[::-1]), ValueError, r"gates\[0\] must have shape .*\(2, 1, 6, 5\), got"),

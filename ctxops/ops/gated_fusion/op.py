@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ctxops import _library
@@ -169,7 +170,8 @@ def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Te
     def fits(x: Tensor) -> bool:
         _, channels, height, width = x.shape
         _, stride_c, stride_h, stride_w = x.stride()
-        if layout == torch.channels_last:
+        # A map of one position is of both kinds, and has to be so in every list of maps.
+        if layout == torch.channels_last or height == width == 1:
             return channels == 1 or stride_c == 1
         return (width == 1 or stride_w == 1) and (height == 1 or stride_h == width)
 
@@ -313,6 +315,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
 
 
+def _sum(values: Tensor) -> Tensor:
+    """The sum of a vector, for any number of threads the same: torch splits long ones by it."""
+    return F.pad(values, (0, -values.shape[0] % _PART)).view(-1, _PART).sum(dim=0).sum()
+
+
 def _autograd(ctx, grads, *_):
     *features, gates, weight, bias, sums = ctx.saved_tensors
     if not ctx.saved:
@@ -329,7 +336,7 @@ def _autograd(ctx, grads, *_):
     grad_bias = None
     if bias is not None:
         counts = [x.shape[0] * x.shape[2] * x.shape[3] for x in features]
-        grad_bias = torch.stack([part.sum() for part in grad_gates.split(counts)]).to(bias.dtype)
+        grad_bias = torch.stack([_sum(part) for part in grad_gates.split(counts)]).to(bias.dtype)
     return grad_features, None, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
