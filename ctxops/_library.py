@@ -157,11 +157,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_active(device: str) -> bool:
+    # Other devices may have no autocast, and asking torch 2.8 for that cannot be traced.
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on; float64 stays, as in torch."""
     device = next(t for t in tensors if t is not None).device.type
-    # Other devices may have no autocast, and asking torch 2.8 for that cannot be traced.
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not autocast_active(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -455,6 +455,7 @@ def test_autocast_promotes(device):
         given = ctxops.gated_fusion(mixed, gates_of(features))
         halves = [x.bfloat16() for x in features]
         low = ctxops.gated_fusion(halves, gates_of(halves))
+        low += ctxops.self_gated_fusion(halves, weight, bias)
     assert all(y.dtype == torch.float32 for y in (*fused, *given))
     assert all(y.dtype == torch.bfloat16 for y in low)
     expected = ctxops.self_gated_fusion([x.float() for x in mixed], weight, bias)

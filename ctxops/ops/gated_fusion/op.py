@@ -104,7 +104,7 @@ def self_gated_fusion(
     gates come from the maps before their channels are reduced.
 
     Dtypes: float32, float64, float16, bfloat16; sums and gates in float32 (float64). Under autocast
-        all tensors take the widest dtype among them.
+        all maps take the widest dtype among them, weight and bias that of the maps.
     Gradients: features, weight and bias.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: what :func:`gated_fusion` needs; without gradient, and with levels of one size, nothing.
@@ -115,7 +115,9 @@ def self_gated_fusion(
     _library.check_shape("weight", weight, features[0], (levels, channels), "(L, C)")
     if bias is not None:
         _library.check_shape("bias", bias, features[0], (levels,), "(L,)")
-    *features, weight, bias = _promote(features[0].device.type, *features, weight, bias)
+    features = _promote(features[0].device.type, *features)
+    if _library.autocast_active(features[0].device.type):
+        weight, bias = (t if t is None else t.to(features[0].dtype) for t in (weight, bias))
     named = {f"features[{level}]": x for level, x in enumerate(features)}
     _library.check_same_dtype(**named, weight=weight, bias=bias)
     if not _serves(features):
@@ -140,14 +142,12 @@ def _check_features(features: Sequence[Tensor]) -> None:
         _library.check_shape(f"features[{level}]", x, features[0], shape, "(B, C, H, W)")
 
 
-def _promote(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _promote(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the widest dtype among them where autocast is on, as torch.cat does it."""
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not _library.autocast_active(device):
         return tensors
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def _serves(features: Sequence[Tensor]) -> bool:

@@ -49,7 +49,7 @@ def pyramid_pool(
         axis into: at most 2 * sum(n) and its length; beyond 255 cells, its length. mode="max" with
         gradient: as many int32 again, and B * S * C int32 are kept. Backward: the same cells (none
         for maxima) and B * S * C values; maxima of half precision on the CPU: a float32 map, of a
-        grid finer than the map: a float64 map.
+        grid finer than the map: a float64 map, and the gradient in float64.
     """
     sizes = _check(input, output_sizes, mode)
     if not _FORWARD.serves(input):
