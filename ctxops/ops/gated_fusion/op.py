@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """gated_fusion: maps of several levels, fused through the gates of sender and receiver."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
