@@ -165,6 +165,22 @@ def test_values_that_are_not_finite(size, which, number, device):
     torch.testing.assert_close(attend(*inputs), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("where", ["column", "row", "map"])
+@pytest.mark.parametrize("size", [(3, 4), (1, 4), (3, 1), (1, 1)], ids=str)
+def test_lines_of_which_every_logit_is_minus_infinity(size, where, device):
+    """The other line decides; NaN only where every logit of the cross is -inf."""
+    query, key, value = make((2, 2, *size), 3, device=device)
+    lines = {"column": key[1, ..., 0], "row": key[1, :, 0], "map": key[1]}
+    lines[where].fill_(-torch.inf)
+    inputs = [x.requires_grad_() for x in (query.abs(), key, value)]
+    y, expected = attend(*inputs), reference(*inputs, 0.3)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    upstream = random_like(y)
+    grads = (torch.autograd.grad(f, inputs, upstream) for f in (y, expected))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 def test_one_position(device):
     """It attends to itself: the gradients of query and key are zero, by cancellation."""
     inputs = [x.requires_grad_() for x in make((2, 7, 1, 1), 30, device=device)]
