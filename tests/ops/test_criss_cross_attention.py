@@ -124,7 +124,9 @@ def test_many_blocks_give_the_same(layout, dtype, monkeypatch):
     layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3),
 )
 def test_drawn_shapes(shape, value_channels, layouts):
-    assume(shape[2] * shape[3] > 1)  # gradients that are zero by cancellation
+    # Of one position the gradients of query and key are zero by cancellation, of two they are one
+    # difference, which the reference may get right to the last bit: no measure of ours.
+    assume(shape[2] * shape[3] > 2)
     torch.manual_seed(0)  # a failure is to be found again
     inputs = make(shape, value_channels)
     check([LAYOUTS[layout](x) for layout, x in zip(layouts, inputs, strict=True)])
@@ -203,7 +205,7 @@ def test_batch_of_zero(device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(4, 3), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("size", [(4, 3), (1, 3), (3, 1), (1, 2), (2, 1)], ids=str)
 def test_gradcheck(size, layout, device):
     inputs = make((2, 3, *size), 2, torch.float64, device, layout)
     assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in inputs])

@@ -52,7 +52,7 @@ def criss_cross_attention(
     Memory: one float32 (float64) for each position and, for the backward, the output are kept. CPU:
         6 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
         precision also one image's maps in float32. CUDA: one channels_last copy of every map that
-        is not so, the output and an upstream gradient included; the backward needs one more
+        is not so, the output and an upstream gradient included; each pass needs one more
         float32 for each position. Maps whose rows and channels are both strided are copied.
     """
     _check(query, key, value)
