@@ -222,6 +222,13 @@ def test_opcheck(layout, device):
     torch.library.opcheck(backward, (random_like(output), *inputs, output, lse, 0.3))
 
 
+def test_the_log_sum_exp_has_no_gradient(device):
+    inputs = [x.requires_grad_() for x in make((1, 2, 3, 4), 2, device=device)]
+    output, lse = torch.ops.ctxops.criss_cross_attention(*inputs, 0.3)
+    assert output.requires_grad
+    assert not lse.requires_grad
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_memory_format_of_output_and_gradients(layout, device):
     inputs = [x.requires_grad_() for x in make((2, 6, 7, 8), 5, device=device, layout=layout)]
