@@ -283,6 +283,17 @@ def test_autocast_casts_down(device):
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
 
+def test_backward_under_autocast(device):
+    inputs = [x.requires_grad_() for x in make((2, 6, 7, 8), 5, device=device)]
+    y = attend(*inputs)
+    upstream = random_like(y)
+    expected = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        grads = torch.autograd.grad(y, inputs, upstream)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_autocast_leaves_float64_alone(device):
     inputs = make((2, 6, 7, 8), 5, torch.float64, device)
     with torch.autocast(device, dtype=torch.bfloat16):
