@@ -136,6 +136,19 @@ def test_nan_and_inf_propagate_as_in_torch(where, number):
         torch.testing.assert_close(a[0], e[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["column", "row", "map"])
+@pytest.mark.parametrize("size", [(2, 3), (1, 3), (2, 1)], ids=str)
+def test_lines_of_which_every_logit_is_minus_infinity(size, where):
+    """The other line decides; NaN only where every logit of the cross is -inf."""
+    (query, key, value), grad = draw(2, 2, 3, *size)
+    lines = {"column": key[1, ..., 0], "row": key[1, :, 0], "map": key[1]}
+    lines[where].fill_(-float("inf"))
+    inputs = [query.abs(), key, value]
+    actual, expected = run_kernels(inputs, 0.5, grad), plain(inputs, 0.5, grad, torch.float32)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_logits_far_apart():
     """The column's weight vanishes beside the row's, and the other way round."""
     inputs, grad = draw(1, 4, 6, 4, 5)
@@ -147,6 +160,17 @@ def test_logits_far_apart():
         # The log-sum-exp is rounded, and exp makes its absolute error a relative one.
         bound = 4 * torch.finfo(a.dtype).eps * largest * e.abs().max()
         assert (a - e).abs().max() <= bound
+
+
+def test_logits_all_very_negative():
+    """Beyond a ragged end logits are 0 and exp(0 - lse) is inf, which must not meet the zeros."""
+    inputs, grad = draw(1, 1, 3, 3, 5)
+    inputs[0].fill_(20)
+    inputs[1].mul_(0.01).sub_(20)
+    actual, exact = run_kernels(inputs, 1.0, grad), plain(inputs, 1.0, grad, torch.float64)
+    for a, e in zip(actual, exact, strict=True):
+        # the log-sum-exp, 400, is rounded; gradients of query and key are 20 times what it errs
+        torch.testing.assert_close(a, e.float(), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.cuda

@@ -156,6 +156,32 @@ def test_criss_cross_attention_in_blocks(channels, layout, dtype):
     assert used <= CRISS_CROSS_BYTES + widened + 4 * states
 
 
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_criss_cross_attention_in_blocks_with_one_map_of_another_layout(which):
+    """Whichever map it is: columns of planes are copied a few channels at a time."""
+    inputs = [
+        LAYOUTS["contiguous" if i == which else "channels_last"](torch.randn(1, c, 97, 97))
+        for i, c in enumerate((64, 64, 512))
+    ]
+    states = 97 * 97 * 4
+    with torch.no_grad():
+        used = peak(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+    used = peak_of_backward(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+
+
+def test_criss_cross_attention_holds_one_block_at_a_time():
+    inputs = [LAYOUTS["channels_last"](torch.randn(1, 4, 160, 160)) for _ in range(3)]
+    states = 160 * 160 * 4
+    assert 160 * states > 2 * CRISS_CROSS_BYTES
+    with torch.no_grad():
+        used = peak(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+    used = peak_of_backward(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_criss_cross_attention_copies_each_map_once(layout):

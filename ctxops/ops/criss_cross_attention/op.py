@@ -52,7 +52,7 @@ def criss_cross_attention(
     Memory: one float32 (float64) for each position and, for the backward, the output are kept. CPU:
         6 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
         precision also one image's maps in float32. CUDA: one channels_last copy of every map that
-        is not so, the output and an upstream gradient included; the backward needs one more
+        is not so, the output and an upstream gradient included; each pass needs one more
         float32 for each position. Maps whose rows and channels are both strided are copied.
     """
     _check(query, key, value)
@@ -241,11 +241,10 @@ def _attend(
 ) -> None:
     """Attention along lines; with ``others`` to those but itself, beside what output and lse hold.
 
-    The softmax over both goes on from the former with a running maximum.
+    The softmax over both goes on from the former with a running maximum. Lines of one position add
+    nothing, but NaN where all logits are -inf.
     """
     _, size, channels = query.shape
-    if others and size == 1:
-        return
     copied = not all(map(_is_matrix, (query, key, value, output)))
     copies = 2 * channels + 2 * COPIED_CHANNELS if copied else 0
     for block in _blocks(query, size * (size + copies)):
@@ -254,13 +253,18 @@ def _attend(
         pivot = weights.amax(dim=2)
         if others:
             pivot = torch.maximum(pivot, former)
+        # finite where all logits are -inf: -inf - -inf is NaN
+        pivot.clamp_(min=torch.finfo(pivot.dtype).min)
         total = weights.sub_(pivot[:, :, None]).exp_().sum(dim=2)
         if others:
             share = (former - pivot).exp_()
             total.add_(share)
             output[block].mul_(share.div_(total)[:, :, None])
+        former.copy_(total.log().add_(pivot))
+        if not others:
+            # less where all logits are -inf: 0 / 0 would outlast the row
+            total.clamp_(min=1)
         weights.div_(total[:, :, None])
-        former.copy_(total.log_().add_(pivot))
         for c in _channel_slices(value.shape[2], copied):
             _put_product(output[block, :, c], weights, _matrix(value[block, :, c]), others)
         del weights  # before the next block allocates its own

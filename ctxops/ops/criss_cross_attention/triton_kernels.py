@@ -86,6 +86,8 @@ def criss_cross_attention_fwd_kernel(
         b_m = tl.load(p_former + i_n, mask=o_n < L, other=0.0)
         b_l = tl.full([BN], 1.0, dtype=tl.float32)
         b_o = tl.load(p_o, mask=m_n & m_v, other=0.0).to(tl.float32)
+        # a column of which nothing counts has left 0 / 0
+        b_o = tl.where((b_m == float("-inf"))[:, None], 0.0, b_o)
     else:
         b_m = tl.full([BN], float("-inf"), dtype=tl.float32)
         b_l = tl.zeros([BN], dtype=tl.float32)
