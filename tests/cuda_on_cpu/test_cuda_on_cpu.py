@@ -202,9 +202,18 @@ def test_neighborhood_attention_of_many(programs, dtype, cases):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("gates", ["given", "computed"])
+# A program takes up to half a minute; computed gates hold nearly all that given ones do.
 @pytest.mark.parametrize("cases", ["one_size", "sizes"])
+@pytest.mark.parametrize(
+    ("dtype", "gates"),
+    [
+        ("float32", "given"),
+        ("float32", "computed"),
+        ("float64", "computed"),
+        ("float16", "computed"),
+        ("bfloat16", "computed"),
+    ],
+)
 def test_gated_fusion(programs, cases, gates, dtype):
     done = _execute(programs["gated_fusion"], dtype, cases, gates)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -214,7 +223,6 @@ def test_gated_fusion(programs, cases, gates, dtype):
     ("cases", "gates"),
     [
         ("many", "given"),
-        ("drawn", "given"),
         ("drawn", "computed"),
         ("device", "given"),
         ("device", "computed"),
