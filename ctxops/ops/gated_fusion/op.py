@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ctxops import _library
@@ -270,11 +269,18 @@ def _allocate_backward(
     weight: Tensor | None,
     sums: Tensor,
     align_corners: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     layout = _library.memory_format(features[0])
     grad_features = [_library.empty_map(x.shape, x, layout) for x in features]
     grad_weight = gates.new_empty(0 if weight is None else weight.shape)
-    return grad_features, torch.empty_like(gates), grad_weight
+    grad_bias = gates.new_empty(0 if weight is None else len(features))
+    return grad_features, torch.empty_like(gates), grad_weight, grad_bias
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum of a vector, for any number of threads the same: torch splits long ones by it."""
+    whole = len(values) // _PART * _PART
+    return values[:whole].view(-1, _PART).sum(dim=0).sum() + values[whole:].sum()
 
 
 def _backward(
@@ -284,12 +290,12 @@ def _backward(
     weight: Tensor | None,
     sums: Tensor,
     align_corners: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The gradients of features, of gates or with weight of their logits, and of weight."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The gradients of features, of gates or with weight of their logits, of weight and bias."""
     made = _allocate_backward(grads, features, gates, weight, sums, align_corners)
-    grad_features, grad_gates, grad_weight = made
+    grad_features, grad_gates, grad_weight, grad_bias = made
     if features[0].numel() == 0:
-        return grad_features, grad_gates, grad_weight.zero_()
+        return grad_features, grad_gates, grad_weight.zero_(), grad_bias.zero_()
     layout = _library.memory_format(features[0])
     batch, channels = features[0].shape[:2]
     parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
@@ -304,7 +310,9 @@ def _backward(
     _copy_unless_same(grad_features, targets)
     if weight is not None:
         torch.sum(partial, dim=1, out=grad_weight)
-    return grad_features, grad_gates, grad_weight
+        logits = grad_gates.split([x.shape[0] * x.shape[2] * x.shape[3] for x in features])
+        torch.stack([_sum(x) for x in logits], out=grad_bias)
+    return grad_features, grad_gates, grad_weight, grad_bias
 
 
 def _setup_context(ctx, inputs, output):
@@ -316,11 +324,6 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
 
 
-def _sum(values: Tensor) -> Tensor:
-    """The sum of a vector, for any number of threads the same: torch splits long ones by it."""
-    return F.pad(values, (0, -values.shape[0] % _PART)).view(-1, _PART).sum(dim=0).sum()
-
-
 def _autograd(ctx, grads, *_):
     *features, gates, weight, bias, sums = ctx.saved_tensors
     if not ctx.saved:
@@ -329,15 +332,12 @@ def _autograd(ctx, grads, *_):
         _, made, sums = _FORWARD(features, given, weight, bias, ctx.align_corners, True)
         gates = made if given is None else given
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(features, grads, strict=True)]
-    grad_features, grad_gates, grad_weight = _BACKWARD(
+    grad_features, grad_gates, grad_weight, grad_bias = _BACKWARD(
         grads, features, gates, weight, sums, ctx.align_corners
     )
     if weight is None:
         return grad_features, grad_gates, None, None, None, None
-    grad_bias = None
-    if bias is not None:
-        counts = [x.shape[0] * x.shape[2] * x.shape[3] for x in features]
-        grad_bias = torch.stack([_sum(part) for part in grad_gates.split(counts)]).to(bias.dtype)
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     return grad_features, None, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
@@ -351,7 +351,7 @@ _FORWARD = _library.Operator(
 )
 _BACKWARD = _library.Operator(
     "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
-    "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor)",
+    "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=_library.native_devices(_backward),
     backward=_library.no_second_derivative("gated_fusion"),
