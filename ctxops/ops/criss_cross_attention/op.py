@@ -13,7 +13,7 @@ from ctxops import _library
 from ctxops.ops.criss_cross_attention.reference import reference, reference_weights
 
 # What the CPU needs for a block of columns or rows stays below this many bytes.
-BLOCK_BYTES = 6 * 2**20
+BLOCK_BYTES = 4 * 2**20
 # Channels that are copied at a time where a product cannot take them as they lie.
 COPIED_CHANNELS = 64
 
@@ -50,7 +50,7 @@ def criss_cross_attention(
     Gradients: query, key, value.
     Deterministic: as torch's matrix products on the CPU; yes on CUDA's Triton path.
     Memory: one float32 (float64) for each position and, for the backward, the output are kept. CPU:
-        6 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
+        4 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
         precision also one image's maps in float32. CUDA: one channels_last copy of every map that
         is not so, the output and an upstream gradient included; each pass needs one more
         float32 for each position. Maps whose rows and channels are both strided are copied.
