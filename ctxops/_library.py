@@ -7,6 +7,8 @@ reference.
 """
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -146,6 +148,21 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of that dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(x: Tensor) -> bool:
+    """On CUDA, except for float64, which Triton's matrix products do not serve."""
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+
+
 def inner_dense(x: Tensor) -> Tensor:
     """``x`` itself where its channels or its columns lie side by side, else a contiguous copy."""
     _, channels, _, width = x.shape
@@ -196,17 +213,17 @@ def check_map(name: str, x: Tensor) -> None:
 
 
 def check_shape(
-    name: str, x: Tensor, query: Tensor, shape: tuple[int | None, ...], meaning: str
+    name: str, x: Tensor, like: Tensor, shape: tuple[int | None, ...], meaning: str
 ) -> None:
-    """Raises unless ``x`` is floating, on the query's device, and has that shape (None: any)."""
+    """Raises unless ``x`` is floating, on the device of ``like``, of that shape (None: any)."""
     check_dtype(name, x)
     if x.dim() != len(shape) or any(
         want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape {meaning} = ({wanted}), got {tuple(x.shape)}")
-    if x.device != query.device:
-        raise ValueError(f"{name} must be on the query's device {query.device}, got {x.device}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device {like.device}, got {x.device}")
 
 
 def check_same_dtype(**tensors: Tensor | None) -> None:

@@ -65,6 +65,8 @@ struct IntList {
 // once, and the copy that stays may be one that this processor cannot run.
 namespace {
 
+CTXOPS_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 CTXOPS_HD int64_t element_count(const TensorView& view) {
   int64_t count = 1;
   for (int i = 0; i < view.ndim; ++i) count *= view.size[i];

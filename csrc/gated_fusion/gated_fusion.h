@@ -24,6 +24,8 @@
 // come in the order of their first levels.
 #pragma once
 
+#include <math.h>
+
 #include "common/bilinear.h"
 #include "common/dtype.h"
 #include "common/tensor.h"
@@ -60,6 +62,16 @@ namespace {
 
 // The positions that one item of the work covers, consecutive ones of one image.
 constexpr int64_t kPart = 64;
+
+CTXOPS_HD float exponential(float x) { return expf(x); }
+CTXOPS_HD double exponential(double x) { return exp(x); }
+
+// Without overflow: of large |z| the exponential vanishes.
+template <typename A>
+CTXOPS_HD A sigmoid(A z) {
+  const A e = exponential(z < 0 ? z : -z);
+  return (z < 0 ? e : 1) / (1 + e);
+}
 
 struct Group {
   int64_t height, width;

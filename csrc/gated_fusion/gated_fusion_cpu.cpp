@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kPlanarBlock = 1024;
 static_assert(kPlanarBlock % kPart == 0);
 
-// Planar results of more bytes than this go past the caches, where nothing of them would be left:
-// a quarter off the backward's time. Where channels lie side by side, ordinary stores are faster.
+// Planar results of more bytes than this go past the caches, where nothing of them would be left.
+// Where channels lie side by side, ordinary stores are faster.
 constexpr int64_t kCache = 32 << 20;
 
 struct Problem {
@@ -26,18 +26,6 @@ struct Problem {
   bool align_corners;
   int64_t threads;
 };
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline double exp_of(double x) { return __builtin_exp(x); }
-inline float exp_of(float x) { return __builtin_expf(x); }
-
-// Without overflow: of large |z| the exponential vanishes.
-template <typename A>
-A sigmoid(A z) {
-  const A e = exp_of(z < 0 ? z : -z);
-  return z < 0 ? e / (1 + e) : 1 / (1 + e);
-}
 
 template <typename A>
 void add(A* __restrict to, const A* __restrict from, A factor, int64_t count) {

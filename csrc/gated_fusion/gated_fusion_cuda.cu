@@ -111,16 +111,6 @@ struct Gather {
   void* grad_sent;
 };
 
-__device__ float exponential(float x) { return expf(x); }
-__device__ double exponential(double x) { return exp(x); }
-
-// Without overflow: of large |z| the exponential vanishes.
-template <typename A>
-__device__ A sigmoid(A z) {
-  const A e = exponential(z < 0 ? z : -z);
-  return (z < 0 ? e : 1) / (1 + e);
-}
-
 // The four positions of another group's map that a position is made of, and their shares.
 template <typename A>
 struct Taps {

@@ -26,7 +26,6 @@ constexpr int64_t kTileBytes = 1 << 19;
 // the map, of the queries that see a key, fewer than twice a window's length along each axis.
 constexpr int64_t kMaxWeights = 2 * kQueries * kMaxWindow + kVectorBytes;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 

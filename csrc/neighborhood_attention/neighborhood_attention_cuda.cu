@@ -651,8 +651,6 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
 
 // ------------------------------------------------------------------------------------ launches
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Can all channels of a head be moved in packs of V?
 template <typename T, int V>
 bool heads_in_packs(const TensorView& map, int64_t heads) {

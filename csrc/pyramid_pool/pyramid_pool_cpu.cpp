@@ -27,7 +27,6 @@ struct Forward {
 };
 
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 T* at(const TensorView& view, int64_t b, int64_t c, int64_t h, int64_t w) {

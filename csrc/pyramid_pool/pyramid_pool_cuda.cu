@@ -584,8 +584,6 @@ bool channels_inner(const TensorView& map) {
   return unit_stride(map, 1) && (map.size[1] > 1 || !unit_stride(map, 3));
 }
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // `extent` elements side by side, `per_lane` of them for a lane; and at most `teams` teams.
 BlockLayout block_layout(int64_t extent, int per_lane, int64_t teams) {
   BlockLayout layout{1, 1, 1};

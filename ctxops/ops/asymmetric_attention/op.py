@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """asymmetric_attention: every position of a map attends to a few anchors."""
 
-import functools
-import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -67,7 +65,7 @@ def asymmetric_attention(
         return output.contiguous(memory_format=_library.memory_format(query))
     _library.check_forward_mode("asymmetric_attention", query, key, value, bias)
     grad = _library.needs_grad(query, key, value, bias)
-    save = grad and _uses_triton(query)
+    save = grad and _library.uses_triton(query)
     return _FORWARD(query, key, value, bias, scale, save, differentiable=grad)[0]
 
 
@@ -83,16 +81,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> No
         raise ValueError(f"value must have at least one channel, got {tuple(value.shape)}")
     if bias is not None:
         _library.check_shape("bias", bias, query, (batch, anchors), "(B, S)")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _uses_triton(query: Tensor) -> bool:
-    """On CUDA, except for float64, which Triton's matrix products do not serve."""
-    return query.is_cuda and query.dtype != torch.float64 and _has_triton()
 
 
 def _allocate(
@@ -113,7 +101,7 @@ def _forward(
         return output, lse
     query = query.contiguous(memory_format=_library.memory_format(query))
     with _library.no_autocast(query.device.type):
-        if _uses_triton(query):
+        if _library.uses_triton(query):
             from ctxops.ops.asymmetric_attention import triton_kernels
 
             triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
@@ -136,10 +124,6 @@ def _blocks(positions: int, bytes_each: int) -> Iterator[slice]:
         yield slice(start, min(start + size, positions))
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
     """Softmax weights (n, S) of a block of positions (n, C) for the scaled keys (C, S)."""
     logits = query @ key
@@ -151,7 +135,7 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
 def _forward_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, output: Tensor
 ) -> None:
-    dtype = _accumulator(query.dtype)
+    dtype = _library.accumulator(query.dtype)
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (2 * anchors + (0 if exact else channels + value.shape[1]))
     for image in range(len(query)):
@@ -200,7 +184,7 @@ def _backward(
     layout = _library.memory_format(query)
     query, grad = query.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     with _library.no_autocast(query.device.type):
-        if _uses_triton(query):
+        if _library.uses_triton(query):
             from ctxops.ops.asymmetric_attention import triton_kernels
 
             grad_bias = grads[3] if bias is not None else None
@@ -224,7 +208,7 @@ def _backward_in_blocks(
     grad_value: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    dtype = _accumulator(query.dtype)
+    dtype = _library.accumulator(query.dtype)
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (4 * anchors + (0 if exact else 2 * channels + value.shape[1]))
     for image in range(len(query)):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """criss_cross_attention: every position of a map attends to its column and its row."""
 
-import functools
-import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -105,24 +103,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor | None) -> None:
         raise ValueError(f"value must have at least one channel, got {tuple(value.shape)}")
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _uses_triton(query: Tensor) -> bool:
-    """On CUDA, except for float64, which Triton's matrix products do not serve."""
-    return query.is_cuda and query.dtype != torch.float64 and _has_triton()
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, _, height, width = query.shape
     # The logarithm of each position's softmax denominator: it merges the column with the row.
-    lse = query.new_empty((batch, height, width), dtype=_accumulator(query.dtype))
+    lse = query.new_empty((batch, height, width), dtype=_library.accumulator(query.dtype))
     return _library.empty_map(value.shape, query), lse
 
 
@@ -131,7 +115,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
     if output.numel() == 0:
         return output, lse
     with _library.no_autocast(query.device.type):
-        if _uses_triton(query):
+        if _library.uses_triton(query):
             from ctxops.ops.criss_cross_attention import triton_kernels
 
             triton_kernels.forward(query, key, value, scale, output, lse)
@@ -295,7 +279,7 @@ def _backward(
     if output.numel() == 0:
         return grads
     with _library.no_autocast(query.device.type):
-        if _uses_triton(query):
+        if _library.uses_triton(query):
             from ctxops.ops.criss_cross_attention import triton_kernels
 
             triton_kernels.backward(grad, query, key, value, scale, output, lse, *grads)

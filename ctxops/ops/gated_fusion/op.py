@@ -71,7 +71,7 @@ def gated_fusion(
         return _in_format_of(features[0], reference(features, gates, align_corners))
     _library.check_forward_mode("gated_fusion", *features, *gates)
     grad = _library.needs_grad(*features, *gates)
-    flat = torch.cat([gate.flatten() for gate in gates]).to(_accumulator(features[0]))
+    flat = torch.cat([gate.flatten() for gate in gates]).to(_library.accumulator(features[0].dtype))
     fused = _FORWARD(features, flat, None, None, align_corners, grad, differentiable=grad)[0]
     return tuple(fused)
 
@@ -158,10 +158,6 @@ def _in_format_of(first: Tensor, fused: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(y.contiguous(memory_format=_library.memory_format(first)) for y in fused)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
     """The maps as the kernels take them: all with channels side by side, or all with planes; on the
     CPU no half precision.
@@ -175,7 +171,7 @@ def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Te
             return channels == 1 or stride_c == 1
         return (width == 1 or stride_w == 1) and (height == 1 or stride_h == width)
 
-    dtype = maps[0].dtype if maps[0].is_cuda else _accumulator(maps[0])
+    dtype = maps[0].dtype if maps[0].is_cuda else _library.accumulator(maps[0].dtype)
     return [
         x if x.dtype == dtype and fits(x) else x.to(dtype).contiguous(memory_format=layout)
         for x in maps
@@ -209,12 +205,12 @@ def _new_sums(features: Sequence[Tensor]) -> Tensor:
     batch, channels = features[0].shape[:2]
     sizes = _sizes(features)
     count = 0 if len(sizes) == 1 else sum(batch * channels * h * w for h, w in sizes)
-    return features[0].new_empty(count, dtype=_accumulator(features[0]))
+    return features[0].new_empty(count, dtype=_library.accumulator(features[0].dtype))
 
 
 def _new_gates(features: Sequence[Tensor]) -> Tensor:
     count = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
-    return features[0].new_empty(count, dtype=_accumulator(features[0]))
+    return features[0].new_empty(count, dtype=_library.accumulator(features[0].dtype))
 
 
 def _allocate(
@@ -228,7 +224,8 @@ def _allocate(
     layout = _library.memory_format(features[0])
     fused = [_library.empty_map(x.shape, x, layout) for x in features]
     # Two tensors without elements, not one twice: results must not alias.
-    made, sums = (features[0].new_empty(0, dtype=_accumulator(features[0])) for _ in range(2))
+    dtype = _library.accumulator(features[0].dtype)
+    made, sums = (features[0].new_empty(0, dtype=dtype) for _ in range(2))
     if save and gates is None:
         made = _new_gates(features)
     return fused, made, _new_sums(features) if save else sums
@@ -245,7 +242,7 @@ def _forward(
     fused, made, sums = _allocate(features, gates, weight, bias, align_corners, save)
     if fused[0].numel() == 0:
         return fused, made, sums
-    accumulator = _accumulator(features[0])
+    accumulator = _library.accumulator(features[0].dtype)
     nothing = features[0].new_empty(0, dtype=accumulator)
     work = sums if save else _new_sums(features)
     if gates is None:

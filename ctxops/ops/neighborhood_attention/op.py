@@ -188,7 +188,7 @@ def _new_weights(query: Tensor, kernel_size: Sequence[int], border: str, num_hea
     """
     batch, _, height, width = query.shape
     count = kernel_size[0] * kernel_size[1]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = _library.accumulator(query.dtype)
     square = kernel_size[0] == kernel_size[1] and kernel_size[0] in (3, 5, 7)
     if query.is_cuda and square and border != "shift" and dtype == torch.float32:
         return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)

@@ -91,7 +91,7 @@ def _new_cells(like: Tensor, size: Sequence[int], sizes: list[int]) -> Tensor:
     batch, channels, height, width = size
     count = _native.extension.pyramid_pool_cells
     shape = (batch, count(height, sizes), count(width, sizes), channels)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = _library.accumulator(like.dtype)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
