@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "category_statistics/category_statistics.h"
 #include "gated_fusion/gated_fusion.h"
 #include "neighborhood_attention/neighborhood_attention.h"
 #include "pyramid_pool/pyramid_pool.h"
@@ -14,7 +15,7 @@
 #define CTXOPS_KERNELS(kernel)                                                       \
   kernel(pyramid_pool_forward) kernel(pyramid_pool_backward)                         \
       kernel(neighborhood_attention_forward) kernel(neighborhood_attention_backward) \
-          kernel(gated_fusion_forward) kernel(gated_fusion_backward)
+          kernel(gated_fusion_forward) kernel(gated_fusion_backward) kernel(category_statistics)
 
 namespace py = pybind11;
 
@@ -63,6 +64,9 @@ struct type_caster<ctxops::TensorView> {
     if (type.code == kDLFloat && type.bits == 64) return ctxops::DType::float64;
     if (type.code == kDLFloat && type.bits == 16) return ctxops::DType::float16;
     if (type.code == kDLBfloat && type.bits == 16) return ctxops::DType::bfloat16;
+    if (type.code == kDLUInt && type.bits == 8) return ctxops::DType::uint8;
+    if (type.code == kDLInt && type.bits == 8) return ctxops::DType::int8;
+    if (type.code == kDLInt && type.bits == 16) return ctxops::DType::int16;
     if (type.code == kDLInt && type.bits == 32) return ctxops::DType::int32;
     if (type.code == kDLInt && type.bits == 64) return ctxops::DType::int64;
     return ctxops::DType::other;

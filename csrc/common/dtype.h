@@ -104,6 +104,11 @@ inline bool is_floating(DType dtype) {
          dtype == DType::bfloat16;
 }
 
+inline bool is_integer(DType dtype) {
+  return dtype == DType::uint8 || dtype == DType::int8 || dtype == DType::int16 ||
+         dtype == DType::int32 || dtype == DType::int64;
+}
+
 template <typename T>
 struct Tag {
   using type = T;

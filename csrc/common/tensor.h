@@ -31,7 +31,18 @@
 
 namespace ctxops {
 
-enum class DType : int32_t { other, float32, float64, float16, bfloat16, int32, int64 };
+enum class DType : int32_t {
+  other,
+  float32,
+  float64,
+  float16,
+  bfloat16,
+  uint8,
+  int8,
+  int16,
+  int32,
+  int64
+};
 
 constexpr int kMaxDims = 5;
 

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of the features of every class, seen at the labels' resolution: the contract of both
+// kernels.
+//
+// A cell of the map is what lies between four positions, (y, x), (y, x + 1), (y + 1, x) and
+// (y + 1, x + 1), or fewer at the last row and column; cell and upper left position have the same
+// number. Every pixel of the labels lies in one cell: r, the resized map at the pixel, is a mean of
+// the four vectors f with shares that are products of those along the two axes. So
+//
+//   <r, m>  = sum of shares * <f, m>           |r|^2 = sum of shares * shares * <f, f'>
+//   sum over the pixels of a * r = sum over the positions of (sum over the pixels of a * share) * f
+//
+// with a = 1 - <r, m> / max(|r|, eps) for m of length 1. The last sum's coefficient is what the
+// kernels gather for every position and the classes around it; all of it is summed in double.
+#pragma once
+
+#include "common/bilinear.h"
+#include "common/dtype.h"
+#include "common/tensor.h"
+
+// features    (B, C, h, w), floating; channels or columns side by side, on CUDA channels
+// labels      (B, H, W), integers
+// directions  (K, C) double, contiguous: m / max(|m|, eps); without elements: a = 1
+// sums        (K, C) accumulator: of a * r
+// weights     (K,) accumulator: of a
+// counts      (K,) int64: of pixels
+// outside     (2,) int64: how many labels were neither in [0, K) nor ignored, and on the CPU the
+//             first of them; on CUDA, if there were any, sums and weights are NaN
+// workspace, see below: part_sums, part_weights, part_counts, own
+//
+// The rows of cells of all images are cut into P parts of about the same number. For each:
+// part_sums   (P, K, C) double
+// part_weights (P, K) double
+// part_counts (P, K) int64
+// own         the CPU: (P, N, 2 * C + 6 * K + 11) double, what a part keeps of a tile of N - 1
+// cells
+//             a row; N >= 2. CUDA: (B, H, W) accumulator, a of every pixel, where there are
+//             directions; else without elements
+CTXOPS_DECLARE_KERNEL(category_statistics, const TensorView& features, const TensorView& labels,
+                      const TensorView& directions, const TensorView& sums,
+                      const TensorView& weights, const TensorView& counts,
+                      const TensorView& outside, const TensorView& part_sums,
+                      const TensorView& part_weights, const TensorView& part_counts,
+                      const TensorView& own, int64_t ignore_index, bool align_corners,
+                      int64_t executor)
+
+namespace ctxops {
+namespace {
+
+// Shorter vectors count as that long, as in torch's cosine_similarity.
+constexpr double kShortest = 1e-8;
+
+struct RowRange {
+  int64_t begin, end;
+};
+
+// The rows of cells of a part, counted through all images.
+CTXOPS_HD RowRange rows_of_part(int64_t part, int64_t parts, int64_t rows) {
+  return {part * rows / parts, (part + 1) * rows / parts};
+}
+
+// The label with that number of elements in front of it.
+CTXOPS_HD int64_t load_label(const void* labels, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::uint8: return static_cast<const uint8_t*>(labels)[offset];
+    case DType::int8: return static_cast<const int8_t*>(labels)[offset];
+    case DType::int16: return static_cast<const int16_t*>(labels)[offset];
+    case DType::int32: return static_cast<const int32_t*>(labels)[offset];
+    default: return static_cast<const int64_t*>(labels)[offset];
+  }
+}
+
+inline const char* check(const TensorView& features, const TensorView& labels,
+                         const TensorView& directions, const TensorView& sums,
+                         const TensorView& weights, const TensorView& counts,
+                         const TensorView& outside, const TensorView& part_sums,
+                         const TensorView& part_weights, const TensorView& part_counts) {
+  if (features.ndim != 4 || !is_floating(features.dtype)) {
+    return "features must be a floating (B, C, h, w)";
+  }
+  const int64_t channels = features.size[1];
+  for (int i = 1; i < 4; ++i) {
+    if (features.size[i] < 1) return "features must have C, h, w >= 1";
+  }
+  if (labels.ndim != 3 || !is_integer(labels.dtype) || labels.size[0] != features.size[0] ||
+      labels.size[1] < 1 || labels.size[2] < 1 || labels.cuda_device != features.cuda_device) {
+    return "labels must be integers (B, H, W) with H, W >= 1";
+  }
+  if (sums.ndim != 2 || sums.size[0] < 1) return "sums must be (K, C) with K >= 1";
+  const int64_t classes = sums.size[0];
+  const DType accumulator = accumulator_dtype(features.dtype);
+  if (!is_dense(sums, features, accumulator, classes, channels) ||
+      !is_dense(weights, features, accumulator, classes) ||
+      !is_dense(counts, features, DType::int64, classes)) {
+    return "sums (K, C), weights (K,) must be accumulators, counts (K,) int64";
+  }
+  if (element_count(directions) > 0 &&
+      !is_dense(directions, features, DType::float64, classes, channels)) {
+    return "directions must be (K, C) in double";
+  }
+  if (!is_dense(outside, features, DType::int64, 2)) return "outside must be (2,) in int64";
+  const int64_t parts = part_counts.ndim == 2 ? part_counts.size[0] : 0;
+  if (parts < 1 || !is_dense(part_sums, features, DType::float64, parts, classes, channels) ||
+      !is_dense(part_weights, features, DType::float64, parts, classes) ||
+      !is_dense(part_counts, features, DType::int64, parts, classes)) {
+    return "the parts' sums must be (P, K, C) and (P, K), P >= 1";
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace ctxops

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""category_statistics: what the features of every category add up to, seen at label resolution."""
+
+import torch
+from torch import Tensor
+
+from ctxops import _library
+from ctxops.ops.category_statistics.reference import reference
+
+_LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Of torch.nn.functional.cosine_similarity: shorter vectors count as that long.
+_EPS = 1e-8
+# Parts of the map have sums of their own, which are added in the end: so many bytes at most, and
+# no fewer rows of the map in a part.
+_PART_BYTES = 32 << 20
+_PART_ROWS = 8
+# What the CPU keeps of a tile of the map should stay in the second-level cache.
+_TILE_BYTES = 512 << 10
+
+
+def category_statistics(
+    features: Tensor,
+    labels: Tensor,
+    memory: Tensor | None = None,
+    *,
+    num_classes: int | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Sums of the features of every category, weighted by how little they resemble its memory.
+
+    .. math::
+        S_k = \sum_{p:\, l_p = k} a_p r_p, \qquad A_k = \sum_{p:\, l_p = k} a_p, \qquad
+        a_p = 1 - \cos(r_p, m_k)
+
+    r is the map of features, resized bilinearly to the labels; p runs over the labels' pixels.
+    :math:`S_k / A_k` is the mean of the paper. The resized map is never built.
+
+    Args:
+        features: map of shape ``(B, C, h, w)``.
+        labels: l, integers of shape ``(B, H, W)``, in ``[0, K)`` or ``ignore_index``.
+        memory: m, ``(K, C)``, one vector per category. None, or a row of zeros: a_p = 1.
+        num_classes: K; needed without a memory.
+        ignore_index: the label of pixels that are left out.
+        align_corners: of the bilinear resize.
+
+    Returns:
+        ``sums (K, C)`` and ``weights (K,)`` in float32 (float64 for float64), and ``counts (K,)``,
+        the number of pixels of every category, int64. A category without pixels has zeros.
+
+    Raises:
+        TypeError: no floating features or memory, no integer labels.
+        ValueError: shapes or devices that do not fit; on the CPU a label outside ``[0, K)``. On
+            CUDA, where looking would mean to wait for the device, such a label turns all sums and
+            weights into NaN.
+
+    Source: Jin et al., Mining Contextual Information Beyond Image, ICCV 2021, eq. 8 to 10.
+
+    Dtypes: float32, float64, float16, bfloat16; the kernels sum in float64. Labels: uint8, int8,
+        int16, int32, int64. A cosine takes vectors shorter than 1e-8 to be that long, as torch's.
+        Under autocast nothing is cast down.
+    Gradients: none; the results are constants.
+    Deterministic: yes, for any number of threads.
+    Memory: partial sums of the map's parts, 8 * K * (C + 2) bytes each, together 32 MiB at most
+        unless one part needs more. On the CPU beside each of them a tile of the map, about 512 KiB.
+        On CUDA 8 * B * H * W bytes with a memory, and a channels_last copy of features that are not
+        so.
+    """
+    _library.check_map("features", features)
+    classes = _check(features, labels, memory, num_classes)
+    features = features.detach()
+    memory = None if memory is None else memory.detach()
+    if not _STATISTICS.serves(features):
+        if not torch.compiler.is_compiling() and not labels.is_cuda:
+            _check_range(labels, classes, ignore_index)
+        with _library.no_autocast(features.device.type):
+            return reference(features, labels, memory, classes, ignore_index, align_corners)
+    options = (classes, ignore_index, align_corners)
+    return _STATISTICS(features, labels, memory, *options, differentiable=False)
+
+
+def _check(features: Tensor, labels: Tensor, memory: Tensor | None, num_classes: int | None) -> int:
+    """The number of categories; raises unless the arguments fit together."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.layout != torch.strided or labels.dtype not in _LABELS:
+        raise TypeError(
+            "labels must be strided and uint8, int8, int16, int32 or int64, got "
+            f"{labels.layout} {labels.dtype}"
+        )
+    shape = tuple(labels.shape)
+    if len(shape) != 3 or shape[0] != features.shape[0] or 0 in shape[1:]:
+        raise ValueError(
+            f"labels must have shape (B, H, W) = ({features.shape[0]}, any, any) with H and W of "
+            f"at least 1, got {shape}"
+        )
+    if labels.device != features.device:
+        raise ValueError(f"labels must be on the device {features.device}, got {labels.device}")
+    if num_classes is not None:
+        if not isinstance(num_classes, (int, torch.SymInt)) or isinstance(num_classes, bool):
+            raise TypeError(f"num_classes must be an integer or None, got {num_classes!r}")
+        if not 1 <= num_classes < 2**31:
+            raise ValueError(f"num_classes must be in [1, 2147483648), got {num_classes}")
+    elif memory is None:
+        raise ValueError("num_classes must be given without a memory, got None")
+    if memory is None:
+        return num_classes
+    _library.check_shape("memory", memory, features, (num_classes, features.shape[1]), "(K, C)")
+    if memory.shape[0] == 0:
+        raise ValueError(f"memory must have at least one row, got {tuple(memory.shape)}")
+    return memory.shape[0]
+
+
+def _check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if outside.any():
+        raise ValueError(_outside(labels[outside][0].item(), classes, ignore_index))
+
+
+def _outside(label: int, classes: int, ignore_index: int) -> str:
+    return f"labels must be in [0, {classes}) or ignore_index = {ignore_index}, got {label}"
+
+
+def _allocate(
+    features: Tensor,
+    labels: Tensor,
+    memory: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _library.accumulator(features.dtype)
+    return (
+        features.new_empty((num_classes, features.shape[1]), dtype=dtype),
+        features.new_empty(num_classes, dtype=dtype),
+        features.new_empty(num_classes, dtype=torch.int64),
+    )
+
+
+def _statistics(
+    features: Tensor,
+    labels: Tensor,
+    memory: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _allocate(features, labels, memory, num_classes, ignore_index, align_corners)
+    if features.shape[0] == 0:
+        return tuple(result.zero_() for result in results)
+    batch, channels, height, width = features.shape
+    dtype, long = torch.float64, torch.int64
+    directions = features.new_empty(0, dtype=dtype)
+    if memory is not None:
+        directions = torch.nn.functional.normalize(memory.to(dtype), dim=1, eps=_EPS)
+    parts = min(batch * -(-height // _PART_ROWS), _PART_BYTES // (8 * num_classes * (channels + 2)))
+    parts = max(1, parts)
+    outside = features.new_empty(2, dtype=long)
+    part_sums = features.new_empty((parts, num_classes, channels), dtype=dtype)
+    part_weights = features.new_empty((parts, num_classes), dtype=dtype)
+    part_counts = features.new_empty((parts, num_classes), dtype=long)
+    if features.is_cuda:
+        features = features.contiguous(memory_format=torch.channels_last)
+        own = features.new_empty(0 if memory is None else labels.shape, dtype=results[0].dtype)
+    else:
+        features = _library.inner_dense(features)
+        values = 2 * channels + 6 * num_classes + 11
+        columns = max(2, min(width + 1, _TILE_BYTES // (8 * values)))
+        own = features.new_empty((parts, columns, values), dtype=dtype)
+    _library.launch(
+        "category_statistics", features, features, labels, directions, *results, outside,
+        part_sums, part_weights, part_counts, own, ignore_index, align_corners,
+    )  # fmt: skip
+    if not features.is_cuda and outside[0]:
+        raise ValueError(_outside(outside[1].item(), num_classes, ignore_index))
+    return results
+
+
+def _not_differentiable(ctx, *grads):
+    raise NotImplementedError("category_statistics has no gradient: its results are constants")
+
+
+_STATISTICS = _library.Operator(
+    "category_statistics(Tensor features, Tensor labels, Tensor? memory, SymInt num_classes, "
+    "int ignore_index, bool align_corners) -> (Tensor, Tensor, Tensor)",
+    fake=_allocate,
+    kernels=_library.native_devices(_statistics),
+    backward=_not_differentiable,
+)
