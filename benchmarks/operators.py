@@ -34,6 +34,7 @@ from harness import (
 
 Shape = tuple[int, int, int, int]
 
+IGNORED = 255  # the label, of category_statistics
 LEVELS = 4  # of self_gated_fusion
 OUTPUT_SIZES = (1, 3, 6, 8)
 ANCHORS = sum(n * n for n in OUTPUT_SIZES)
@@ -448,6 +449,126 @@ def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
     return [case(False), case(True)]
 
 
+def _axis_taps(size: int, labels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Along an axis: the two positions around each pixel of the labels, the share of the second."""
+    at = (torch.arange(labels, device=device, dtype=torch.float64) + 0.5) * (size / labels) - 0.5
+    at = at.clamp(0, size - 1)
+    low = at.floor().long()
+    return low, (low + 1).clamp(max=size - 1), (at - low).float()
+
+
+def _means_as_released(features: Tensor, labels: Tensor, memory: Tensor) -> Tensor:
+    """The procedure of the released code: upsample, then class by class."""
+    pixels = F.interpolate(features, labels.shape[1:], mode="bilinear", align_corners=False)
+    pixels = pixels.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    labels = labels.flatten()
+    means = torch.zeros_like(memory)
+    for k in labels.unique().tolist():
+        if k == IGNORED:
+            continue
+        own = pixels[labels == k]
+        weights = 1 - F.cosine_similarity(own, memory[k].expand_as(own), dim=1)
+        means[k] = ((weights / weights.sum())[:, None] * own).sum(dim=0)
+    return means
+
+
+def _means_factorised(features: Tensor, labels: Tensor, memory: Tensor) -> Tensor:
+    """The products of neighbours and with the memory on the features' own grid, and a matrix of
+    coefficients (K, positions): nothing is upsampled but scalars."""
+    batch, _, height, width = features.shape
+    classes = len(memory)
+    x = features.permute(0, 2, 3, 1).contiguous()
+    right = torch.cat([x[:, :, 1:], x[:, :, -1:]], dim=2)
+    down = torch.cat([x[:, 1:], x[:, -1:]], dim=1)
+    across = torch.cat([right[:, 1:], right[:, -1:]], dim=1)
+    own, to_right, to_down, to_across, anti = (
+        (a * b).sum(dim=3).flatten(1)
+        for a, b in ((x, x), (x, right), (x, down), (x, across), (right, down))
+    )
+    products = x.flatten(1, 2) @ F.normalize(memory, dim=1).t()
+    top, bottom, v = _axis_taps(height, labels.shape[1], x.device)
+    left, beside, u = _axis_taps(width, labels.shape[2], x.device)
+    v = v[:, None]
+    corners = [top[:, None] * width + left, top[:, None] * width + beside]
+    corners += [bottom[:, None] * width + left, bottom[:, None] * width + beside]
+    shares = [(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u]
+    a, b, c, d = shares
+    square = sum(share * share * own[:, at] for share, at in zip(shares, corners, strict=True))
+    square = square + 2 * (
+        a * b * to_right[:, corners[0]]
+        + c * d * to_right[:, corners[2]]
+        + a * c * to_down[:, corners[0]]
+        + b * d * to_down[:, corners[1]]
+        + a * d * to_across[:, corners[0]]
+        + b * c * anti[:, corners[0]]
+    )
+    valid = labels != IGNORED
+    labels = labels.masked_fill(~valid, 0)
+    image = torch.arange(batch, device=x.device)[:, None, None]
+    cosine = sum(
+        share * products[image, at, labels] for share, at in zip(shares, corners, strict=True)
+    )
+    weights = (1 - cosine / square.clamp_min(0).sqrt().clamp_min(1e-8)) * valid
+    coefficients = weights.new_zeros(batch, classes * height * width)
+    for share, at in zip(shares, corners, strict=True):
+        index = (labels * (height * width) + at).flatten(1)
+        coefficients.scatter_add_(1, index, (weights * share).flatten(1))
+    coefficients = coefficients.view(batch, classes, height * width)
+    sums = (coefficients @ x.flatten(1, 2)).sum(dim=0)
+    return sums / coefficients.sum(dim=(0, 2)).clamp_min(1e-12)[:, None]
+
+
+def _means(features: Tensor, labels: Tensor, memory: Tensor) -> Tensor:
+    sums, weights, _ = ctxops.category_statistics(features, labels, memory, ignore_index=IGNORED)
+    return sums / weights.clamp_min(1e-12)[:, None]
+
+
+def category_statistics_cases(shape: Shape, options: Options) -> list[Case]:
+    """The weighted means of MCIBI's eq. 10. First for some numbers of classes, then for labels and
+    channels of other sizes, without the released procedure.
+
+    The labels are patches of a thirty-second of the map's side, one in twenty is ignored."""
+
+    def case(classes: int, scale: int, channels: int, *, released: bool) -> Case:
+        batch, _, height, width = shape
+        sized = (batch, channels, height, width)
+        height, width = height * scale, width * scale
+        pixels = batch * height * width
+
+        def inputs() -> tuple[Tensor, ...]:
+            generator = torch.Generator().manual_seed(0)
+            patches = torch.randint(0, classes, (batch, 1, 32, 32), generator=generator)
+            patches[torch.rand(patches.shape, generator=generator) < 0.05] = IGNORED
+            labels = F.interpolate(patches.double(), (height, width)).long().squeeze(1)
+            memory = _random((classes, channels), options, 1)
+            return _random(sized, options, 0), labels.to(options.device), memory
+
+        row = functools.partial(Contender, peak_bytes=256 * pixels, flops=0)
+        contenders = [
+            row("factorised", lambda: _means_factorised),
+            row("factorised compiled", lambda: _means_factorised, compile=True),
+            row("ctxops", lambda: _means, ours=True),
+        ]
+        if released:
+            copies = 4 * options.dtype.itemsize * pixels * channels
+            contenders.insert(0, row("as released", lambda: _means_as_released, peak_bytes=copies))
+        title = f"category_statistics, {classes} classes, labels {height} x {width}"
+        return Case(
+            _title(title, sized, backward=False),
+            inputs,
+            (classes, channels),
+            _in_both_formats(*contenders),
+        )
+
+    cases = [case(classes, 8, shape[1], released=True) for classes in (19, 150, 171)]
+    if options.quick:
+        return cases[:1]
+    cases += [case(19, scale, shape[1], released=False) for scale in (1, 2, 4, 16)]
+    return cases + [
+        case(19, 8, channels, released=False) for channels in (shape[1] // 2, 2 * shape[1])
+    ]
+
+
 OPERATORS = {
     "pyramid_pool": Operator(pyramid_pool_cases, (1, 2048, 96, 96), (1, 256, 48, 48)),
     "asymmetric_attention": Operator(asymmetric_attention_cases, (1, 256, 96, 96), (1, 64, 48, 48)),
@@ -457,6 +578,7 @@ OPERATORS = {
     "criss_cross_attention": Operator(
         criss_cross_attention_cases, (1, 512, 97, 97), (1, 128, 48, 48)
     ),
+    "category_statistics": Operator(category_statistics_cases, (2, 512, 64, 128), (1, 64, 16, 32)),
     "self_gated_fusion": Operator(self_gated_fusion_cases, (1, 256, 128, 128), (1, 64, 64, 64)),
 }
 

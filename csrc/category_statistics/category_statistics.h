@@ -32,10 +32,10 @@
 // part_sums   (P, K, C) double
 // part_weights (P, K) double
 // part_counts (P, K) int64
-// own         the CPU: (P, N, 2 * C + 6 * K + 11) double, what a part keeps of a tile of N - 1
-// cells
-//             a row; N >= 2. CUDA: (B, H, W) accumulator, a of every pixel, where there are
-//             directions; else without elements
+// own         the CPU: (P, N, M) double, what a part keeps of a tile of N - 1 cells a row, N >= 2;
+//             M = 2 * D + 6 * K + 11 + 2 * ceil(W / N), D = C for float64 and ceil(C / 2) else.
+//             CUDA: (B, H, W) accumulator, a of every pixel, where there are directions; else
+//             without elements
 CTXOPS_DECLARE_KERNEL(category_statistics, const TensorView& features, const TensorView& labels,
                       const TensorView& directions, const TensorView& sums,
                       const TensorView& weights, const TensorView& counts,
@@ -49,6 +49,15 @@ namespace {
 
 // Shorter vectors count as that long, as in torch's cosine_similarity.
 constexpr double kShortest = 1e-8;
+
+// Parts of M above: of the pixels of a row, and of a vector of features.
+inline int64_t pixels_each(const TensorView& labels, int64_t columns) {
+  return (labels.size[2] + columns - 1) / columns;
+}
+
+inline int64_t doubles_of_vector(const TensorView& features) {
+  return features.dtype == DType::float64 ? features.size[1] : (features.size[1] + 1) / 2;
+}
 
 struct RowRange {
   int64_t begin, end;

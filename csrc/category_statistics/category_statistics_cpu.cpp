@@ -10,6 +10,10 @@ namespace {
 using V = Vector<double>;
 constexpr int kLane = kLanes<double>;
 
+// Vectors of features are kept in float, or in double where they came in double.
+template <typename T>
+using Kept = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 struct Problem {
   TensorView features, labels;
   const double* directions;  // (K, C), or nullptr: every pixel weighs 1
@@ -17,55 +21,71 @@ struct Problem {
   int64_t* part_counts;
   double* own;
   int64_t parts, classes, channels, height, width, ignore_index;
-  int64_t columns;  // N, of a tile
+  int64_t columns, own_size;  // N, and the values that a part owns for each of them
   ResizeAxis down, across;
 };
 
-// to[c] += factor * from[c]
-inline void add_scaled(double* __restrict to, const double* __restrict from, double factor,
-                       int64_t count) {
-  for (int64_t c = 0; c < count; ++c) to[c] += factor * from[c];
+CTXOPS_INLINE V widen(const double* from) { return load_vector(from); }
+
+CTXOPS_INLINE V widen(const float* from) {
+  typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  Narrow v;
+  memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, V);
 }
 
-// The scalar product of kPairs pairs of vectors, each <a[i], b[i]>.
-template <int kPairs>
-CTXOPS_INLINE void products(const double* const* a, const double* const* b, double* to,
-                            int64_t count) {
-  constexpr int kRuns = kPairs > 2 ? 2 : 4;  // enough sums under way to hide the latency
-  V sum[kPairs][kRuns] = {};
+template <typename S>
+CTXOPS_INLINE V widen(const S* from, int64_t count) {
+  V v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+}
+
+// to[c] += factor * from[c]
+template <typename S>
+void add_scaled(double* __restrict to, const S* __restrict from, double factor, int64_t count) {
   int64_t c = 0;
-  for (; c + kRuns * kLane <= count; c += kRuns * kLane) {
-    for (int i = 0; i < kPairs; ++i) {
-      for (int r = 0; r < kRuns; ++r) {
-        sum[i][r] += load_vector(a[i] + c + r * kLane) * load_vector(b[i] + c + r * kLane);
-      }
-    }
+  for (; c + kLane <= count; c += kLane) {
+    store_vector<double>(to + c, load_vector(to + c) + factor * widen(from + c));
+  }
+  for (; c < count; ++c) to[c] += factor * from[c];
+}
+
+// Calls f(at), and at(pointer) is the vector there of the next kLane channels, of the rest 0, for
+// all channels. f is called for two vectors in turn, with run 0 and 1: enough sums to hide latency.
+template <typename F>
+CTXOPS_INLINE void for_channels(int64_t count, const F& f) {
+  int64_t c = 0;
+  for (; c + 2 * kLane <= count; c += 2 * kLane) {
+    f(0, [&](const auto* from) CTXOPS_INLINE_LAMBDA { return widen(from + c); });
+    f(1, [&](const auto* from) CTXOPS_INLINE_LAMBDA { return widen(from + c + kLane); });
   }
   for (; c < count; c += kLane) {
     const int64_t rest = smaller(kLane, count - c);
-    for (int i = 0; i < kPairs; ++i) {
-      sum[i][0] += load_vector(a[i] + c, rest) * load_vector(b[i] + c, rest);
-    }
+    f(0, [&](const auto* from) CTXOPS_INLINE_LAMBDA { return widen(from + c, rest); });
   }
-  for (int i = 0; i < kPairs; ++i) {
-    V total = sum[i][0];
-    for (int r = 1; r < kRuns; ++r) total += sum[i][r];
-    to[i] = reduce_lanes<1, double>(total, [](V x, V y) { return x + y; })[0];
-  }
+}
+
+CTXOPS_INLINE double sum_of(const V* runs) {
+  return reduce_lanes<1, double>(runs[0] + runs[1], [](V x, V y) { return x + y; })[0];
 }
 
 // A part walks down its rows of cells in tiles of N - 1 cells a row. Of a tile it keeps the two
 // rows of positions that its cells lie between; a row goes to slot (number of the row) % 2.
+template <typename T>
 class Part {
+  using S = Kept<T>;
+
   struct Row {
-    int64_t number;           // through all images; -1: none
-    double* vector;           // (N, C): f
-    double* product;          // (N, K): <f, m>, of the classes met
-    double* share;            // (N, K): the coefficient of f in the class's sum, of the classes met
-    int32_t* is_met;          // (N, K): has the class a pixel in a cell around?
-    int32_t* met;             // (N, K): those classes
-    int64_t* met_count;       // (N,)
-    double *square, *beside;  // (N,): |f|^2, and <f, f'> with the next in the row
+    int64_t number;      // through all images; -1: none
+    S* vector;           // (N, C): f
+    double* product;     // (N, K): <f, m>, of the classes met
+    double* share;       // (N, K): the coefficient of f in the class's sum, of the classes met
+    int32_t* is_met;     // (N, K): has the class a pixel in a cell around?
+    int32_t* met;        // (N, K): those classes
+    int64_t* met_count;  // (N,)
+    double* square;      // (N,): |f|^2
+    double* beside;      // (N,): <f, f'> with the next in the row
   };
 
  public:
@@ -78,14 +98,14 @@ class Part {
         weights_(problem.part_weights + part * K_),
         counts_(problem.part_counts + part * K_) {
     const int64_t N = p_.columns;
-    double* next = p_.own + part * N * (2 * C_ + 6 * K_ + 11);
+    double* next = p_.own + part * N * p_.own_size;
     const auto take = [&](int64_t each) {
       double* taken = next;
       next += N * each;
       return taken;
     };
     for (Row& row : row_) {
-      row.vector = take(C_);
+      row.vector = reinterpret_cast<S*>(take(doubles_of_vector(p_.features)));
       row.product = take(K_);
       row.share = take(K_);
       row.is_met = reinterpret_cast<int32_t*>(take(K_));
@@ -99,6 +119,9 @@ class Part {
     anti_ = take(1);
     begin_ = reinterpret_cast<int64_t*>(take(1));
     outside_ = reinterpret_cast<int64_t*>(take(1));
+    const int64_t pixels = pixels_each(p_.labels, N);
+    right_share_ = take(pixels);
+    inverse_norm_ = take(pixels);
   }
 
   void run() {
@@ -116,6 +139,11 @@ class Part {
       cells_ = smaller(step, p_.width - first_);
       positions_ = smaller(cells_ + 1, p_.width - first_);
       for (int64_t i = 0; i <= cells_; ++i) begin_[i] = first_target(p_.across, first_ + i);
+      for (int64_t i = 0; i < cells_; ++i) {
+        for (int64_t X = begin_[i]; X < begin_[i + 1]; ++X) {
+          right_share_[X - begin_[0]] = tap_at(p_.across, X).weight;
+        }
+      }
       for (Row& row : row_) row.number = -1;
       for (int64_t number = rows_.begin; number < rows_.end; ++number) row_of_cells(number);
       for (Row& row : row_) finish(row);
@@ -130,133 +158,145 @@ class Part {
     const int64_t image = number / p_.height, y = number % p_.height;
     const int64_t begin = first_target(p_.down, y), end = first_target(p_.down, y + 1);
     if (begin == end || begin_[0] == begin_[cells_]) return;
-    const Row& upper = fetch(number);
-    const Row& lower = fetch(y + 1 < p_.height ? number + 1 : number);
-    if (p_.directions != nullptr) measure_between(upper, lower);
-    for (int64_t Y = begin; Y < end; ++Y) row_of_pixels(image, Y, upper, lower);
+    Row& upper = row_[number % 2];
+    if (upper.number != number) {
+      load_row(upper, number);
+      if (p_.directions != nullptr) measure<false>(upper, upper);
+    }
+    Row& lower = y + 1 < p_.height ? row_[(number + 1) % 2] : upper;
+    if (y + 1 < p_.height) load_row(lower, number + 1);
+    if (p_.directions != nullptr) measure<true>(upper, lower);
+    dispatch_integer(p_.labels.dtype, [&](auto tag) {
+      using L = typename decltype(tag)::type;
+      for (int64_t Y = begin; Y < end; ++Y) row_of_pixels<L>(image, Y, upper, lower);
+    });
   }
 
-  Row& fetch(int64_t number) {
-    Row& row = row_[number % 2];
-    if (row.number == number) return row;
+  void load_row(Row& row, int64_t number) {
     finish(row);
     row.number = number;
-    dispatch_floating(p_.features.dtype, [&](auto tag) {
-      load_row<typename decltype(tag)::type>(number / p_.height, number % p_.height, row.vector);
-    });
-    if (p_.directions == nullptr) return row;
-    for (int64_t i = 0; i < positions_; ++i) {
-      const double* f = row.vector + i * C_;
-      const double* next = row.vector + smaller(i + 1, positions_ - 1) * C_;
-      const double *a[] = {f, f}, *b[] = {f, next};
-      double product[2];
-      products<2>(a, b, product, C_);
-      row.square[i] = product[0];
-      row.beside[i] = product[1];
-    }
-    return row;
-  }
-
-  template <typename T>
-  void load_row(int64_t b, int64_t y, double* to) const {
+    const int64_t b = number / p_.height, y = number % p_.height;
     const int64_t* stride = p_.features.stride;
     const T* from = static_cast<const T*>(p_.features.data) + b * stride[0] + y * stride[2] +
                     first_ * stride[3];
+    S* to = row.vector;
     if (unit_stride(p_.features, 1)) {
       for (int64_t i = 0; i < positions_; ++i) {
         for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = load(from[i * stride[3] + c]);
       }
       return;
     }
-    // A cache line of the target at a time.
-    int64_t c = 0;
-    for (; c + 8 <= C_; c += 8) {
-      for (int64_t i = 0; i < positions_; ++i) {
-        for (int64_t j = 0; j < 8; ++j) {
-          to[i * C_ + c + j] = load(from[(c + j) * stride[1] + i]);
+    // Through blocks in which neither side's strides, often powers of two, fight for a cache set.
+    constexpr int64_t kSide = 16;
+    S block[kSide][kSide];
+    for (int64_t c = 0; c < C_; c += kSide) {
+      const int64_t channels = smaller(kSide, C_ - c);
+      for (int64_t i = 0; i < positions_; i += kSide) {
+        const int64_t positions = smaller(kSide, positions_ - i);
+        for (int64_t j = 0; j < channels; ++j) {
+          const T* line = from + (c + j) * stride[1] + i;
+          for (int64_t n = 0; n < positions; ++n) block[n][j] = load(line[n]);
+        }
+        for (int64_t n = 0; n < positions; ++n) {
+          for (int64_t j = 0; j < channels; ++j) to[(i + n) * C_ + c + j] = block[n][j];
         }
       }
     }
-    for (; c < C_; ++c) {
-      for (int64_t i = 0; i < positions_; ++i) to[i * C_ + c] = load(from[c * stride[1] + i]);
-    }
   }
 
-  void measure_between(const Row& upper, const Row& lower) {
+  // The products of the lower row, and between the two; or of one row alone.
+  template <bool kBoth>
+  void measure(const Row& upper, const Row& lower) {
     for (int64_t i = 0; i < positions_; ++i) {
       const int64_t right = smaller(i + 1, positions_ - 1);
-      const double *f = upper.vector + i * C_, *f_right = upper.vector + right * C_;
-      const double *g = lower.vector + i * C_, *g_right = lower.vector + right * C_;
-      const double *a[] = {f, f, f_right}, *b[] = {g, g_right, g};
-      double product[3];
-      products<3>(a, b, product, C_);
-      below_[i] = product[0];
-      diagonal_[i] = product[1];
-      anti_[i] = product[2];
+      const S *f = upper.vector + i * C_, *f_right = upper.vector + right * C_;
+      const S *g = lower.vector + i * C_, *g_right = lower.vector + right * C_;
+      V square[2] = {}, beside[2] = {}, below[2] = {}, diagonal[2] = {}, anti[2] = {};
+      for_channels(C_, [&](int run, const auto& at) CTXOPS_INLINE_LAMBDA {
+        const V low = at(g), low_right = at(g_right);
+        square[run] += low * low;
+        beside[run] += low * low_right;
+        if constexpr (kBoth) {
+          const V up = at(f), up_right = at(f_right);
+          below[run] += up * low;
+          diagonal[run] += up * low_right;
+          anti[run] += up_right * low;
+        }
+      });
+      lower.square[i] = sum_of(square);
+      lower.beside[i] = sum_of(beside);
+      if constexpr (kBoth) {
+        below_[i] = sum_of(below);
+        diagonal_[i] = sum_of(diagonal);
+        anti_[i] = sum_of(anti);
+      }
     }
   }
 
   // The pixels of row Y of the labels that lie in the tile.
+  template <typename L>
   void row_of_pixels(int64_t image, int64_t Y, const Row& upper, const Row& lower) {
     const double v = tap_at(p_.down, Y).weight;
-    const int64_t row = image * p_.labels.stride[0] + Y * p_.labels.stride[1];
-    const auto label = [&](int64_t X) CTXOPS_INLINE_LAMBDA {
-      return load_label(p_.labels.data, p_.labels.dtype, row + X * p_.labels.stride[2]);
-    };
+    const int64_t stride = p_.labels.stride[2], pixels = begin_[cells_] - begin_[0];
+    const L* label = static_cast<const L*>(p_.labels.data) + image * p_.labels.stride[0] +
+                     Y * p_.labels.stride[1] + begin_[0] * stride;
+    if (p_.directions != nullptr) find_norms(v, upper, lower);
+    for (int64_t i = 0, X = 0; X < pixels; ++i) {
+      const int64_t right = smaller(i + 1, positions_ - 1), end = begin_[i + 1] - begin_[0];
+      while (X < end) {
+        const int64_t k = label[X * stride];
+        if (k == p_.ignore_index || k < 0 || k >= K_) {
+          if (k != p_.ignore_index && outside_[0]++ == 0) outside_[1] = k;
+          ++X;
+          continue;
+        }
+        meet(upper, i, k), meet(upper, right, k), meet(lower, i, k), meet(lower, right, k);
+        const int64_t run = X;
+        double weight = 0, right_weight = 0;
+        if (p_.directions == nullptr) {
+          for (; X < end && label[X * stride] == k; ++X) right_weight += right_share_[X];
+          weight = static_cast<double>(X - run);
+        } else {
+          const int64_t here = i * K_ + k, there = right * K_ + k;
+          const double left_product = (1 - v) * upper.product[here] + v * lower.product[here];
+          const double right_product = (1 - v) * upper.product[there] + v * lower.product[there];
+          for (; X < end && label[X * stride] == k; ++X) {
+            const double u = right_share_[X];
+            const double a = 1 - ((1 - u) * left_product + u * right_product) * inverse_norm_[X];
+            weight += a;
+            right_weight += a * u;
+          }
+        }
+        if (counts_[k] == 0) clear(sums_ + k * C_);
+        counts_[k] += X - run;
+        weights_[k] += weight;
+        const double left_weight = weight - right_weight;
+        upper.share[i * K_ + k] += (1 - v) * left_weight;
+        lower.share[i * K_ + k] += v * left_weight;
+        upper.share[right * K_ + k] += (1 - v) * right_weight;
+        lower.share[right * K_ + k] += v * right_weight;
+      }
+    }
+  }
+
+  // 1 / max(|r|, eps) for a row of pixels. Between two points l and r of a cell's left and right
+  // edge |.|^2 is quadratic; its coefficients are the products of l and r.
+  void find_norms(double v, const Row& upper, const Row& lower) {
+    const double uu = (1 - v) * (1 - v), ul = v * (1 - v), vv = v * v;
     for (int64_t i = 0; i < cells_; ++i) {
       const int64_t right = smaller(i + 1, positions_ - 1);
-      // |r|^2 is a quadratic form of the shares along the row, its coefficients are squares and the
-      // product of l and r, the points between upper and lower row on the cell's left and right.
-      double ll = 0, lr = 0, rr = 0;
-      if (p_.directions != nullptr) {
-        const double uu = (1 - v) * (1 - v), ul = v * (1 - v), vv = v * v;
-        ll = uu * upper.square[i] + 2 * ul * below_[i] + vv * lower.square[i];
-        rr = uu * upper.square[right] + 2 * ul * below_[right] + vv * lower.square[right];
-        lr = uu * upper.beside[i] + ul * (diagonal_[i] + anti_[i]) + vv * lower.beside[i];
-      }
-      int64_t X = begin_[i];
-      while (X < begin_[i + 1]) {
-        const int64_t k = label(X);
-        if (k == p_.ignore_index) {
-          ++X;
-          continue;
-        }
-        if (k < 0 || k >= K_) {
-          if (outside_[0]++ == 0) outside_[1] = k;
-          ++X;
-          continue;
-        }
-        const int64_t run = X;
-        if (counts_[k] == 0) clear(sums_ + k * C_);
-        double left_share = 0, right_share = 0;
-        meet(upper, i, k), meet(upper, right, k), meet(lower, i, k), meet(lower, right, k);
-        if (p_.directions == nullptr) {
-          for (; X < begin_[i + 1] && label(X) == k; ++X) {
-            const double u = tap_at(p_.across, X).weight;
-            left_share += 1 - u;
-            right_share += u;
-          }
-        } else {
-          const double l = (1 - v) * upper.product[i * K_ + k] + v * lower.product[i * K_ + k];
-          const double r =
-              (1 - v) * upper.product[right * K_ + k] + v * lower.product[right * K_ + k];
-          for (; X < begin_[i + 1] && label(X) == k; ++X) {
-            const double u = tap_at(p_.across, X).weight;
-            const double square = (1 - u) * (1 - u) * ll + 2 * u * (1 - u) * lr + u * u * rr;
-            // Of an inexact square; written so that NaN stays.
-            double norm = __builtin_sqrt(square < 0 ? 0 : square);
-            norm = norm < kShortest ? kShortest : norm;
-            const double weight = 1 - ((1 - u) * l + u * r) / norm;
-            left_share += weight * (1 - u);
-            right_share += weight * u;
-          }
-        }
-        upper.share[i * K_ + k] += (1 - v) * left_share;
-        lower.share[i * K_ + k] += v * left_share;
-        upper.share[right * K_ + k] += (1 - v) * right_share;
-        lower.share[right * K_ + k] += v * right_share;
-        weights_[k] += left_share + right_share;
-        counts_[k] += X - run;
+      const double ll = uu * upper.square[i] + 2 * ul * below_[i] + vv * lower.square[i];
+      const double rr =
+          uu * upper.square[right] + 2 * ul * below_[right] + vv * lower.square[right];
+      const double lr =
+          uu * upper.beside[i] + ul * (diagonal_[i] + anti_[i]) + vv * lower.beside[i];
+      const double linear = 2 * (lr - ll), quadratic = ll - 2 * lr + rr;
+      for (int64_t X = begin_[i] - begin_[0]; X < begin_[i + 1] - begin_[0]; ++X) {
+        const double u = right_share_[X];
+        double square = ll + u * (linear + u * quadratic);
+        // Written so that NaN stays; an inexact square may be negative.
+        square = square < kShortest * kShortest ? kShortest * kShortest : square;
+        inverse_norm_[X] = 1 / __builtin_sqrt(square);
       }
     }
   }
@@ -266,14 +306,21 @@ class Part {
   }
 
   // Class k has a pixel beside position i of the row.
-  void meet(const Row& row, int64_t i, int64_t k) {
-    if (row.is_met[i * K_ + k]) return;
+  CTXOPS_INLINE void meet(const Row& row, int64_t i, int64_t k) {
+    if (!row.is_met[i * K_ + k]) meet_first(row, i, k);
+  }
+
+  __attribute__((noinline)) void meet_first(const Row& row, int64_t i, int64_t k) {
     row.is_met[i * K_ + k] = 1;
     row.met[i * K_ + row.met_count[i]++] = static_cast<int32_t>(k);
     row.share[i * K_ + k] = 0;
     if (p_.directions == nullptr) return;
-    const double *f = row.vector + i * C_, *m = p_.directions + k * C_;
-    products<1>(&f, &m, row.product + i * K_ + k, C_);
+    const S* f = row.vector + i * C_;
+    const double* m = p_.directions + k * C_;
+    V product[2] = {};
+    for_channels(
+        C_, [&](int run, const auto& at) CTXOPS_INLINE_LAMBDA { product[run] += at(f) * at(m); });
+    row.product[i * K_ + k] = sum_of(product);
   }
 
   // Adds the row's vectors to the sums of the classes around them, and forgets it.
@@ -297,9 +344,10 @@ class Part {
   int64_t* counts_;                    // (K,)
   int64_t first_, cells_, positions_;  // of the tile: first cell of a row, cells, positions
   Row row_[2];
-  double *below_, *diagonal_, *anti_;  // (N,): <f, f'> with the one below, and across a cell
-  int64_t* begin_;                     // (N,): the first pixel of a cell in its row
-  int64_t* outside_;                   // (2,)
+  double *below_, *diagonal_, *anti_;    // (N,): <f, f'> with the one below, and across a cell
+  int64_t* begin_;                       // (N,): the first pixel of a cell in its row
+  int64_t* outside_;                     // (2,)
+  double *right_share_, *inverse_norm_;  // of the tile's pixels in a row: u, 1 / max(|r|, eps)
 };
 
 // The sum of class k over the parts, in their order.
@@ -315,7 +363,7 @@ void add_parts(const Problem& p, int64_t k, A* sums, A* weights, int64_t* counts
     if (sum == nullptr) {
       sum = own;
     } else {
-      add_scaled(sum, own, 1, C);
+      add_scaled(sum, own, 1.0, C);
     }
     weight += p.part_weights[entry];
     count += p.part_counts[entry];
@@ -359,19 +407,24 @@ const char* category_statistics(const TensorView& features, const TensorView& la
   p.columns = own.ndim == 3 ? own.size[1] : 0;
   p.down = make_resize_axis(p.height, labels.size[1], align_corners);
   p.across = make_resize_axis(p.width, labels.size[2], align_corners);
-  if (p.columns < 2 || !is_dense(own, features, DType::float64, p.parts, p.columns,
-                                 2 * p.channels + 6 * p.classes + 11)) {
-    return "own must be (P, N, 2 * C + 6 * K + 11) in double, N >= 2";
+  if (p.columns < 2) return "own must be (P, N, M), N >= 2";
+  p.own_size =
+      2 * doubles_of_vector(features) + 6 * p.classes + 11 + 2 * pixels_each(labels, p.columns);
+  if (!is_dense(own, features, DType::float64, p.parts, p.columns, p.own_size)) {
+    return "own must be (P, N, M) in double";
   }
   int64_t* found = static_cast<int64_t*>(outside.data);
   found[0] = found[1] = 0;
-  parallel_for(p.parts, element_count(features), threads,
-               [&](int64_t part) { Part(p, part).run(); });
-  for (int64_t part = 0; part < p.parts; ++part) {
-    const int64_t* of_part = Part(p, part).outside();
-    if (found[0] == 0) found[1] = of_part[1];
-    found[0] += of_part[0];
-  }
+  dispatch_floating(features.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    parallel_for(p.parts, element_count(features), threads,
+                 [&](int64_t part) { Part<T>(p, part).run(); });
+    for (int64_t part = 0; part < p.parts; ++part) {
+      const int64_t* of_part = Part<T>(p, part).outside();
+      if (found[0] == 0) found[1] = of_part[1];
+      found[0] += of_part[0];
+    }
+  });
   parallel_for(p.classes, p.parts * p.classes * p.channels, threads, [&](int64_t k) {
     dispatch_floating(accumulator_dtype(features.dtype), [&](auto tag) {
       using A = typename decltype(tag)::type;

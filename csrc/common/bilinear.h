@@ -24,9 +24,14 @@ struct Tap {
   double weight;
 };
 
+// Where a target position lies between the source's.
+CTXOPS_HD double source_of(const ResizeAxis& axis, int64_t target) {
+  const double x = axis.align_corners ? axis.scale * target : axis.scale * (target + 0.5) - 0.5;
+  return x < 0 ? 0 : x;
+}
+
 CTXOPS_HD Tap tap_at(const ResizeAxis& axis, int64_t target) {
-  double x = axis.align_corners ? axis.scale * target : axis.scale * (target + 0.5) - 0.5;
-  if (x < 0) x = 0;
+  const double x = source_of(axis, target);
   int64_t low = static_cast<int64_t>(x);
   if (low > axis.from - 1) low = axis.from - 1;  // the product may round up
   return {low, low < axis.from - 1 ? low + 1 : low, x - low};

@@ -126,5 +126,18 @@ void dispatch_floating(DType dtype, const F& f) {
   }
 }
 
+// The same for an integer dtype. The caller has checked is_integer().
+template <typename F>
+void dispatch_integer(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::uint8: return f(Tag<uint8_t>{});
+    case DType::int8: return f(Tag<int8_t>{});
+    case DType::int16: return f(Tag<int16_t>{});
+    case DType::int32: return f(Tag<int32_t>{});
+    case DType::int64: return f(Tag<int64_t>{});
+    default: return;
+  }
+}
+
 }  // namespace
 }  // namespace ctxops

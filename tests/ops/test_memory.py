@@ -22,7 +22,11 @@ def _no_poison():
 
 
 def peak(function, *inputs, device):
-    return peak_memory(lambda: (function(*inputs),), torch.device(device))
+    def call():
+        output = function(*inputs)
+        return output if isinstance(output, tuple) else (output,)
+
+    return peak_memory(call, torch.device(device))
 
 
 def peak_of_backward(function, *inputs, device):
@@ -131,6 +135,26 @@ def test_gated_fusion(sizes, layout, device):
     assert measure(fuse, *leaves) <= maps + values + KIB
     used = measure_backward(fuse, *features, weight, bias)
     assert used <= 2 * maps + values + parts + 2 * KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [19, 171])
+def test_category_statistics(classes, dtype, layout, device):
+    features = LAYOUTS[layout](torch.randn(2, 256, 32, 64, dtype=dtype, device=device))
+    labels = torch.randint(0, classes, (2, 256, 512), device=device)
+    memory = torch.randn(classes, 256, dtype=dtype, device=device)
+    rows = 2 * 8 * classes * (256 + 1)
+    parts = 8 * 8 * classes * (256 + 2)
+    if device == "cpu":
+        columns = 65
+        own = columns * (2 * 256 * dtype.itemsize + 48 * classes + 88) + 16 * (512 + columns)
+        extra = 8 * own
+    else:
+        copy = 0 if layout == "channels_last" else features.nbytes
+        extra = dtype.itemsize * labels.numel() + copy
+    used = peak(ctxops.category_statistics, features, labels, memory, device=device)
+    assert used <= parts + extra + rows + KIB
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -14,7 +14,7 @@ _EPS = 1e-8
 # no fewer rows of the map in a part.
 _PART_BYTES = 32 << 20
 _PART_ROWS = 8
-# What the CPU keeps of a tile of the map should stay in the second-level cache.
+# Two rows of a tile of the map should stay in the CPU's second-level cache.
 _TILE_BYTES = 512 << 10
 
 
@@ -49,7 +49,7 @@ def category_statistics(
         the number of pixels of every category, int64. A category without pixels has zeros.
 
     Raises:
-        TypeError: no floating features or memory, no integer labels.
+        TypeError: no floating features or memory, no integer labels, class number or ignored label.
         ValueError: shapes or devices that do not fit; on the CPU a label outside ``[0, K)``. On
             CUDA, where looking would mean to wait for the device, such a label turns all sums and
             weights into NaN.
@@ -61,13 +61,17 @@ def category_statistics(
         Under autocast nothing is cast down.
     Gradients: none; the results are constants.
     Deterministic: yes, for any number of threads.
-    Memory: partial sums of the map's parts, 8 * K * (C + 2) bytes each, together 32 MiB at most
-        unless one part needs more. On the CPU beside each of them a tile of the map, about 512 KiB.
-        On CUDA 8 * B * H * W bytes with a memory, and a channels_last copy of features that are not
-        so.
+    Memory: sums of P parts of the map, 8 * K * (C + 2) bytes each, together 32 MiB at most unless
+        P = 1. On the CPU also a tile of the map for each part, N * (2 * C * s + 48 * K + 88) + 16 *
+        (W + N) bytes, with s = 4 (8 for float64) and so many of its w columns, N - 1, that the
+        first term is about 512 KiB at most. On CUDA 4 * B * H * W bytes (8 for float64) where there
+        is a memory, and a channels_last copy of features that are not so. P is B * ceil(h / 8) at
+        most. Besides, two float64 copies of the memory.
     """
     _library.check_map("features", features)
     classes = _check(features, labels, memory, num_classes)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     features = features.detach()
     memory = None if memory is None else memory.detach()
     if not _STATISTICS.serves(features):
@@ -152,7 +156,8 @@ def _statistics(
     dtype, long = torch.float64, torch.int64
     directions = features.new_empty(0, dtype=dtype)
     if memory is not None:
-        directions = torch.nn.functional.normalize(memory.to(dtype), dim=1, eps=_EPS)
+        rows = memory.to(dtype, memory_format=torch.contiguous_format)
+        directions = torch.nn.functional.normalize(rows, dim=1, eps=_EPS)
     parts = min(batch * -(-height // _PART_ROWS), _PART_BYTES // (8 * num_classes * (channels + 2)))
     parts = max(1, parts)
     outside = features.new_empty(2, dtype=long)
@@ -164,8 +169,10 @@ def _statistics(
         own = features.new_empty(0 if memory is None else labels.shape, dtype=results[0].dtype)
     else:
         features = _library.inner_dense(features)
-        values = 2 * channels + 6 * num_classes + 11
-        columns = max(2, min(width + 1, _TILE_BYTES // (8 * values)))
+        size = max(4, features.itemsize)
+        columns = -(-width // -(-2 * width * channels * size // _TILE_BYTES)) + 1
+        values = 2 * -(-channels * size // 8) + 6 * num_classes + 11
+        values += 2 * -(-labels.shape[2] // columns)
         own = features.new_empty((parts, columns, values), dtype=dtype)
     _library.launch(
         "category_statistics", features, features, labels, directions, *results, outside,

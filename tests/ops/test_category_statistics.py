@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ctxops
+from ctxops import _native
+from ctxops.ops.category_statistics.reference import reference
+from numerics import DTYPES, LAYOUTS, assert_close
+
+# Of the features (B, C, h, w), then of the labels (H, W).
+SHAPES = [
+    ((1, 1, 1, 1), (1, 1)),
+    ((1, 3, 1, 1), (9, 14)),
+    ((2, 5, 1, 7), (6, 20)),
+    ((1, 9, 6, 1), (31, 5)),
+    ((2, 16, 7, 11), (7, 11)),
+    ((2, 19, 9, 8), (71, 65)),
+    ((1, 40, 13, 10), (6, 4)),  # labels coarser than the map
+    ((1, 8, 5, 12), (3, 97)),
+    ((2, 513, 10, 67), (41, 130)),  # more than one tile
+    ((3, 4, 17, 3), (34, 6)),
+]
+LABELS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+IGNORED = 255
+
+
+def make(shape, size, classes=5, dtype=torch.float32, device="cpu", block=1):
+    """Features, labels in blocks with some ignored, and a memory with a row of zeros."""
+    height, width = (-(-extent // block) for extent in size)
+    labels = torch.randint(0, classes, (shape[0], height, width))
+    labels[torch.rand(labels.shape) < 0.1] = IGNORED
+    labels = labels.repeat_interleave(block, 1).repeat_interleave(block, 2)
+    memory = torch.randn(classes, shape[1])
+    memory[-1] = 0
+    features = torch.randn(shape)
+    labels = labels[:, : size[0], : size[1]].contiguous()
+    return features.to(device, dtype), labels.to(device), memory.to(device, dtype)
+
+
+def check(features, labels, memory, classes=None, ignore_index=IGNORED, align_corners=False):
+    options = {"ignore_index": ignore_index, "align_corners": align_corners}
+    classes = len(memory) if classes is None else classes
+    results = ctxops.category_statistics(features, labels, memory, num_classes=classes, **options)
+    plain = partial(reference, num_classes=classes, **options)
+    same = plain(features, labels, memory)
+    exact = plain(features.double(), labels, None if memory is None else memory.double())
+    assert_close(results[0], same[0], exact[0], "sums")
+    assert_close(results[1], same[1], exact[1], "weights")
+    assert results[2].dtype == torch.int64
+    assert torch.equal(results[2], exact[2])
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_reference_is_the_papers_procedure(align_corners):
+    features, labels, memory = make((2, 6, 4, 5), (13, 18), dtype=torch.float64)
+    resized = F.interpolate(features, (13, 18), mode="bilinear", align_corners=align_corners)
+    sums, weights, counts = reference(features, labels, memory, 5, IGNORED, align_corners)
+    for k in range(5):
+        own = [resized[b, :, y, x] for b, y, x in (labels == k).nonzero().tolist()]
+        cosines = [F.cosine_similarity(r, memory[k], dim=0) for r in own]
+        torch.testing.assert_close(
+            sums[k], sum((1 - s) * r for s, r in zip(cosines, own, strict=True))
+        )
+        torch.testing.assert_close(weights[k], sum(1 - s for s in cosines))
+        assert counts[k] == len(own)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_values(sizes, layout, dtype, align_corners, device):
+    features, labels, memory = make(*sizes, dtype=dtype, device=device, block=3)
+    features = LAYOUTS[layout](features)
+    check(features, labels, memory, align_corners=align_corners)
+    check(features, labels, None, 5, align_corners=align_corners)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_features(layout, device):
+    features, labels, memory = make((2, 20, 9, 14), (40, 50), device=device)
+    check(LAYOUTS[layout](features), labels, memory)
+
+
+def test_strided_labels_and_memory(device):
+    features, labels, memory = make((2, 20, 9, 14), (40, 50), device=device)
+    for strided in (labels.mT.contiguous().mT, labels.repeat_interleave(2, 2)[..., ::2]):
+        check(features, strided, memory.t().contiguous().t())
+    check(features, labels[:1, :, :1].expand(2, 40, 50), memory)
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=str)
+def test_labels_of_every_integer_dtype(dtype, device):
+    features, labels, memory = make((2, 20, 9, 14), (40, 50), device=device)
+    ignored = 255 if dtype == torch.uint8 else -1
+    labels = labels.masked_fill(labels == IGNORED, ignored).to(dtype)
+    check(features, labels, memory, ignore_index=ignored)
+
+
+@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS)
+def test_every_instruction_set(isa, monkeypatch):
+    kernels = getattr(_native.extension, isa, None)
+    if kernels is None:
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(_native, "cpu", kernels)
+    for dtype in DTYPES:
+        for layout in ("contiguous", "channels_last"):
+            features, labels, memory = make((2, 37, 10, 12), (45, 50), dtype=dtype, block=4)
+            check(LAYOUTS[layout](features), labels, memory)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 20, 20))),
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    classes=st.integers(1, 40),
+    block=st.integers(1, 9),
+    layout=st.sampled_from(list(LAYOUTS)),
+    align_corners=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_drawn_shapes(shape, size, classes, block, layout, align_corners, seed):
+    torch.manual_seed(seed)
+    features, labels, memory = make(shape, size, classes, block=block)
+    check(LAYOUTS[layout](features), labels, memory, align_corners=align_corners)
+
+
+def test_many_classes(device):
+    features, labels, memory = make((1, 24, 30, 40), (120, 160), 1000, device=device)
+    check(features, labels.masked_fill(labels == IGNORED, 254), memory, ignore_index=-1)
+
+
+def test_a_map_in_several_parts(device):
+    """Sums of parts are added; also where a class is missing in some of them."""
+    features, labels, memory = make((3, 8, 40, 6), (80, 12), device=device, block=6)
+    labels[0, :30] = 0
+    labels[1:, 20:] = 3
+    check(features, labels, memory)
+
+
+def test_an_ignored_class_of_the_memory(device):
+    features, labels, memory = make((1, 8, 4, 4), (16, 16), device=device)
+    check(features, labels.masked_fill(labels == IGNORED, 2), memory, ignore_index=2)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_everything_ignored(memory, device):
+    features, labels, rows = make((2, 8, 4, 4), (16, 16), device=device)
+    labels = torch.full_like(labels, IGNORED)
+    results = ctxops.category_statistics(
+        features * torch.nan, labels, rows if memory else None, num_classes=5
+    )
+    assert [x.shape for x in results] == [(5, 8), (5,), (5,)]
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
+
+
+def test_batch_of_zero(device):
+    features, labels, memory = make((0, 8, 4, 4), (16, 16), device=device)
+    results = ctxops.category_statistics(features, labels, memory)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
+    assert results[0].shape == (5, 8)
+
+
+def test_a_row_of_zeros_gives_a_plain_mean(device):
+    features, labels, memory = make((2, 8, 4, 4), (16, 16), device=device)
+    sums, weights, counts = ctxops.category_statistics(features, labels, memory)
+    plain = ctxops.category_statistics(features, labels, num_classes=5)
+    assert torch.equal(weights[-1], counts[-1].float())
+    assert torch.equal(plain[1], counts.float())
+    torch.testing.assert_close(sums[-1], plain[0][-1])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-3, 1e15], ids=str)
+def test_short_and_long_vectors(scale, device):
+    """Vectors shorter than cosine_similarity's eps count as that long."""
+    features, labels, memory = make((2, 8, 4, 4), (16, 16), device=device)
+    check(features * scale, labels, memory)
+    check(features, labels, memory * scale)
+
+
+def test_neighbours_that_cancel(device):
+    """Halfway between f and -f lies zero, and near it vectors far shorter than theirs."""
+    features, labels, memory = make((1, 16, 6, 6), (90, 90), device=device)
+    sign = 1 - 2 * ((torch.arange(6)[:, None] + torch.arange(6)) % 2)
+    features = features[..., :1, :1] * sign.to(features)
+    check(features, labels, memory)
+
+
+def test_vectors_along_their_memory(device):
+    """1 - cos of parallel vectors is zero but for rounding."""
+    memory = torch.randn(3, 32, device=device)
+    labels = torch.tensor([[[0, 1, 2]]], device=device).repeat_interleave(4, 2)
+    features = (2 * memory.t())[None, :, None]
+    features = features.repeat_interleave(4, 3)
+    sums, weights, counts = ctxops.category_statistics(features, labels, memory)
+    assert (weights.abs() <= 1e-6).all()
+    assert torch.equal(counts, torch.full_like(counts, 4))
+    assert (sums.abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_values_that_are_not_finite_stay_in_their_classes(value, layout, device):
+    features, labels, memory = make((1, 6, 5, 5), (25, 25), 5, device=device)
+    labels[:] = 4
+    labels[:, 15:] = 1
+    features[0, 2, 1, 3] = value
+    sums, weights, counts = ctxops.category_statistics(LAYOUTS[layout](features), labels, memory)
+    assert not sums[4, 2].isfinite()
+    assert sums[1].isfinite().all()
+    assert weights[1].isfinite()
+    assert torch.equal(counts[[1, 4]], torch.tensor([250, 375], device=device))
+    plain = ctxops.category_statistics(LAYOUTS[layout](features), labels, num_classes=5)
+    assert plain[0][4].isfinite().tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("label", [5, 254, -1, -(2**40)], ids=str)
+def test_labels_outside(label):
+    features, labels, memory = make((2, 8, 4, 4), (16, 16))
+    labels[1, 3, 9] = label
+    message = rf"labels must be in \[0, 5\) or ignore_index = 255, got {label}"
+    for context in (torch.no_grad(), ctxops.use_reference()):
+        with context, pytest.raises(ValueError, match=message):
+            ctxops.category_statistics(features, labels, memory)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("label", [5, -1], ids=str)
+def test_labels_outside_on_cuda(label):
+    features, labels, memory = make((2, 8, 4, 4), (16, 16), device="cuda")
+    labels[1, 3, 9] = label
+    for rows in (memory, None):
+        sums, weights, _ = ctxops.category_statistics(features, labels, rows, num_classes=5)
+        assert sums.isnan().all()
+        assert weights.isnan().all()
+
+
+@pytest.mark.parametrize("classes", [19, 171])
+def test_errs_at_most_twice_as_much_as_the_released_procedure(classes, device):
+    """On the mean of every class, against float64."""
+    features, labels, memory = make((2, 128, 16, 32), (128, 256), classes, device=device, block=4)
+
+    def released(dtype):
+        resized = F.interpolate(features.to(dtype), labels.shape[1:], mode="bilinear")
+        pixels = resized.permute(0, 2, 3, 1).flatten(0, 2)
+        means = []
+        for k in range(classes):
+            own, row = pixels[labels.flatten() == k], memory[k].to(dtype)
+            weights = 1 - F.cosine_similarity(own, row.expand_as(own), dim=1)
+            means.append(((weights / weights.sum())[:, None] * own).sum(dim=0))
+        return torch.stack(means)
+
+    exact = released(torch.float64)
+    sums, weights, counts = ctxops.category_statistics(features, labels, memory)
+    assert counts.min() > 0
+    error = (sums / weights[:, None] - exact).norm(dim=1)
+    assert (error <= 2 * (released(torch.float32) - exact).norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("memory", [True, False])
+def test_opcheck(layout, memory, device):
+    features, labels, rows = make((2, 8, 4, 5), (16, 16), device=device)
+    arguments = (LAYOUTS[layout](features), labels, rows if memory else None, 5, IGNORED, False)
+    torch.library.opcheck(torch.ops.ctxops.category_statistics.default, arguments)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_compiles_once_for_all_sizes(memory, device):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def statistics(features, labels, rows):
+        rows = rows.sin() if memory else None
+        sums, weights, _ = ctxops.category_statistics(features.cos(), labels, rows, num_classes=5)
+        return sums / weights[:, None]
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((12, 10), (17, 9), (31, 45)):
+            features, labels, rows = make((2, 3, *size), (2 * size[0], 50), device=device)
+            sums, weights, _ = ctxops.category_statistics(
+                features.cos(), labels, rows.sin() if memory else None, num_classes=5
+            )
+            torch.testing.assert_close(statistics(features, labels, rows), sums / weights[:, None])
+
+
+def test_exports():
+    class Statistics(torch.nn.Module):
+        def forward(self, features, labels, memory):
+            return ctxops.category_statistics(features, labels, memory)
+
+    inputs = make((2, 8, 4, 5), (16, 16))
+    exported = torch.export.export(Statistics(), inputs).module()
+    for a, b in zip(exported(*inputs), Statistics()(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_are_constants(device):
+    features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
+    features.requires_grad_()
+    memory.requires_grad_()
+    for result in ctxops.category_statistics(features, labels, memory):
+        assert not result.requires_grad
+    with ctxops.use_reference():
+        for result in ctxops.category_statistics(features, labels, memory):
+            assert not result.requires_grad
+
+
+def test_autocast_casts_nothing_down(device):
+    features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
+    expected = ctxops.category_statistics(features, labels, memory)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        results = ctxops.category_statistics(features, labels, memory)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_features_and_memory_may_differ_in_dtype(device):
+    features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
+    features = features.bfloat16()
+    results = ctxops.category_statistics(features, labels, memory)
+    expected = ctxops.category_statistics(features.float(), labels, memory)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_deterministic(layout, device):
+    features, labels, memory = make((2, 70, 33, 47), (130, 190), 21, device=device, block=5)
+    features = LAYOUTS[layout](features)
+    threads = torch.get_num_threads()
+    first = ctxops.category_statistics(features, labels, memory)
+    try:
+        for repetition in range(20):
+            torch.set_num_threads(1 + repetition % 3)
+            again = ctxops.category_statistics(features, labels, memory)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+_FEATURES, _LABELS = torch.ones(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], _LABELS), {}, TypeError, "features must be a torch.Tensor, got list"),
+        ((_FEATURES.long(), _LABELS), {}, TypeError, "features must be float32.*int64"),
+        ((_FEATURES[0], _LABELS), {}, ValueError, r"features must have shape \(B, C, H, W\)"),
+        ((_FEATURES, [0]), {}, TypeError, "labels must be a torch.Tensor, got list"),
+        ((_FEATURES, _LABELS.float()), {}, TypeError, "labels must be .* int64, got .*float32"),
+        ((_FEATURES, _LABELS.bool()), {}, TypeError, "labels must be .* int64, got .*bool"),
+        ((_FEATURES, _LABELS.to_sparse()), {}, TypeError, "labels must be strided.*sparse"),
+        (
+            (_FEATURES, _LABELS[:1]),
+            {},
+            ValueError,
+            r"labels must have shape \(B, H, W\) = \(2, any, any\).* got \(1, 8, 8\)",
+        ),
+        ((_FEATURES, _LABELS[:, :0]), {}, ValueError, r"labels must have .* got \(2, 0, 8\)"),
+        ((_FEATURES, _LABELS[:, None]), {}, ValueError, r"labels must have .* got \(2, 1, 8, 8\)"),
+        ((_FEATURES, _LABELS.to("meta")), {}, ValueError, "labels must be on the device cpu"),
+        ((_FEATURES, _LABELS), {}, ValueError, "num_classes must be given without a memory"),
+        (
+            (_FEATURES, _LABELS),
+            {"num_classes": 0},
+            ValueError,
+            r"num_classes must be in \[1.*got 0",
+        ),
+        ((_FEATURES, _LABELS), {"num_classes": 2.0}, TypeError, "num_classes must be an integer"),
+        ((_FEATURES, _LABELS), {"num_classes": True}, TypeError, "num_classes must be an integer"),
+        (
+            (_FEATURES, _LABELS, torch.ones(5, 4)),
+            {},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(any, 3\), got \(5, 4\)",
+        ),
+        ((_FEATURES, _LABELS, torch.ones(0, 3)), {}, ValueError, "memory must have at least one"),
+        (
+            (_FEATURES, _LABELS, torch.ones(5, 3)),
+            {"num_classes": 4},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(4, 3\), got \(5, 3\)",
+        ),
+        ((_FEATURES, _LABELS, torch.ones(5, 3).long()), {}, TypeError, "memory must be float32"),
+        (
+            (_FEATURES, _LABELS, torch.ones(5, 3, device="meta")),
+            {},
+            ValueError,
+            "memory must be on the device cpu, got meta",
+        ),
+        (
+            (_FEATURES, _LABELS),
+            {"num_classes": 5, "ignore_index": None},
+            TypeError,
+            "ignore_index must be an integer, got None",
+        ),
+    ],
+    ids=lambda x: None,
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        ctxops.category_statistics(*arguments, **options)
