@@ -82,8 +82,9 @@ class _WeightedAddition(nn.Module):
         self.weights = PointwiseConv2d(sum(widths), len(widths))
 
     def forward(self, *maps: Tensor) -> Tensor:
-        weights = self.weights(torch.cat(maps, dim=1)).softmax(dim=1).split(1, dim=1)
-        parts = [weight * x for weight, x in zip(weights, maps, strict=True)]
+        # Autocast has softmax in float32.
+        weights = self.weights(torch.cat(maps, dim=1)).softmax(dim=1).to(maps[0].dtype)
+        parts = [weight * x for weight, x in zip(weights.split(1, dim=1), maps, strict=True)]
         return functools.reduce(operator.add, parts)
 
 
