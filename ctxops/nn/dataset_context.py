@@ -98,15 +98,15 @@ class DatasetContextAggregation(nn.Module):
         Y = F(R, C)
 
     with the memory M of one row per class, the attention of :func:`ctxops.nonlocal_attention`, its
-    scale ``(channels / 2) ** -0.5``, and every g a 1 x 1 convolution without bias, a norm and ReLU
+    scale ``(channels // 2) ** -0.5``, and every g a 1 x 1 convolution without bias, a norm and ReLU
     (CBR). The heads stay outside. H_1 runs on R, so that a forward has two steps, and the memory is
     fed with R::
 
-        r = dca.reduce(x)                     # (B, channels, h, w)
-        logits = h1(r)                        # (B, K, h, w), supervised by the labels
-        y = dca(r, logits, bank.memory)       # (B, channels, h, w), or with a context map of the
-        y = dca(r, logits, bank.memory, aspp(x))  # image: within_channels = its channels
-        bank(r.detach(), labels)              # in training
+        r = dca.reduce(x)                   # (B, channels, h, w)
+        logits = h1(r)                      # (B, K, h, w), with a loss of its own
+        y = dca(r, logits, bank.memory)     # with within_channels its map comes last
+        scores = h2(y)                      # (B, K, h, w)
+        bank(r.detach(), labels)            # in training; bank: a ctxops.nn.FeatureMemory
 
     Args:
         in_channels: channels of X.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""category_context: every position of a map gets the mean of what is stored of its classes."""
+"""category_context: what is stored of each class, averaged by the class probabilities."""
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,9 @@ def category_context(logits: Tensor, memory: Tensor, *, hard: bool = False) -> T
     Dtypes: float32, float64, float16, bfloat16. Autocast casts down.
     Gradients: logits (none where hard) and memory, of any order.
     Deterministic: as torch's matrix products; hard: as its indexing.
-    Memory: the K x h x w weights of each image, which the backward keeps, and for channels_last
-        bfloat16 on the CPU a copy of the memory; hard: int64 positions, and for contiguous maps of
-        several images a copy of the output.
+    Memory: the weights, as large as the logits, which the backward keeps; hard: B * h * w int64,
+        and the output twice where it is contiguous. In bfloat16 on the CPU torch's product may hold
+        the output in float32 besides.
     """
     _library.check_map("logits", logits)
     _library.check_shape("memory", memory, logits, (logits.shape[1], None), "(K, C)")
