@@ -254,8 +254,7 @@ def _running_statistics_frozen(module: nn.Module) -> Iterator[None]:
     tracked = [norm.track_running_stats for norm in norms]
     try:
         for norm in norms:
-            # In evaluation they read the statistics, which this would take from them.
-            norm.track_running_stats = norm.track_running_stats and not norm.training
+            norm.track_running_stats = False
         yield
     finally:
         for norm, value in zip(norms, tracked, strict=True):
