@@ -4,6 +4,7 @@
 from ctxops._library import use_reference
 from ctxops._native import build_info
 from ctxops.ops.asymmetric_attention import asymmetric_attention
+from ctxops.ops.category_context import category_context
 from ctxops.ops.category_statistics import category_statistics
 from ctxops.ops.criss_cross_attention import (
     criss_cross_attention,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "asymmetric_attention",
     "build_info",
+    "category_context",
     "category_statistics",
     "criss_cross_attention",
     "criss_cross_attention_weights",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ctxops
-from ctxops.nn import APNB, CrissCrossAttention
+from ctxops.nn import APNB, CrissCrossAttention, DatasetContextAggregation
 
 pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
@@ -47,6 +47,18 @@ class CrissCross(nn.Module):
         return ctxops.criss_cross_attention(x, x.flip(3), x * x)
 
 
+class DatasetContext(nn.Module):
+    def __init__(self, hard):
+        super().__init__()
+        self.dca = DatasetContextAggregation(8, 6, 8, hard=hard)
+        self.head = nn.Conv2d(6, 5, 1)
+        self.register_buffer("memory", torch.randn(5, 6))
+
+    def forward(self, x):
+        r = self.dca.reduce(x)
+        return self.dca(r, self.head(r), self.memory, x)
+
+
 def criss_cross_block():
     module = CrissCrossAttention(8, 4).eval()
     nn.init.constant_(module.gamma, 0.7)
@@ -68,6 +80,8 @@ MODULES = {
     "fusion": Fuse(),
     "criss_cross": CrissCross(),
     "APNB": block(),
+    "DatasetContextAggregation": DatasetContext(hard=False).eval(),
+    "DatasetContextAggregation, hard": DatasetContext(hard=True).eval(),
     "CrissCrossAttention": criss_cross_block(),
 }
 

@@ -3,6 +3,10 @@
 
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
+from ctxops.nn.dataset_context import (
+    DatasetContextAggregation,
+    representation_consistency_loss,
+)
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
 from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
@@ -28,6 +32,7 @@ __all__ = [
     "ConcatFusion",
     "ConvolutionStack",
     "CrissCrossAttention",
+    "DatasetContextAggregation",
     "DenseFeaturePyramid",
     "FeaturePyramidFusion",
     "FusionNonLocal2d",
@@ -39,4 +44,5 @@ __all__ = [
     "LDv2",
     "NonLocal2d",
     "RecurrentCrissCrossAttention",
+    "representation_consistency_loss",
 ]

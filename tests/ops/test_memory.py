@@ -220,3 +220,18 @@ def test_criss_cross_attention_copies_each_map_once(layout):
     used = peak_of_backward(ctxops.criss_cross_attention, query, key, value, device="cuda")
     copies = 0 if layout == "channels_last" else (4 * 64 + 4 * 512) * position
     assert used <= copies + position + 8 * KIB
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_category_context(layout, device):
+    logits = LAYOUTS[layout](torch.randn(2, 19, 64, 64, device=device))
+    memory = torch.randn(19, 256, device=device)
+    weights, positions, output = 2 * 19 * 4096 * 4, 2 * 4096 * 8, 2 * 256 * 4096 * 4
+    with torch.no_grad():
+        assert peak(ctxops.category_context, logits, memory, device=device) <= weights + KIB
+
+        def hard(logits, memory):
+            return ctxops.category_context(logits, memory, hard=True)
+
+        used = peak(hard, logits, memory, device=device)
+    assert used <= positions + (output if layout == "contiguous" else 0) + KIB
