@@ -4,6 +4,7 @@
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
+from ctxops.nn.feature_memory import FeatureMemory
 from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
     GatedFeaturePyramidFusion,
@@ -29,6 +30,7 @@ __all__ = [
     "ConvolutionStack",
     "CrissCrossAttention",
     "DenseFeaturePyramid",
+    "FeatureMemory",
     "FeaturePyramidFusion",
     "FusionNonLocal2d",
     "GCNBottleneck",
