@@ -44,7 +44,9 @@ class FeatureMemory(nn.Module):
         channels: C.
         momentum: "poly": :math:`m = (1 - t / T)^p (m_0 - m_0 / 100) + m_0 / 100` with t the steps
             done before, the last value after T of them. "constant": m_0. "lr": m_0 * lr / base_lr,
-            with the ``lr`` that each step is given (the others ignore it).
+            with the ``lr`` that each step is given (the others ignore it): a number or a tensor ().
+            A tensor outside of [0, base_lr / m_0] makes rows NaN, since looking at it would mean to
+            wait for the device. Compiled code of torch 2.8 is compiled anew for every number.
         base_momentum: m_0.
         total_steps: T, of "poly".
         power: p, of "poly".
@@ -100,7 +102,7 @@ class FeatureMemory(nn.Module):
         base_momentum: float = 0.9,
         total_steps: int | None = None,
         power: float = 0.9,
-        base_lr: float | None = None,
+        base_lr: float | Tensor | None = None,
         init: str = "random",
         cosine: bool = True,
         sync: str | None = "statistics",
@@ -160,7 +162,7 @@ class FeatureMemory(nn.Module):
         self,
         features: Tensor,
         labels: Tensor,
-        lr: float | None = None,
+        lr: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         check_maps(features=(features, self.channels))
@@ -195,13 +197,18 @@ class FeatureMemory(nn.Module):
         if processes > 1 and self.sync == "reference":
             self._average(processes)
 
-    def _momentum(self, lr: float | None) -> float | Tensor:
+    def _momentum(self, lr: float | Tensor | None) -> float | Tensor:
         """m of this step: a number, or a float64 tensor ()."""
         if self.momentum == "constant":
             return self.base_momentum
         if self.momentum == "lr":
             if lr is None:
                 raise ValueError("lr must be given for momentum='lr', got None")
+            if isinstance(lr, Tensor):
+                if lr.dim() != 0:
+                    raise ValueError(f"lr must be a number or have shape (), got {tuple(lr.shape)}")
+                momentum = self.base_momentum * lr.to(self.memory.device).double() / self.base_lr
+                return momentum.where((momentum >= 0) & (momentum <= 1), torch.nan)
             _check_numbers(lr=lr)
             momentum = self.base_momentum * lr / self.base_lr
             if not 0 <= momentum <= 1:
