@@ -207,7 +207,7 @@ class FeatureMemory(nn.Module):
             if isinstance(lr, Tensor):
                 if lr.dim() != 0:
                     raise ValueError(f"lr must be a number or have shape (), got {tuple(lr.shape)}")
-                momentum = self.base_momentum * lr.to(self.memory.device).double() / self.base_lr
+                momentum = self.base_momentum * lr.double() / self.base_lr
                 return momentum.where((momentum >= 0) & (momentum <= 1), torch.nan)
             _check_numbers(lr=lr)
             momentum = self.base_momentum * lr / self.base_lr
@@ -250,7 +250,8 @@ class FeatureMemory(nn.Module):
             return features.new_zeros((*numbers.shape, self.channels), dtype=dtype)
         height, width = labels.shape[1:]
         labels = labels.flatten(0, 1).long()
-        outside = (labels == self.ignore_index) | (labels < 0) | (labels >= self.num_classes)
+        # A category that is ignored may keep its pixels: its row, of no weight, stays anyway.
+        outside = (labels < 0) | (labels >= self.num_classes)
         labels = labels.masked_fill(outside, self.num_classes)
         counts = labels.new_zeros((labels.shape[0], self.num_classes + 1))
         counts.scatter_add_(1, labels, labels.new_ones(()).expand_as(labels))
@@ -328,9 +329,7 @@ def _largest_cluster(pixels: Tensor) -> Tensor:
         similarities = directions @ centres.mT
         nearest = similarities.argmax(2, keepdim=True)
         members = torch.cat([nearest == 0, nearest == 1], dim=2).to(pixels.dtype)
-        sums = members.mT @ directions
-        empty = members.sum(1)[:, :, None] == 0
-        centres = torch.where(empty, centres, F.normalize(sums, dim=2))
+        centres = F.normalize(members.mT @ directions, dim=2)
     sizes = members.sum(1)
     mean_lengths = (members.mT @ lengths) / sizes[:, :, None]
     largest = sizes.argmax(1)[:, None, None].expand(-1, 1, pixels.shape[2])

@@ -327,13 +327,14 @@ def test_buffers_and_no_parameters():
     assert not any(b.any() for b in memory.buffers())
 
 
-def test_nothing_flows_into_the_features():
+@pytest.mark.parametrize("init", INITS)
+def test_nothing_flows_into_the_features(init):
     features, labels = batch()
-    memory = started()
-    features.requires_grad_()
-    assert memory(features, labels) is None
-    assert not memory.memory.requires_grad
-    assert memory.memory.grad_fn is None
+    memory = memory_of(init=init)
+    for _ in range(2):
+        assert memory(features.requires_grad_(), labels) is None
+        assert not memory.memory.requires_grad
+        assert memory.memory.grad_fn is None
 
 
 def test_a_graph_that_used_the_memory_before_the_step_raises():
@@ -634,8 +635,19 @@ def process(rank, folder):
     """What each of the two processes does; the file that it writes is what the tests look at."""
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    alone = [dist.new_group([r]) for r in (0, 1)]
-    results = {}
+    alone, both = [dist.new_group([r]) for r in (0, 1)], dist.new_group([0, 1])
+    results, all_reduce, groups = {}, dist.all_reduce, []
+
+    def record(tensor, group=None):
+        groups.append(group)
+        all_reduce(tensor, group=group)
+
+    dist.all_reduce = record
+    for sync in ("statistics", "reference"):
+        memory_of(process_group=both, sync=sync)(*batch())
+    assert len(groups) == 3
+    assert all(group is both for group in groups)
+    dist.all_reduce = all_reduce
     cases = DISTRIBUTED | {"alone": {"process_group": alone[rank]}}
     for seeds in ("equal", "different"):
         for name, options in cases.items():
