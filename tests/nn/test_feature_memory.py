@@ -436,6 +436,17 @@ def test_an_ignored_label_may_be_a_category():
     assert torch.equal(memory.memory[0], torch.zeros(C))
 
 
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("ignored", [-1, -100, K, 1000])
+def test_any_label_may_be_ignored(ignored, init):
+    features, labels = batch(1)
+    memory, expected = (memory_of(init=init, ignore_index=i) for i in (ignored, IGNORED))
+    expected(features, labels, generator=torch.Generator().manual_seed(1))
+    labels[labels == IGNORED] = ignored
+    memory(features, labels, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(memory.memory, expected.memory)
+
+
 @pytest.mark.parametrize("momentum", ["poly", "lr"])
 @pytest.mark.parametrize("init", INITS)
 def test_compiles_once_for_all_sizes(init, momentum, device):
