@@ -103,7 +103,7 @@ class FeatureMemory(nn.Module):
         base_momentum: float = 0.9,
         total_steps: int | None = None,
         power: float = 0.9,
-        base_lr: float | Tensor | None = None,
+        base_lr: float | None = None,
         init: str = "random",
         cosine: bool = True,
         sync: str | None = "statistics",
@@ -292,8 +292,8 @@ class FeatureMemory(nn.Module):
         if self.init != "mean":
             pixels = statistics[:, self.channels + 1 :].unflatten(1, (-1, self.channels))
             first = pixels[:, 0] if self.init == "random" else _largest_cluster(pixels)
-            # Labels out of range, on CUDA: pixels cannot tell.
-            first = torch.where(weights.isnan()[:, None], means, first)
+            # Of NaN in other pixels, and of labels out of range on CUDA, the chosen cannot tell.
+            first = torch.where(means.isnan(), means, first)
         moved = (1 - momentum) * self.memory.double() + momentum * means
         rows = torch.where(self.initialized[:, None], moved, first)
         # Not the other way round: NaN must not stay.

@@ -300,6 +300,15 @@ def test_nan_is_not_swallowed(cosine):
     assert memory.memory.isnan().any(1).tolist() == [False] * 4 + [True]
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_nan_reaches_a_first_row(init):
+    memory = memory_of(init=init)
+    features, labels = batch(1, sizes=((6, 6), (6, 6)))
+    features[0, :, 2, 3], labels[0, 1:4, 2:5] = torch.nan, 4
+    memory(features, labels)
+    assert memory.memory.isnan().any(1).tolist() == [False] * 4 + [True]
+
+
 @pytest.mark.parametrize("start", [memory_of, started], ids=["fresh", "started"])
 @pytest.mark.parametrize("init", INITS)
 def test_nan_statistics_are_not_swallowed(init, start, monkeypatch):
