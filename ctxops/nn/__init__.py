@@ -8,6 +8,7 @@ from ctxops.nn.dataset_context import (
     representation_consistency_loss,
 )
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
+from ctxops.nn.feature_memory import FeatureMemory
 from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
     GatedFeaturePyramidFusion,
@@ -34,6 +35,7 @@ __all__ = [
     "CrissCrossAttention",
     "DatasetContextAggregation",
     "DenseFeaturePyramid",
+    "FeatureMemory",
     "FeaturePyramidFusion",
     "FusionNonLocal2d",
     "GCNBottleneck",
