@@ -163,8 +163,9 @@ class Part {
       load_row(upper, number);
       if (p_.directions != nullptr) measure<false>(upper, upper);
     }
-    Row& lower = y + 1 < p_.height ? row_[(number + 1) % 2] : upper;
-    if (y + 1 < p_.height) load_row(lower, number + 1);
+    const bool has_lower = y + 1 < p_.height && p_.down.from != p_.down.to;
+    Row& lower = has_lower ? row_[(number + 1) % 2] : upper;
+    if (has_lower) load_row(lower, number + 1);
     if (p_.directions != nullptr) measure<true>(upper, lower);
     dispatch_integer(p_.labels.dtype, [&](auto tag) {
       using L = typename decltype(tag)::type;
@@ -208,7 +209,7 @@ class Part {
   template <bool kBoth>
   void measure(const Row& upper, const Row& lower) {
     for (int64_t i = 0; i < positions_; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1);
+      const int64_t right = right_of(i);
       const S *f = upper.vector + i * C_, *f_right = upper.vector + right * C_;
       const S *g = lower.vector + i * C_, *g_right = lower.vector + right * C_;
       V square[2] = {}, beside[2] = {}, below[2] = {}, diagonal[2] = {}, anti[2] = {};
@@ -242,7 +243,7 @@ class Part {
                      Y * p_.labels.stride[1] + begin_[0] * stride;
     if (p_.directions != nullptr) find_norms(v, upper, lower);
     for (int64_t i = 0, X = 0; X < pixels; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1), end = begin_[i + 1] - begin_[0];
+      const int64_t right = right_of(i), end = begin_[i + 1] - begin_[0];
       while (X < end) {
         const int64_t k = label[X * stride];
         if (k == p_.ignore_index || k < 0 || k >= K_) {
@@ -284,7 +285,7 @@ class Part {
   void find_norms(double v, const Row& upper, const Row& lower) {
     const double uu = (1 - v) * (1 - v), ul = v * (1 - v), vv = v * v;
     for (int64_t i = 0; i < cells_; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1);
+      const int64_t right = right_of(i);
       const double ll = uu * upper.square[i] + 2 * ul * below_[i] + vv * lower.square[i];
       const double rr =
           uu * upper.square[right] + 2 * ul * below_[right] + vv * lower.square[right];
@@ -299,6 +300,11 @@ class Part {
         inverse_norm_[X] = 1 / __builtin_sqrt(square);
       }
     }
+  }
+
+  // Of a map in the labels' own size no cell reaches to the next position: 0 * NaN would be NaN.
+  CTXOPS_INLINE int64_t right_of(int64_t i) const {
+    return p_.across.from == p_.across.to ? i : smaller(i + 1, positions_ - 1);
   }
 
   void clear(double* sum) const {

@@ -20,7 +20,8 @@ CTXOPS_HD ResizeAxis make_resize_axis(int64_t from, int64_t to, bool align_corne
 
 // A target position is (1 - weight) * source[low] + weight * source[high].
 struct Tap {
-  int64_t low, high;  // equal at the last position, where the weight counts for nothing
+  // Equal at the last position, and where both sizes are: there the weight counts for nothing.
+  int64_t low, high;
   double weight;
 };
 
@@ -34,7 +35,8 @@ CTXOPS_HD Tap tap_at(const ResizeAxis& axis, int64_t target) {
   const double x = source_of(axis, target);
   int64_t low = static_cast<int64_t>(x);
   if (low > axis.from - 1) low = axis.from - 1;  // the product may round up
-  return {low, low < axis.from - 1 ? low + 1 : low, x - low};
+  const bool last = low == axis.from - 1 || axis.from == axis.to;
+  return {low, last ? low : low + 1, x - low};
 }
 
 // The share of source[position] in the target of a tap.

@@ -219,6 +219,33 @@ def test_values_that_are_not_finite_stay_in_their_classes(value, layout, device)
     assert plain[0][4].isfinite().tolist() == [True, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_values_that_are_not_finite_stay_in_their_pixel_at_equal_sizes(layout, device):
+    features = torch.randn(1, 3, 6, 7, device=device)
+    features[0, :, 2, 3] = torch.nan
+    labels = torch.arange(42, device=device).view(1, 6, 7)
+    for memory in (torch.randn(42, 3, device=device), None):
+        sums, weights, _ = ctxops.category_statistics(
+            LAYOUTS[layout](features), labels, memory, num_classes=42
+        )
+        assert sums.isnan().any(1).nonzero().tolist() == [[2 * 7 + 3]]
+        assert weights.isnan().sum() == (memory is not None)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_labels_of_eight_bits_outside_of_their_range(active):
+    features, labels, _ = make((2, 8, 4, 4), (16, 16))
+    with ctxops.use_reference() if active else torch.no_grad():
+        ignored = labels.masked_fill(labels == IGNORED, 0).to(torch.int8)
+        ignored[0, 0, 0] = -1
+        with pytest.raises(ValueError, match=r"labels must be in .* got -1"):
+            ctxops.category_statistics(features, ignored, num_classes=5)
+        _, _, counts = ctxops.category_statistics(
+            features, labels.to(torch.uint8), num_classes=300, ignore_index=-1
+        )
+        assert counts.sum() == labels.numel()
+
+
 @pytest.mark.parametrize("label", [5, 254, -1, -(2**40)], ids=str)
 def test_labels_outside(label):
     features, labels, memory = make((2, 8, 4, 4), (16, 16))

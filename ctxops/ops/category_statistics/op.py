@@ -116,6 +116,7 @@ def _check(features: Tensor, labels: Tensor, memory: Tensor | None, num_classes:
 
 
 def _check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    labels = labels.long()  # a label of 8 bits cannot be compared with every number
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if outside.any():
         raise ValueError(_outside(labels[outside][0].item(), classes, ignore_index))
