@@ -20,7 +20,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Of a block that adds terms: threads, the channels that they have at a time, and terms.
-constexpr int kSumThreads = 512;
+constexpr int kSumThreads = 256;
 constexpr int kSumWarps = kSumThreads / kWarp;
 constexpr int kTerms = 4 * kSumWarps;
 constexpr int kAtOnce = 4;  // terms whose features a thread loads before it adds
@@ -270,7 +270,7 @@ class Terms {
 
 // The sums of a part. A block has the channels that its threads can take at once.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 2) sums_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant__ Problem p) {
   CTXOPS_SHARED(Term, terms, kTerms);
   const T* const features = static_cast<const T*>(p.features.data);
   const int64_t C = p.channels, K = p.classes, tiles = divide_up(C, kSumThreads);
