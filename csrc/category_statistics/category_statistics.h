@@ -28,13 +28,10 @@
 //             first of them; on CUDA, if there were any, sums and weights are NaN
 // workspace, see below: part_sums, part_weights, part_counts, own
 //
-// The rows of cells of all images, on CUDA the cells, are cut into P parts of about the same number.
-// For each:
-// part_sums   (P, K, C) double
-// part_weights (P, K) double
-// part_counts (P, K) int64
-// own         the CPU: (P, N, 2 * C + 6 * K + 11) double, what a part keeps of a tile of N - 1
-// cells
+// The rows of cells of all images, on CUDA the cells, are cut into P parts of about the same
+// number. For each: part_sums   (P, K, C) double part_weights (P, K) double part_counts (P, K)
+// int64 own         the CPU: (P, N, 2 * C + 6 * K + 11) double, what a part keeps of a tile of N -
+// 1 cells
 //             a row; N >= 2. CUDA: (B, H, W) accumulator, a of every pixel, where there are
 //             directions; else without elements
 CTXOPS_DECLARE_KERNEL(category_statistics, const TensorView& features, const TensorView& labels,

@@ -19,12 +19,11 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Of a block that adds terms: threads, the channels that they have at a time, and terms.
-constexpr int kSumThreads = 256;
-constexpr int kSumWarps = kSumThreads / kWarp;
-constexpr int kTerms = 4 * kSumWarps;
-constexpr int kAtOnce = 4;  // terms whose features a thread loads before it adds
-static_assert(kTerms % kAtOnce == 0, "terms are added in whole groups");
+constexpr int kBlocks = 3;  // on a multiprocessor at a time
+constexpr int kTerms = 8 * kWarps;
+// Terms whose features a thread loads before it adds them: as many as its registers hold.
+template <typename T>
+constexpr int kAtOnce = sizeof(T) < 8 ? 2 : 1;
 
 constexpr int32_t kNone = INT32_MAX;  // behind every class
 
@@ -68,9 +67,14 @@ struct Corners {
 };
 
 struct Cell {
-  Corners corners;
-  int64_t b, top, left;  // of its pixels
-  int rows, columns;     // likewise, perhaps none
+  int64_t at;                 // its upper left corner in the features
+  bool has_right, has_below;  // are there corners on the right, and below?
+  int b, top, left;           // of its pixels
+  int rows, columns;          // likewise, perhaps none
+
+  __device__ Corners corners(const Problem& p) const {
+    return {at, has_right ? p.features.stride[3] : 0, has_below ? p.features.stride[2] : 0};
+  }
 };
 
 // A warp calls it.
@@ -80,17 +84,18 @@ __device__ Cell cell_at(const Problem& p, int64_t number) {
   // Four lanes look for a side each.
   const int lane = lane_of_thread();
   const ResizeAxis axis = lane % 4 < 2 ? p.down : p.across;
-  const int64_t side = first_target(axis, (lane % 4 < 2 ? y : x) + lane % 2);
-  const int64_t top = __shfl_sync(kAllLanes, side, 0), bottom = __shfl_sync(kAllLanes, side, 1);
-  const int64_t left = __shfl_sync(kAllLanes, side, 2), right = __shfl_sync(kAllLanes, side, 3);
+  const int side = static_cast<int>(first_target(axis, (lane % 4 < 2 ? y : x) + lane % 2));
+  const int top = __shfl_sync(kAllLanes, side, 0), bottom = __shfl_sync(kAllLanes, side, 1);
+  const int left = __shfl_sync(kAllLanes, side, 2), right = __shfl_sync(kAllLanes, side, 3);
   const int64_t* const stride = p.features.stride;
-  return {{b * stride[0] + y * stride[2] + x * stride[3], x + 1 < w ? stride[3] : 0,
-           y + 1 < h ? stride[2] : 0},
-          b,
+  return {b * stride[0] + y * stride[2] + x * stride[3],
+          x + 1 < w,
+          y + 1 < h,
+          static_cast<int>(b),
           top,
           left,
-          static_cast<int>(bottom - top),
-          static_cast<int>(right - left)};
+          bottom - top,
+          right - left};
 }
 
 // f(label, Y, X) for the lane's share of the cell's pixels.
@@ -102,33 +107,48 @@ __device__ void for_pixels(const Problem& p, const Cell& cell, const F& f) {
   Walk walk(lane_of_thread(), kWarp, cell.columns);
   for (int64_t i = lane_of_thread(); i < count; i += kWarp, walk.next()) {
     const int64_t Y = cell.top + walk.row(), X = cell.left + walk.column();
-    f(load_label(p.labels.data, p.labels.dtype,
-                 cell.b * stride[0] + Y * stride[1] + X * stride[2]),
+    f(load_label(p.labels.data, p.labels.dtype, cell.b * stride[0] + Y * stride[1] + X * stride[2]),
       Y, X);
   }
 }
 
-__device__ bool is_outside(const Problem& p, int64_t label) {
-  return label != p.ignore_index && (label < 0 || label >= p.classes);
-}
-
 __device__ int32_t class_of(const Problem& p, int64_t label) {
-  return label == p.ignore_index || is_outside(p, label) ? kNone : static_cast<int32_t>(label);
+  const bool is_class = label != p.ignore_index && label >= 0 && label < p.classes;
+  return is_class ? static_cast<int32_t>(label) : kNone;
 }
 
 // The first class of the cell; kNone: it has none. Counts the labels that are neither a class nor
-// ignored in *outside, unless that is nullptr. A warp calls it.
-__device__ int32_t first_class(const Problem& p, const Cell& cell, int64_t* outside) {
+// ignored in p.outside, if that is wanted. A warp calls it.
+__device__ int32_t first_class(const Problem& p, const Cell& cell, bool counts_outside) {
   int32_t first = kNone;
   int count = 0;
   for_pixels(p, cell, [&](int64_t label, int64_t, int64_t) {
-    first = static_cast<int32_t>(smaller(first, class_of(p, label)));
-    count += is_outside(p, label);
+    const int32_t k = class_of(p, label);
+    first = k < first ? k : first;
+    count += k == kNone && label != p.ignore_index;
   });
-  if (outside != nullptr && count > 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(outside), count);
+  if (counts_outside && count > 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(p.outside), count);
   }
   return warp_min(first);
+}
+
+// f(Y, X) for the lane's share of the cell's pixels of class k. Returns the cell's next class. A
+// warp calls it.
+template <typename F>
+__device__ int32_t for_pixels_of(const Problem& p, const Cell& cell, int32_t k, const F& f) {
+  int32_t next = kNone;
+  for_pixels(p, cell, [&](int64_t label, int64_t Y, int64_t X) {
+    const int32_t other = class_of(p, label);
+    if (other == k) f(Y, X);
+    if (other > k && other < next) next = other;
+  });
+  return warp_min(next);
+}
+
+// The element of p.own that belongs to a pixel.
+__device__ int64_t own_at(const Problem& p, const Cell& cell, int64_t Y, int64_t X) {
+  return (cell.b * p.labels.size[1] + Y) * p.labels.size[2] + X;
 }
 
 // The shares of a cell's corners in one of its pixels.
@@ -156,22 +176,25 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(const __grid_constant__
 
 // a of every pixel that has a class.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    weights_kernel(const __grid_constant__ Problem p) {
   const T* const features = static_cast<const T*>(p.features.data);
-  const int64_t C = p.channels, H = p.labels.size[1], W = p.labels.size[2];
+  Accumulator<T>* const own = static_cast<Accumulator<T>*>(p.own);
+  const int64_t C = p.channels;
   for (int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + warp_of_thread();
        number < p.cells; number += static_cast<int64_t>(gridDim.x) * kWarps) {
     const Cell cell = cell_at(p, number);
+    const Corners corners = cell.corners(p);
     double product[10] = {};  // <f, f'>, the corners' with themselves and those in front
     bool measured = false;
-    for (int32_t k = first_class(p, cell, nullptr); k != kNone;) {
+    for (int32_t k = first_class(p, cell, false); k != kNone;) {
       const double* const m = p.directions + k * C;  // (C,)
       double along[4] = {};                          // <f, m>
-#pragma unroll 2
+#pragma unroll 1                                     // the sums take the registers
       for (int64_t c = lane_of_thread(); c < C; c += kWarp) {
         double f[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) f[i] = load(features[cell.corners.offset(i) + c]);
+        for (int i = 0; i < 4; ++i) f[i] = load(features[corners.offset(i) + c]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) along[i] += f[i] * m[c];
         if (measured) continue;
@@ -187,11 +210,7 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
       for (int n = 0; n < 10 && !measured; ++n) product[n] = warp_sum(product[n]);
       measured = true;
 
-      int32_t next = kNone;
-      for_pixels(p, cell, [&](int64_t label, int64_t Y, int64_t X) {
-        const int32_t other = class_of(p, label);
-        if (other > k) next = static_cast<int32_t>(smaller(next, other));
-        if (other != k) return;
+      k = for_pixels_of(p, cell, k, [&](int64_t Y, int64_t X) {
         const Shares share = shares_at(p, Y, X);
         double dot = 0, square = 0;
 #pragma unroll
@@ -205,10 +224,8 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const __grid_constant
         // Of an inexact square; written so that NaN stays.
         double norm = sqrt(square < 0 ? 0 : square);
         norm = norm < kShortest ? kShortest : norm;
-        static_cast<Accumulator<T>*>(p.own)[(cell.b * H + Y) * W + X] =
-            static_cast<Accumulator<T>>(1 - dot / norm);
+        own[own_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(1 - dot / norm);
       });
-      k = warp_min(next);
     }
   }
 }
@@ -221,70 +238,63 @@ struct Term {
   int64_t count;          // of the pixels
 };
 
-// The terms of every kSumWarps-th cell of a range. A warp has one.
+// The terms of every kWarps-th cell of a range. A warp has one.
 template <typename A>
 class Terms {
  public:
-  __device__ Terms(const Problem& p, int64_t begin, int64_t end, int64_t* outside)
-      : p_(p), number_(begin), end_(end), outside_(outside) {}
+  __device__ Terms(const Problem& p, Span cells, bool counts_outside)
+      : p_(p),
+        number_(cells.begin + warp_of_thread()),
+        end_(cells.end),
+        counts_outside_(counts_outside) {}
 
   __device__ Term next() {
-    Term term = {};
     while (k_ == kNone && number_ < end_) {
       cell_ = cell_at(p_, number_);
-      number_ += kSumWarps;
-      k_ = first_class(p_, cell_, outside_);
+      number_ += kWarps;
+      k_ = first_class(p_, cell_, counts_outside_);
     }
+    Term term = {};
     term.k = k_;
     if (k_ == kNone) return term;
-    term.corners = cell_.corners;
-    int32_t next = kNone;
-    for_pixels(p_, cell_, [&](int64_t label, int64_t Y, int64_t X) {
-      const int32_t other = class_of(p_, label);
-      if (other > k_) next = static_cast<int32_t>(smaller(next, other));
-      if (other != k_) return;
+    int count = 0;  // of the lane
+    k_ = for_pixels_of(p_, cell_, k_, [&](int64_t Y, int64_t X) {
       double a = 1;
-      if (p_.directions != nullptr) {
-        const int64_t row = cell_.b * p_.labels.size[1] + Y;
-        a = static_cast<const A*>(p_.own)[row * p_.labels.size[2] + X];
-      }
+      if (p_.directions != nullptr) a = static_cast<const A*>(p_.own)[own_at(p_, cell_, Y, X)];
       const Shares share = shares_at(p_, Y, X);
 #pragma unroll
       for (int i = 0; i < 4; ++i) term.coefficient[i] += a * share.of[i];
-      ++term.count;
+      ++count;
     });
 #pragma unroll
     for (int i = 0; i < 4; ++i) term.coefficient[i] = warp_sum(term.coefficient[i]);
-    term.count = warp_sum(term.count);
-    k_ = warp_min(next);
+    term.count = warp_sum<int64_t>(count);
+    term.corners = cell_.corners(p_);
     return term;
   }
 
  private:
   const Problem& p_;
   int64_t number_, end_;
-  int64_t* const outside_;
+  const bool counts_outside_;
   Cell cell_ = {};
   int32_t k_ = kNone;  // of the next term
 };
 
 // The sums of a part. A block has the channels that its threads can take at once.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sums_kernel(const __grid_constant__ Problem p) {
   CTXOPS_SHARED(Term, terms, kTerms);
   const T* const features = static_cast<const T*>(p.features.data);
-  const int64_t C = p.channels, K = p.classes, tiles = divide_up(C, kSumThreads);
+  const int64_t C = p.channels, K = p.classes, tiles = divide_up(C, kThreads);
   for (int64_t item = blockIdx.x; item < p.parts * tiles; item += gridDim.x) {
-    const int64_t part = item / tiles, tile = item % tiles;
-    const int64_t c = tile * kSumThreads + threadIdx.x;
-    double* const sums = p.part_sums + part * K * C + c;   // (K,), C apart
-    double* const weights = p.part_weights + part * K;     // (K,)
-    int64_t* const counts = p.part_counts + part * K;      // (K,)
+    const int part = static_cast<int>(item / tiles);
+    const int64_t tile = item % tiles, c = tile * kThreads + threadIdx.x;
     const Span cells = span_of_part(part, p.parts, p.cells);
-    Terms<Accumulator<T>> own(p, cells.begin + warp_of_thread(), cells.end,
-                              tile == 0 ? p.outside : nullptr);
+    Terms<Accumulator<T>> own(p, cells, tile == 0);
     for (bool more = true; more;) {
-      for (int i = warp_of_thread(); i < kTerms; i += kSumWarps) {
+      for (int i = warp_of_thread(); i < kTerms; i += kWarps) {
         const Term term = own.next();
         if (lane_of_thread() == 0) terms[i] = term;
       }
@@ -292,21 +302,21 @@ __global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant
 
       double sum = 0;
       int32_t k = kNone;  // whose sum
-      for (int first = 0; c < C && first < kTerms; first += kAtOnce) {
-        T f[kAtOnce][4];
+      for (int first = 0; c < C && first < kTerms; first += kAtOnce<T>) {
+        T f[kAtOnce<T>][4];
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
+        for (int n = 0; n < kAtOnce<T>; ++n) {
           const Term& term = terms[first + n];
           if (term.k == kNone) continue;
 #pragma unroll
           for (int i = 0; i < 4; ++i) f[n][i] = features[term.corners.offset(i) + c];
         }
 #pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) {
+        for (int n = 0; n < kAtOnce<T>; ++n) {
           const Term& term = terms[first + n];
           if (term.k == kNone) continue;
           if (term.k != k) {
-            if (k != kNone) sums[k * C] += sum;
+            if (k != kNone) p.part_sums[(part * K + k) * C + c] += sum;
             k = term.k;
             sum = 0;
           }
@@ -314,10 +324,10 @@ __global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant
           for (int i = 0; i < 4; ++i) sum += term.coefficient[i] * load(f[n][i]);
         }
       }
-      if (k != kNone) sums[k * C] += sum;
+      if (k != kNone) p.part_sums[(part * K + k) * C + c] += sum;
 
       // The shares of a pixel add up to 1.
-      for (int64_t j = threadIdx.x; tile == 0 && j < K; j += kSumThreads) {
+      for (int64_t j = threadIdx.x; tile == 0 && j < K; j += kThreads) {
         double weight = 0;
         int64_t count = 0;
         for (int i = 0; i < kTerms; ++i) {
@@ -326,11 +336,11 @@ __global__ void __launch_bounds__(kSumThreads) sums_kernel(const __grid_constant
           for (const double coefficient : term.coefficient) weight += coefficient;
           count += term.count;
         }
-        weights[j] += weight;
-        counts[j] += count;
+        p.part_weights[part * K + j] += weight;
+        p.part_counts[part * K + j] += count;
       }
       more = false;  // a warp that has more has filled the last of its places
-      for (int i = kTerms - kSumWarps; i < kTerms; ++i) more = more || terms[i].k != kNone;
+      for (int i = kTerms - kWarps; i < kTerms; ++i) more = more || terms[i].k != kNone;
       __syncthreads();
     }
   }
@@ -380,9 +390,8 @@ const char* launch(const Problem& p, const TensorView& sums, const TensorView& w
                           stream, p);
   }
   if (error == nullptr) {
-    error =
-        CTXOPS_LAUNCH((sums_kernel<T>), grid_size(p.parts * divide_up(p.channels, kSumThreads)),
-                      kSumThreads, 0, stream, p);
+    error = CTXOPS_LAUNCH((sums_kernel<T>), grid_size(p.parts * divide_up(p.channels, kThreads)),
+                          kThreads, 0, stream, p);
   }
   if (error != nullptr) return error;
   return CTXOPS_LAUNCH((add_parts_kernel<A>),

@@ -28,9 +28,9 @@ const std::vector<Case> kSmall = {
     {1, 4, 5, 1, 1, 5, 6, 1, true},
     {1, 6, 5, 1, 6, 4, 13, 3, false, "blobs"},
     {1, 6, 5, 6, 1, 13, 4, 3, true},
-    {2, 3, 5, 4, 5, 3, 2, 2},         // labels smaller than the map
-    {1, 3, 4, 4, 3, 1, 1, 2, true},   // one label
-    {1, 3, 2, 3, 3, 3, 3, 12},        // of one size, more parts than cells
+    {2, 3, 5, 4, 5, 3, 2, 2},        // labels smaller than the map
+    {1, 3, 4, 4, 3, 1, 1, 2, true},  // one label
+    {1, 3, 2, 3, 3, 3, 3, 12},       // of one size, more parts than cells
     {0, 3, 2, 3, 3, 6, 6, 1},
 };
 const std::vector<Case> kLabels = {
@@ -52,12 +52,12 @@ const std::vector<Case> kNumbers = {
     {2, 3, 4, 3, 4, 7, 9, 2, false, "noise", DType::int64, 255, "pixels", "rows", "zero"},
 };
 const std::vector<Case> kMany = {
-    {1, 300, 3, 2, 3, 6, 7, 2},                 // channels for more than one block
-    {1, 3, 300, 2, 2, 17, 18, 1},               // classes in a cell, and more than threads
+    {1, 300, 3, 2, 3, 6, 7, 2},    // channels for more than one block
+    {1, 3, 300, 2, 2, 17, 18, 1},  // classes in a cell, and more than threads
     {1, 3, 300, 2, 2, 17, 18, 2, true, "blobs"},
     {1, 2, 3, 9, 11, 18, 22, 1, false, "blobs"},  // cells in a part
     {1, 2, 3, 9, 11, 18, 22, 2},
-    {1, 1, 2, 2, 2, 4, 4, 70},                  // parts
+    {1, 1, 2, 2, 2, 4, 4, 70},  // parts
 };
 
 std::vector<Case> drawn_cases() {
@@ -68,12 +68,11 @@ std::vector<Case> drawn_cases() {
   Random random(3);
   for (int n = 0; n < 12; ++n) {
     const int64_t C = 1 + random.below(n % 3 == 0 ? 80 : 8);
-    cases.push_back({1 + random.below(2), C, 1 + random.below(12), 1 + random.below(5),
-                     1 + random.below(5), 1 + random.below(14), 1 + random.below(14),
-                     1 + random.below(6), random.below(2) == 0,
-                     random.below(2) == 0 ? "noise" : "blobs", dtypes[random.below(5)],
-                     random.below(2) == 0 ? 100 : 1, layouts[random.below(3)],
-                     label_layouts[random.below(5)]});
+    cases.push_back(
+        {1 + random.below(2), C, 1 + random.below(12), 1 + random.below(5), 1 + random.below(5),
+         1 + random.below(14), 1 + random.below(14), 1 + random.below(6), random.below(2) == 0,
+         random.below(2) == 0 ? "noise" : "blobs", dtypes[random.below(5)],
+         random.below(2) == 0 ? 100 : 1, layouts[random.below(3)], label_layouts[random.below(5)]});
   }
   return cases;
 }
@@ -172,7 +171,8 @@ Results call(const Problem& p, Inputs& in, Kernel kernel, Tensor own, int32_t de
   const DType A = p.accumulator();
   Results r = {Tensor(A, {s.K, s.C}), Tensor(A, {s.K}), Tensor(DType::int64, {s.K}),
                Tensor(DType::int64, {2})};
-  Tensor part_sums(DType::float64, {s.parts, s.K, s.C}), part_weights(DType::float64, {s.parts, s.K});
+  Tensor part_sums(DType::float64, {s.parts, s.K, s.C}),
+      part_weights(DType::float64, {s.parts, s.K});
   Tensor part_counts(DType::int64, {s.parts, s.K});
   const auto view = [&](Tensor& tensor) { return on_device(device, tensor); };
   TensorView labels = view(in.labels);
@@ -215,9 +215,9 @@ void expect_results(const Problem& p, Inputs& in, const Results& actual) {
   double pixels = 0;
   for (int64_t k = 0; k < p.shape.K; ++k) pixels = std::fmax(pixels, expected.counts.get(k));
   const double rounding = epsilon(p.accumulator());
-  const double of_one = !p.weighted                             ? epsilon(DType::float64)
+  const double of_one = !p.weighted                         ? epsilon(DType::float64)
                         : p.accumulator() == DType::float64 ? 1e-12
-                                                                : rounding;
+                                                            : rounding;
   expect_close("sums", expected.sums, actual.sums, rounding, pixels * of_one);
   expect_close("weights", expected.weights, actual.weights, rounding, pixels * of_one);
 }
