@@ -28,7 +28,8 @@
 //             first of them; on CUDA, if there were any, sums and weights are NaN
 // workspace, see below: part_sums, part_weights, part_counts, own
 //
-// The rows of cells of all images are cut into P parts of about the same number. For each:
+// The rows of cells of all images, on CUDA the cells, are cut into P parts of about the same
+// number. For each:
 // part_sums   (P, K, C) double
 // part_weights (P, K) double
 // part_counts (P, K) int64
@@ -59,13 +60,13 @@ inline int64_t doubles_of_vector(const TensorView& features) {
   return features.dtype == DType::float64 ? features.size[1] : (features.size[1] + 1) / 2;
 }
 
-struct RowRange {
+struct Span {
   int64_t begin, end;
 };
 
-// The rows of cells of a part, counted through all images.
-CTXOPS_HD RowRange rows_of_part(int64_t part, int64_t parts, int64_t rows) {
-  return {part * rows / parts, (part + 1) * rows / parts};
+// Which of so many rows of cells, counted through all images, are a part's; on CUDA, of the cells.
+CTXOPS_HD Span span_of_part(int64_t part, int64_t parts, int64_t count) {
+  return {part * count / parts, (part + 1) * count / parts};
 }
 
 // The label with that number of elements in front of it.

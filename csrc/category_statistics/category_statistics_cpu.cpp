@@ -93,7 +93,7 @@ class Part {
       : p_(problem),
         C_(problem.channels),
         K_(problem.classes),
-        rows_(rows_of_part(part, problem.parts, problem.features.size[0] * problem.height)),
+        rows_(span_of_part(part, problem.parts, problem.features.size[0] * problem.height)),
         sums_(problem.part_sums + part * K_ * C_),
         weights_(problem.part_weights + part * K_),
         counts_(problem.part_counts + part * K_) {
@@ -345,7 +345,7 @@ class Part {
 
   const Problem& p_;
   const int64_t C_, K_;
-  const RowRange rows_;
+  const Span rows_;
   double *sums_, *weights_;            // (K, C), (K,)
   int64_t* counts_;                    // (K,)
   int64_t first_, cells_, positions_;  // of the tile: first cell of a row, cells, positions

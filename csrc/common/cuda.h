@@ -86,7 +86,7 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks < CTXOPS_LARGEST_GRID ? blocks : CTXOPS_LARGEST_GRID);
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 }  // namespace ctxops

@@ -40,6 +40,8 @@ inline size_t bytes_of(DType dtype) {
     case DType::int64: return 8;
     case DType::float32:
     case DType::int32: return 4;
+    case DType::uint8:
+    case DType::int8: return 1;
     default: return 2;
   }
 }
@@ -123,11 +125,20 @@ class Tensor {
       case DType::float32: return as<float>(from);
       case DType::float16: return ctxops::load(as<ctxops::Half>(from));
       case DType::bfloat16: return ctxops::load(as<ctxops::BFloat16>(from));
+      case DType::uint8: return as<uint8_t>(from);
+      case DType::int8: return as<int8_t>(from);
+      case DType::int16: return as<int16_t>(from);
+      case DType::int64: return static_cast<double>(as<int64_t>(from));
       default: return as<int32_t>(from);
     }
   }
   void set(int64_t i, double x) {
     unsigned char* to = memory_.data() + i * bytes_of(view_.dtype);
+    if (ctxops::is_integer(view_.dtype)) {  // the low bytes, as the machine is little-endian
+      const int64_t value = static_cast<int64_t>(x);
+      std::memcpy(to, &value, bytes_of(view_.dtype));
+      return;
+    }
     ctxops::dispatch_floating(view_.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       T value;

@@ -377,6 +377,10 @@ inline cudaError_t cudaSetDevice(int device) {
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x) {
+  return std::exchange(*to, *to + x);
+}
+
 template <typename T>
 void __stwb(T* to, T value) {
   *to = value;

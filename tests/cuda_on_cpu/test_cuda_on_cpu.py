@@ -41,6 +41,7 @@ PROGRAMS = {
         HERE / "gated_fusion.cpp",
         CSRC / "gated_fusion" / "gated_fusion_cuda.cu",
     ],
+    "category_statistics": _sources("category_statistics"),
 }
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++")
@@ -230,4 +231,18 @@ def test_gated_fusion(programs, cases, gates, dtype):
 )
 def test_gated_fusion_of(programs, cases, gates):
     done = _execute(programs["gated_fusion"], "float32", cases, gates)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("weights", ["plain", "weighted"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_category_statistics(programs, dtype, weights):
+    done = _execute(programs["category_statistics"], dtype, weights, "small")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("weights", ["plain", "weighted"])
+@pytest.mark.parametrize("cases", ["labels", "numbers", "many", "drawn", "device"])
+def test_category_statistics_of(programs, cases, weights):
+    done = _execute(programs["category_statistics"], "float32", weights, cases)
     assert done.returncode == 0, done.stdout + done.stderr

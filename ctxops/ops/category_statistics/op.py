@@ -11,9 +11,12 @@ _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Of torch.nn.functional.cosine_similarity: shorter vectors count as that long.
 _EPS = 1e-8
 # Parts of the map have sums of their own, which are added in the end: so many bytes at most, and
-# no fewer rows of the map in a part.
+# no fewer rows of the map in a part. On CUDA, where blocks take the parts, no fewer positions, two
+# for each of a block's warps, and no more parts than keep a large GPU busy.
 _PART_BYTES = 32 << 20
 _PART_ROWS = 8
+_PART_POSITIONS = 16
+_CUDA_PARTS = 256
 # Two rows of a tile of the map should stay in the CPU's second-level cache.
 _TILE_BYTES = 512 << 10
 
@@ -65,8 +68,8 @@ def category_statistics(
         P = 1. On the CPU also a tile of the map for each part, N * (2 * C * s + 48 * K + 88) + 16 *
         (W + N) bytes, with s = 4 (8 for float64) and so many of its w columns, N - 1, that the
         first term is about 512 KiB at most. On CUDA 4 * B * H * W bytes (8 for float64) where there
-        is a memory, and a channels_last copy of features that are not so. P is B * ceil(h / 8) at
-        most. Besides, two float64 copies of the memory.
+        is a memory, and a channels_last copy of features that are not so. P is B * ceil(h / 8)
+        at most, on CUDA 256. Besides, two float64 copies of the memory.
     """
     _library.check_map("features", features)
     classes = _check(features, labels, memory, num_classes)
@@ -159,8 +162,11 @@ def _statistics(
     if memory is not None:
         rows = memory.to(dtype, memory_format=torch.contiguous_format)
         directions = torch.nn.functional.normalize(rows, dim=1, eps=_EPS)
-    parts = min(batch * -(-height // _PART_ROWS), _PART_BYTES // (8 * num_classes * (channels + 2)))
-    parts = max(1, parts)
+    if features.is_cuda:
+        parts = min(-(-batch * height * width // _PART_POSITIONS), _CUDA_PARTS)
+    else:
+        parts = batch * -(-height // _PART_ROWS)
+    parts = max(1, min(parts, _PART_BYTES // (8 * num_classes * (channels + 2))))
     outside = features.new_empty(2, dtype=long)
     part_sums = features.new_empty((parts, num_classes, channels), dtype=dtype)
     part_weights = features.new_empty((parts, num_classes), dtype=dtype)
