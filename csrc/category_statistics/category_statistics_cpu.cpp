@@ -85,7 +85,7 @@ class Part {
     int32_t* met;        // (N, K): those classes
     int64_t* met_count;  // (N,)
     double* square;      // (N,): |f|^2
-    double* beside;      // (N,): <f, f'> with the next in the row
+    double* beside;      // (N,): <f, f'> with the one on the right
   };
 
  public:
@@ -154,6 +154,8 @@ class Part {
   const int64_t* outside() const { return outside_; }
 
  private:
+  int64_t right_of(int64_t i) const { return smaller(i + step_of(p_.across), positions_ - 1); }
+
   void row_of_cells(int64_t number) {
     const int64_t image = number / p_.height, y = number % p_.height;
     const int64_t begin = first_target(p_.down, y), end = first_target(p_.down, y + 1);
@@ -163,8 +165,9 @@ class Part {
       load_row(upper, number);
       if (p_.directions != nullptr) measure<false>(upper, upper);
     }
-    Row& lower = y + 1 < p_.height ? row_[(number + 1) % 2] : upper;
-    if (y + 1 < p_.height) load_row(lower, number + 1);
+    const int64_t below = smaller(y + step_of(p_.down), p_.height - 1) - y;
+    Row& lower = row_[(number + below) % 2];
+    if (below > 0) load_row(lower, number + below);
     if (p_.directions != nullptr) measure<true>(upper, lower);
     dispatch_integer(p_.labels.dtype, [&](auto tag) {
       using L = typename decltype(tag)::type;
@@ -208,7 +211,7 @@ class Part {
   template <bool kBoth>
   void measure(const Row& upper, const Row& lower) {
     for (int64_t i = 0; i < positions_; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1);
+      const int64_t right = right_of(i);
       const S *f = upper.vector + i * C_, *f_right = upper.vector + right * C_;
       const S *g = lower.vector + i * C_, *g_right = lower.vector + right * C_;
       V square[2] = {}, beside[2] = {}, below[2] = {}, diagonal[2] = {}, anti[2] = {};
@@ -242,7 +245,7 @@ class Part {
                      Y * p_.labels.stride[1] + begin_[0] * stride;
     if (p_.directions != nullptr) find_norms(v, upper, lower);
     for (int64_t i = 0, X = 0; X < pixels; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1), end = begin_[i + 1] - begin_[0];
+      const int64_t right = right_of(i), end = begin_[i + 1] - begin_[0];
       while (X < end) {
         const int64_t k = label[X * stride];
         if (k == p_.ignore_index || k < 0 || k >= K_) {
@@ -262,7 +265,8 @@ class Part {
           const double right_product = (1 - v) * upper.product[there] + v * lower.product[there];
           for (; X < end && label[X * stride] == k; ++X) {
             const double u = right_share_[X];
-            const double a = 1 - ((1 - u) * left_product + u * right_product) * inverse_norm_[X];
+            const double product = (1 - u) * left_product + u * right_product;
+            const double a = weight_of(product * inverse_norm_[X]);
             weight += a;
             right_weight += a * u;
           }
@@ -284,7 +288,7 @@ class Part {
   void find_norms(double v, const Row& upper, const Row& lower) {
     const double uu = (1 - v) * (1 - v), ul = v * (1 - v), vv = v * v;
     for (int64_t i = 0; i < cells_; ++i) {
-      const int64_t right = smaller(i + 1, positions_ - 1);
+      const int64_t right = right_of(i);
       const double ll = uu * upper.square[i] + 2 * ul * below_[i] + vv * lower.square[i];
       const double rr =
           uu * upper.square[right] + 2 * ul * below_[right] + vv * lower.square[right];
