@@ -261,6 +261,16 @@ def test_labels_outside(label):
             ctxops.category_statistics(features, labels, memory)
 
 
+def test_names_the_first_label_outside_of_several_parts():
+    features, labels, memory = make((3, 8, 40, 6), (80, 12))
+    labels[0, 0, 0] = 7
+    with pytest.raises(ValueError, match=r"got 7$"):
+        ctxops.category_statistics(features, labels, memory)
+    labels[1, 40, 3] = 9
+    with pytest.raises(ValueError, match=r"got 7$"):
+        ctxops.category_statistics(features, labels, memory)
+
+
 @pytest.mark.parametrize(
     ("dtype", "label", "ignore_index"),
     [(torch.uint8, 255, -1), (torch.int8, -1, 255), (torch.int16, -1, 2**40)],
