@@ -478,13 +478,18 @@ def _means_factorised(features: Tensor, labels: Tensor, memory: Tensor) -> Tenso
     batch, _, height, width = features.shape
     classes = len(memory)
     x = features.permute(0, 2, 3, 1).contiguous()
-    right = torch.cat([x[:, :, 1:], x[:, :, -1:]], dim=2)
-    down = torch.cat([x[:, 1:], x[:, -1:]], dim=1)
-    across = torch.cat([right[:, 1:], right[:, -1:]], dim=1)
-    own, to_right, to_down, to_across, anti = (
-        (a * b).sum(dim=3).flatten(1)
-        for a, b in ((x, x), (x, right), (x, down), (x, across), (right, down))
-    )
+    up, low = x[:, :-1], x[:, 1:]
+
+    def products_of(a: Tensor, b: Tensor) -> Tensor:
+        """Of vectors; 0 where the map ends, and the share of the second is 0 too."""
+        rows, columns = height - a.shape[1], width - a.shape[2]
+        return F.pad((a * b).sum(dim=3), (0, columns, 0, rows)).flatten(1)
+
+    own = products_of(x, x)
+    to_right = products_of(x[:, :, :-1], x[:, :, 1:])
+    to_down = products_of(up, low)
+    to_across = products_of(up[:, :, :-1], low[:, :, 1:])
+    anti = products_of(up[:, :, 1:], low[:, :, :-1])
     products = x.flatten(1, 2) @ F.normalize(memory, dim=1).t()
     top, bottom, v = _axis_taps(height, labels.shape[1], x.device)
     left, beside, u = _axis_taps(width, labels.shape[2], x.device)

@@ -194,7 +194,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 @contextlib.contextmanager
 def no_autocast(device: str) -> Iterator[None]:
     """For kernels made of torch's own operations, which autocast would cast down once more."""
-    if not torch.is_autocast_enabled(device):
+    if not autocast_active(device):
         yield
         return
     with torch.autocast(device, enabled=False):

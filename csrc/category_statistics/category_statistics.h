@@ -12,6 +12,8 @@
 //
 // with a = 1 - <r, m> / max(|r|, eps) for m of length 1. The last sum's coefficient is what the
 // kernels gather for every position and the classes around it; all of it is summed in double.
+// Along an axis on which the labels are as fine as the map a cell ends with its position: all other
+// shares are 0, but 0 * NaN is not.
 #pragma once
 
 #include "common/bilinear.h"
@@ -59,6 +61,13 @@ inline int64_t pixels_each(const TensorView& labels, int64_t columns) {
 inline int64_t doubles_of_vector(const TensorView& features) {
   return features.dtype == DType::float64 ? features.size[1] : (features.size[1] + 1) / 2;
 }
+
+// a of a pixel, of <r, m> / |r|. Where neighbours cancel, |r|^2 is a difference of far larger
+// numbers and the quotient arbitrary; a cosine is not. Written so that NaN stays.
+CTXOPS_HD double weight_of(double cosine) { return cosine > 1 ? 0 : cosine < -1 ? 2 : 1 - cosine; }
+
+// How far it is from a position to the next one in its cell, if the map goes on.
+CTXOPS_HD int64_t step_of(const ResizeAxis& axis) { return axis.from == axis.to ? 0 : 1; }
 
 struct Span {
   int64_t begin, end;

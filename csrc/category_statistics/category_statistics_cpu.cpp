@@ -85,7 +85,7 @@ class Part {
     int32_t* met;        // (N, K): those classes
     int64_t* met_count;  // (N,)
     double* square;      // (N,): |f|^2
-    double* beside;      // (N,): <f, f'> with the next in the row
+    double* beside;      // (N,): <f, f'> with the one on the right
   };
 
  public:
@@ -154,6 +154,8 @@ class Part {
   const int64_t* outside() const { return outside_; }
 
  private:
+  int64_t right_of(int64_t i) const { return smaller(i + step_of(p_.across), positions_ - 1); }
+
   void row_of_cells(int64_t number) {
     const int64_t image = number / p_.height, y = number % p_.height;
     const int64_t begin = first_target(p_.down, y), end = first_target(p_.down, y + 1);
@@ -163,9 +165,9 @@ class Part {
       load_row(upper, number);
       if (p_.directions != nullptr) measure<false>(upper, upper);
     }
-    const bool has_lower = y + 1 < p_.height && p_.down.from != p_.down.to;
-    Row& lower = has_lower ? row_[(number + 1) % 2] : upper;
-    if (has_lower) load_row(lower, number + 1);
+    const int64_t below = smaller(y + step_of(p_.down), p_.height - 1) - y;
+    Row& lower = row_[(number + below) % 2];
+    if (below > 0) load_row(lower, number + below);
     if (p_.directions != nullptr) measure<true>(upper, lower);
     dispatch_integer(p_.labels.dtype, [&](auto tag) {
       using L = typename decltype(tag)::type;
@@ -263,7 +265,8 @@ class Part {
           const double right_product = (1 - v) * upper.product[there] + v * lower.product[there];
           for (; X < end && label[X * stride] == k; ++X) {
             const double u = right_share_[X];
-            const double a = 1 - ((1 - u) * left_product + u * right_product) * inverse_norm_[X];
+            const double product = (1 - u) * left_product + u * right_product;
+            const double a = weight_of(product * inverse_norm_[X]);
             weight += a;
             right_weight += a * u;
           }
@@ -300,11 +303,6 @@ class Part {
         inverse_norm_[X] = 1 / __builtin_sqrt(square);
       }
     }
-  }
-
-  // Of a map in the labels' own size no cell reaches to the next position: 0 * NaN would be NaN.
-  CTXOPS_INLINE int64_t right_of(int64_t i) const {
-    return p_.across.from == p_.across.to ? i : smaller(i + 1, positions_ - 1);
   }
 
   void clear(double* sum) const {

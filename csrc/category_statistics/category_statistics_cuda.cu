@@ -57,7 +57,7 @@ __device__ int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; 
 __device__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 // Where a cell's corners lie in the features: the upper left one, and from a corner to the one
-// beside and below it; 0 where the map ends, or has the labels' size: 0 * NaN would be NaN.
+// beside and below it; 0 where the cell ends with its position.
 struct Corners {
   int64_t at, right, below;
 
@@ -89,8 +89,8 @@ __device__ Cell cell_at(const Problem& p, int64_t number) {
   const int left = __shfl_sync(kAllLanes, side, 2), right = __shfl_sync(kAllLanes, side, 3);
   const int64_t* const stride = p.features.stride;
   return {b * stride[0] + y * stride[2] + x * stride[3],
-          x + 1 < w && p.across.from != p.across.to,
-          y + 1 < h && p.down.from != p.down.to,
+          x + 1 < w && step_of(p.across) > 0,
+          y + 1 < h && step_of(p.down) > 0,
           static_cast<int>(b),
           top,
           left,
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         // Of an inexact square; written so that NaN stays.
         double norm = sqrt(square < 0 ? 0 : square);
         norm = norm < kShortest ? kShortest : norm;
-        own[own_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(1 - dot / norm);
+        own[own_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(weight_of(dot / norm));
       });
     }
   }

@@ -135,8 +135,9 @@ class DatasetContextAggregation(nn.Module):
         ``(B, within_channels, h, w)`` -> ``(B, channels, h, w)``, in the memory format of R.
 
     Raises:
-        TypeError: sizes that are no integers, maps that are no floating tensors, a map of context
-            within the image where there is none, or none where there is one.
+        TypeError: sizes that are no integers, maps that are no floating tensors or, outside
+            autocast, differ in dtype, a map of context within the image where there is none, or
+            none where there is one.
         ValueError: sizes below 1, fewer than 2 channels, an even kernel, an unknown ``fusion`` or
             ``projection_layers``, sums of maps with different channels, maps of another shape.
 
@@ -244,6 +245,8 @@ class DatasetContextAggregation(nn.Module):
                     f"{name} must have the height and width of r, {tuple(r.shape[2:])}, "
                     f"got {tuple(x.shape[2:])}"
                 )
+        if not _library.autocast_active(r.device.type):
+            _library.check_same_dtype(**{name: x for name, (x, _) in maps.items()})
         _library.check_shape("memory", memory, r, (classes, self.channels), "(K, channels)")
 
 

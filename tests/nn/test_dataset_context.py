@@ -388,6 +388,11 @@ def dca_call(*changes, **arguments):
             ValueError,
             "logits must have the batch and device of r, 2 on cpu, got 1 on cpu",
         ),
+        (
+            dca_call(("logits", torch.ones(2, 5, 3, 4).double())),
+            TypeError,
+            r"logits must have the dtype of r, torch\.float32, got torch\.float64",
+        ),
         (dca_call(("logits", None)), TypeError, r"logits must be a torch\.Tensor, got NoneType"),
         (
             dca_call(("memory", torch.ones(5, 8))),

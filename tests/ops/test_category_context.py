@@ -80,6 +80,18 @@ def test_hard_takes_rows(layout, dtype, device):
     torch.testing.assert_close(grad.double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_hard_reads_no_other_row(layout, value, device):
+    logits, memory = make((2, 4, 3, 5), 6, device=device)
+    logits[:, 2] -= 1e9
+    memory[2] = value
+    for context in (torch.no_grad(), ctxops.use_reference()):
+        with context:
+            y = ctxops.category_context(LAYOUTS[layout](logits), memory, hard=True)
+        assert torch.equal(y, formula(logits, memory, hard=True))
+
+
 def test_hard_has_no_gradient_for_the_logits(device):
     logits, memory = make((2, 4, 3, 5), 6, device=device)
     assert not ctxops.category_context(logits.requires_grad_(), memory, hard=True).requires_grad

@@ -92,6 +92,7 @@ def test_strided_labels_and_memory(device):
     for strided in (labels.mT.contiguous().mT, labels.repeat_interleave(2, 2)[..., ::2]):
         check(features, strided, memory.t().contiguous().t())
     check(features, labels[:1, :, :1].expand(2, 40, 50), memory)
+    check(features.double(), labels, memory.double().t().contiguous().t())
 
 
 @pytest.mark.parametrize("dtype", LABELS, ids=str)
@@ -191,6 +192,19 @@ def test_neighbours_that_cancel(device):
     check(features, labels, memory)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e12], ids=str)
+def test_weights_are_of_cosines_where_neighbours_cancel(scale, device):
+    """Rounding the neighbours leaves of their sum a part that their products do not resolve."""
+    direction = torch.tensor([0.5, -1.3, 0.7, 2.1], device=device) * scale
+    labels = torch.arange(40, device=device)[None, None]
+    memory = torch.tensor([[0.3, -0.9, 1.7, 0.4]], device=device).expand(40, 4)
+    for first in range(1, 39):
+        opposite = -(39 - first) / first * direction
+        features = torch.stack([direction, opposite], dim=1)[None, :, None]
+        _, weights, _ = ctxops.category_statistics(features, labels, memory, align_corners=True)
+        assert ((weights >= 0) & (weights <= 2)).all()
+
+
 def test_vectors_along_their_memory(device):
     """1 - cos of parallel vectors is zero but for rounding."""
     memory = torch.randn(3, 32, device=device)
@@ -246,6 +260,24 @@ def test_labels_of_eight_bits_outside_of_their_range(active):
         assert counts.sum() == labels.numel()
 
 
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("finer", [(1, 1), (3, 1), (1, 3)], ids=str)
+def test_values_that_are_not_finite_stay_in_their_line(finer, align_corners, memory, device):
+    """Along an axis on which the labels are as fine as the map, no position has a neighbour."""
+    features, _, _ = make((1, 6, 5, 5), (1, 1), device=device)
+    features[0, :, 1, 3] = torch.nan
+    line = torch.arange(5, device=device)
+    line = line[:, None].expand(5, 5) if finer == (1, 3) else line.expand(5, 5)
+    labels = line.repeat_interleave(finer[0], 0).repeat_interleave(finer[1], 1)[None]
+    rows = torch.randn(5, 6, device=device) if memory else None
+    sums, _, _ = ctxops.category_statistics(
+        features, labels, rows, num_classes=5, align_corners=align_corners
+    )
+    met = 1 if finer == (1, 3) else 3
+    assert sums.isnan().any(1).tolist() == [k == met for k in range(5)]
+
+
 @pytest.mark.parametrize("label", [5, 254, -1, -(2**40)], ids=str)
 def test_labels_outside(label):
     features, labels, memory = make((2, 8, 4, 4), (16, 16))
@@ -254,6 +286,58 @@ def test_labels_outside(label):
     for context in (torch.no_grad(), ctxops.use_reference()):
         with context, pytest.raises(ValueError, match=message):
             ctxops.category_statistics(features, labels, memory)
+
+
+def test_names_the_first_label_outside_of_several_parts():
+    features, labels, memory = make((3, 8, 40, 6), (80, 12))
+    labels[0, 0, 0] = 7
+    with pytest.raises(ValueError, match=r"got 7$"):
+        ctxops.category_statistics(features, labels, memory)
+    labels[1, 40, 3] = 9
+    with pytest.raises(ValueError, match=r"got 7$"):
+        ctxops.category_statistics(features, labels, memory)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignore_index"),
+    [(torch.uint8, 255, -1), (torch.int8, -1, 255), (torch.int16, -1, 2**40)],
+    ids=str,
+)
+def test_labels_outside_of_narrow_dtypes(dtype, label, ignore_index):
+    """Neither what is ignored nor the number of classes need fit the dtype."""
+    features, labels, memory = make((2, 8, 4, 4), (16, 16))
+    labels = labels.masked_fill(labels == IGNORED, 0).to(dtype)
+    rows = torch.randn(300, 8)
+    for context in (torch.no_grad(), ctxops.use_reference()):
+        with context:
+            ctxops.category_statistics(features, labels, rows, ignore_index=ignore_index)
+            labels[1, 3, 9] = label
+            with pytest.raises(ValueError, match=rf"ignore_index = {ignore_index}, got {label}"):
+                ctxops.category_statistics(features, labels, memory, ignore_index=ignore_index)
+            labels[1, 3, 9] = 0
+
+
+@pytest.mark.parametrize("label", [5, -1], ids=str)
+def test_reference_of_labels_outside(label, device):
+    """Where nobody may look: no memory is read with it."""
+    features, labels, memory = make((2, 8, 4, 4), (16, 16), device=device)
+    _, _, counts = reference(features, labels, memory, 5, IGNORED, False)
+    first = labels[1, 3, 9].item()
+    labels[1, 3, 9] = label
+    sums, weights, found = reference(features, labels, memory, 5, IGNORED, False)
+    assert sums.isnan().all()
+    assert weights.isnan().all()
+    counts[first] -= 1
+    assert torch.equal(found, counts)
+
+
+def test_meta_tensors():
+    features, labels, memory = make((2, 8, 4, 4), (16, 16), device="meta")
+    for context in (torch.no_grad(), ctxops.use_reference()):
+        with context:
+            results = ctxops.category_statistics(features, labels, memory)
+        assert [x.shape for x in results] == [(5, 8), (5,), (5,)]
+        assert all(x.is_meta for x in results)
 
 
 @pytest.mark.cuda

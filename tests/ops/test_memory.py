@@ -148,13 +148,23 @@ def test_category_statistics(classes, dtype, layout, device):
     parts = 8 * 8 * classes * (256 + 2)
     if device == "cpu":
         columns = 65
-        own = columns * (2 * 256 * dtype.itemsize + 48 * classes + 88) + 16 * (512 + columns)
+        own = columns * (2 * 256 * dtype.itemsize + 48 * classes + 96) + 16 * (512 + columns)
         extra = 8 * own
     else:
         copy = 0 if layout == "channels_last" else features.nbytes
         extra = dtype.itemsize * labels.numel() + copy
     used = peak(ctxops.category_statistics, features, labels, memory, device=device)
     assert used <= parts + extra + rows + KIB
+
+
+def test_category_statistics_of_many_classes_and_few_channels():
+    features, labels = torch.randn(1, 7, 64, 512), torch.randint(0, 1000, (1, 64, 512))
+    memory = torch.randn(1000, 7)
+    rows, parts = 2 * 8 * 1000 * (7 + 1), 8 * 8 * 1000 * (7 + 2)
+    columns = 1 + -(-512 // 12)
+    own = columns * (2 * 7 * 4 + 48 * 1000 + 96) + 16 * (512 + columns)
+    used = peak(ctxops.category_statistics, features, labels, memory, device="cpu")
+    assert used <= parts + 8 * own + rows + KIB
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -17,8 +17,10 @@ _PART_BYTES = 32 << 20
 _PART_ROWS = 8
 _PART_POSITIONS = 16
 _CUDA_PARTS = 256
-# Two rows of a tile of the map should stay in the CPU's second-level cache.
+# Two rows of a tile of the map should stay in the CPU's second-level cache. Of the 48 bytes that a
+# class takes at every position, few are touched: they count for a quarter.
 _TILE_BYTES = 512 << 10
+_CLASS_BYTES = 12
 
 
 def category_statistics(
@@ -54,8 +56,8 @@ def category_statistics(
     Raises:
         TypeError: no floating features or memory, no integer labels, class number or ignored label.
         ValueError: shapes or devices that do not fit; on the CPU a label outside ``[0, K)``. On
-            CUDA, where looking would mean to wait for the device, such a label turns all sums and
-            weights into NaN.
+            CUDA, where looking would mean to wait for the device, and in a compiled reference, such
+            a label turns all sums and weights into NaN.
 
     Source: Jin et al., Mining Contextual Information Beyond Image, ICCV 2021, eq. 8 to 10.
 
@@ -65,11 +67,11 @@ def category_statistics(
     Gradients: none; the results are constants.
     Deterministic: yes, for any number of threads.
     Memory: sums of P parts of the map, 8 * K * (C + 2) bytes each, together 32 MiB at most unless
-        P = 1. On the CPU also a tile of the map for each part, N * (2 * C * s + 48 * K + 88) + 16 *
+        P = 1. On the CPU also a tile of the map for each part, N * (2 * C * s + 48 * K + 96) + 16 *
         (W + N) bytes, with s = 4 (8 for float64) and so many of its w columns, N - 1, that the
-        first term is about 512 KiB at most. On CUDA 4 * B * H * W bytes (8 for float64) where there
-        is a memory, and a channels_last copy of features that are not so. P is B * ceil(h / 8)
-        at most, on CUDA 256. Besides, two float64 copies of the memory.
+        first term is about 512 KiB at most, the second 2 MiB. On CUDA 4 * B * H * W bytes (8 for
+        float64) where there is a memory, and a channels_last copy of features that are not so. P is
+        B * ceil(h / 8) at most, on CUDA 256. Besides, two float64 copies of the memory.
     """
     _library.check_map("features", features)
     classes = _check(features, labels, memory, num_classes)
@@ -78,7 +80,7 @@ def category_statistics(
     features = features.detach()
     memory = None if memory is None else memory.detach()
     if not _STATISTICS.serves(features):
-        if not torch.compiler.is_compiling() and not labels.is_cuda:
+        if not torch.compiler.is_compiling() and labels.device.type == "cpu":
             _check_range(labels, classes, ignore_index)
         with _library.no_autocast(features.device.type):
             return reference(features, labels, memory, classes, ignore_index, align_corners)
@@ -119,7 +121,7 @@ def _check(features: Tensor, labels: Tensor, memory: Tensor | None, num_classes:
 
 
 def _check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
-    labels = labels.long()  # a label of 8 bits cannot be compared with every number
+    labels = labels.long()  # a comparison would wrap the number to the labels' dtype
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if outside.any():
         raise ValueError(_outside(labels[outside][0].item(), classes, ignore_index))
@@ -160,7 +162,7 @@ def _statistics(
     dtype, long = torch.float64, torch.int64
     directions = features.new_empty(0, dtype=dtype)
     if memory is not None:
-        rows = memory.to(dtype, memory_format=torch.contiguous_format)
+        rows = memory.to(dtype).contiguous()
         directions = torch.nn.functional.normalize(rows, dim=1, eps=_EPS)
     if features.is_cuda:
         parts = min(-(-batch * height * width // _PART_POSITIONS), _CUDA_PARTS)
@@ -177,7 +179,8 @@ def _statistics(
     else:
         features = _library.inner_dense(features)
         size = max(4, features.itemsize)
-        columns = -(-width // -(-2 * width * channels * size // _TILE_BYTES)) + 1
+        largest = max(2 * channels * size, _CLASS_BYTES * num_classes)
+        columns = -(-width // -(-width * largest // _TILE_BYTES)) + 1
         values = 2 * -(-channels * size // 8) + 6 * num_classes + 11
         values += 2 * -(-labels.shape[2] // columns)
         own = features.new_empty((parts, columns, values), dtype=dtype)
