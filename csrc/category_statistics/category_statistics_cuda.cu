@@ -2,9 +2,9 @@
 //
 // A warp takes a cell and one of the classes among its pixels at a time, in ascending order: its
 // lanes share the channels, or the pixels. With directions, a first kernel writes a of every pixel.
-// Then a block takes a part of the cells: its warps turn cells into terms, a class and the
-// coefficients of the four corners, and its threads, which have a channel each, add the terms' up.
-// A class's sum in a part belongs to one thread, so that no order is left to chance.
+// Then a block takes a part of the cells: its warps turn them into terms, each a class and the
+// coefficients of the four corners, and its threads, each with a channel of its own, add the terms.
+// A class's sum in a part belongs to one thread: the order of the additions is always the same.
 #include <cmath>
 
 #include "category_statistics/category_statistics.h"
@@ -19,8 +19,8 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocks = 3;  // on a multiprocessor at a time
-constexpr int kTerms = 8 * kWarps;
+constexpr int kBlocks = 3;          // on a multiprocessor at a time
+constexpr int kTerms = 8 * kWarps;  // that a block makes and adds between two barriers
 // Terms whose features a thread loads before it adds them: as many as its registers hold.
 template <typename T>
 constexpr int kAtOnce = sizeof(T) < 8 ? 2 : 1;
@@ -414,6 +414,9 @@ const char* category_statistics(const TensorView& features, const TensorView& la
     return error;
   }
   if (!unit_stride(features, 1)) return "features must have their channels side by side";
+  for (int i = 0; i < 3; ++i) {
+    if (labels.size[i] > INT32_MAX) return "labels must have B, H, W below 2^31";
+  }
   const bool weighted = element_count(directions) > 0;
   if (weighted && !is_dense(own, features, accumulator_dtype(features.dtype), labels.size[0],
                             labels.size[1], labels.size[2])) {

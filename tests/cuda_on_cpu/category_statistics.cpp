@@ -17,7 +17,7 @@ struct Case {
   int64_t ignore_index = 255;
   const char* layout = "pixels";
   const char* label_layout = "rows";
-  const char* numbers = "usual";  // in the features: also nan, infinity, short, zero
+  const char* numbers = "usual";  // in the features: also nan, infinity, short, zero, opposed
 };
 
 const std::vector<Case> kSmall = {
@@ -46,11 +46,12 @@ const std::vector<Case> kLabels = {
     {1, 300, 4, 3, 4, 7, 9, 3, true, "outside", DType::int8, -1},
 };
 const std::vector<Case> kNumbers = {
-    {2, 3, 9, 3, 4, 7, 9, 2, false, "blobs", DType::int64, 255, "pixels", "rows", "nan"},
-    {2, 3, 9, 3, 4, 7, 9, 2, true, "blobs", DType::int64, 255, "pixels", "rows", "infinity"},
     {1, 3, 9, 3, 4, 3, 4, 2, false, "noise", DType::int64, 255, "pixels", "rows", "nan"},
+    {2, 3, 40, 3, 4, 7, 9, 2, false, "noise", DType::int64, 255, "pixels", "rows", "nan"},
+    {2, 3, 40, 3, 4, 7, 9, 2, true, "noise", DType::int64, 255, "pixels", "rows", "infinity"},
     {2, 3, 4, 3, 4, 7, 9, 2, false, "noise", DType::int64, 255, "pixels", "rows", "short"},
     {2, 3, 4, 3, 4, 7, 9, 2, false, "noise", DType::int64, 255, "pixels", "rows", "zero"},
+    {1, 3, 3, 2, 9, 6, 27, 2, false, "noise", DType::int64, 255, "pixels", "rows", "opposed"},
 };
 const std::vector<Case> kMany = {
     {1, 300, 3, 2, 3, 6, 7, 2},    // channels for more than one block
@@ -106,7 +107,7 @@ struct Inputs {
 int64_t label_of(const Case& s, Random& random, int64_t b, int64_t Y, int64_t X) {
   const std::string content = s.content;
   if (content == "ignored" || random.below(9) == 0) return s.ignore_index;
-  if (content == "outside" && random.below(9) == 0) return random.below(2) == 0 ? s.K : 77;
+  if (content == "outside" && random.below(9) == 0) return random.below(2) == 0 ? s.K : -3;
   if (content == "blobs") return (b + Y / 4 * 3 + X / 5) % s.K;
   return random.below(s.K);
 }
@@ -120,7 +121,7 @@ Tensor new_labels(const Case& s, Random& random, int64_t* outside) {
     for (int64_t Y = 0; Y < s.H; ++Y) {
       for (int64_t X = 0; X < s.W; ++X) {
         const int64_t label = label_of(s, random, b, Y, X);
-        *outside += label != s.ignore_index && label >= s.K;
+        *outside += label != s.ignore_index && (label < 0 || label >= s.K);
         labels.set(layout.offset + b * view.stride[0] + Y * view.stride[1] + X * view.stride[2],
                    static_cast<double>(label));
       }
@@ -154,6 +155,10 @@ Inputs random_inputs(const Problem& p, uint64_t seed) {
   const std::string numbers = s.numbers;
   const double size = numbers == "zero" ? 0 : numbers == "short" ? 3e-8 : 1;
   features.fill([&] { return random.in_unit() * size; });
+  // Thirds of the way between them the map is 0, but for rounding.
+  for (int64_t i = 0; numbers == "opposed" && i < features.stored(); ++i) {
+    features.set(i, (i / s.C % s.w % 2 == 0 ? 2 : -1) * std::sin(i % s.C + 1.0));
+  }
   if (numbers == "nan") features.set(s.C * s.w + 1, NAN);
   if (numbers == "infinity") features.set(s.C * s.w + 1, INFINITY);
   Tensor labels = new_labels(s, random, &outside);
