@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of the features of every class, seen at the labels' resolution: the contract of both
-// kernels.
+// Sums of the features of every class, seen at the labels' resolution: what both kernels share.
 //
 // A cell of the map is what lies between four positions, (y, x), (y, x + 1), (y + 1, x) and
 // (y + 1, x + 1), or fewer at the last row and column; cell and upper left position have the same
@@ -76,17 +75,6 @@ struct Span {
 // Which of so many rows of cells, counted through all images, are a part's; on CUDA, of the cells.
 CTXOPS_HD Span span_of_part(int64_t part, int64_t parts, int64_t count) {
   return {part * count / parts, (part + 1) * count / parts};
-}
-
-// The label with that number of elements in front of it.
-CTXOPS_HD int64_t load_label(const void* labels, DType dtype, int64_t offset) {
-  switch (dtype) {
-    case DType::uint8: return static_cast<const uint8_t*>(labels)[offset];
-    case DType::int8: return static_cast<const int8_t*>(labels)[offset];
-    case DType::int16: return static_cast<const int16_t*>(labels)[offset];
-    case DType::int32: return static_cast<const int32_t*>(labels)[offset];
-    default: return static_cast<const int64_t*>(labels)[offset];
-  }
 }
 
 inline const char* check(const TensorView& features, const TensorView& labels,

@@ -98,6 +98,17 @@ __device__ Cell cell_at(const Problem& p, int64_t number) {
           right - left};
 }
 
+// The label with that number of elements in front of it.
+__device__ int64_t load_label(const void* labels, DType dtype, int64_t offset) {
+  switch (dtype) {
+    case DType::uint8: return static_cast<const uint8_t*>(labels)[offset];
+    case DType::int8: return static_cast<const int8_t*>(labels)[offset];
+    case DType::int16: return static_cast<const int16_t*>(labels)[offset];
+    case DType::int32: return static_cast<const int32_t*>(labels)[offset];
+    default: return static_cast<const int64_t*>(labels)[offset];
+  }
+}
+
 // f(label, Y, X) for the lane's share of the cell's pixels.
 template <typename F>
 __device__ void for_pixels(const Problem& p, const Cell& cell, const F& f) {
