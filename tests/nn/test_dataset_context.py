@@ -6,7 +6,7 @@ from torch import nn
 
 import ctxops
 from ctxops.nn import DatasetContextAggregation, representation_consistency_loss
-from modules import assert_same, randomise
+from modules import activate, assert_same, randomise
 from numerics import LAYOUTS, random_like
 
 FORMS = {
@@ -43,18 +43,6 @@ def draw(form, size=(5, 4), batch=3, device="cpu"):
     if form:
         shapes.append((batch, form["within_channels"], *size))
     return tuple(torch.randn(shape, device=device) for shape in shapes)
-
-
-def activate(x, norm):
-    """Batch norm, ReLU."""
-    if norm.training:
-        mean = x.mean((0, 2, 3))
-        variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
-    else:
-        mean, variance = norm.running_mean, norm.running_var
-    gain = norm.weight / (variance + norm.eps).sqrt()
-    x = gain[:, None, None] * (x - mean[:, None, None]) + norm.bias[:, None, None]
-    return x * (x > 0)
 
 
 def cbr(layers, x):

@@ -12,7 +12,7 @@ from ctxops.nn import (
     GatedFeaturePyramidFusion,
     GatedFullyFusion,
 )
-from modules import assert_same, randomise
+from modules import activate, assert_same, randomise
 from numerics import LAYOUTS, random_like
 
 CHANNELS = (3, 5, 4, 6)
@@ -55,17 +55,6 @@ def resize(x, size, align_corners):
 def convolve(x, layer):
     y = torch.einsum("oi,bihw->bohw", layer.weight.flatten(1), x)
     return y if layer.bias is None else y + layer.bias[:, None, None]
-
-
-def activate(x, norm):
-    if norm.training:
-        mean = x.mean((0, 2, 3))
-        variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
-    else:
-        mean, variance = norm.running_mean, norm.running_var
-    gain = norm.weight / (variance + norm.eps).sqrt()
-    x = gain[:, None, None] * (x - mean[:, None, None]) + norm.bias[:, None, None]
-    return x * (x > 0)
 
 
 def reduce(fusion, features):

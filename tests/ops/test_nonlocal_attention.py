@@ -137,7 +137,7 @@ def test_derivatives_of_higher_order():
     inputs = [x.requires_grad_() for x in make((1, 2, 3, 2), (2, 2), 2, torch.float64)]
     grads = torch.autograd.grad(attend(*inputs).square().sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
-        grads[0].sum().backward()
+        grads[0].backward(torch.randn_like(grads[0]))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(inputs[0].detach(), inputs[0].detach())
         with pytest.raises(NotImplementedError, match="nonlocal_attention has no forward-mode"):
