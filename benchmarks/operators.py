@@ -102,8 +102,7 @@ def _bin_product(shape: Shape, options: Options) -> Callable[[Tensor], Tensor]:
 
 
 def pyramid_pool_cases(shape: Shape, options: Options) -> list[Case]:
-    """Bytes: the map and the anchors once, twice with the backward (it needs no map, it makes one).
-    FLOPs of ours: one addition or comparison for each element."""
+    """Bytes: map and anchors once, twice with the backward, which needs no map but makes one."""
     batch, channels, height, width = shape
     elements = batch * channels * height * width
     output_shape = (batch, channels, ANCHORS)
@@ -127,7 +126,7 @@ def pyramid_pool_cases(shape: Shape, options: Options) -> list[Case]:
                 row("bin matrices", product),
                 row("bin matrices compiled", product, compile=True),
             ]
-        contenders.append(row("ctxops", lambda: ours, ours=True, flops=passes * elements))
+        contenders.append(row("ctxops", lambda: ours, ours=True))
         return Case(
             _title(f"pyramid_pool {mode}", shape, backward),
             lambda: (_random(shape, options, 0),),
@@ -361,7 +360,6 @@ def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
         row = functools.partial(
             Contender,
             peak_bytes=(8 if backward else 4) * maps,
-            flops=0,
             traffic=(5 if backward else 2) * maps,
         )
         convolutions = functools.partial(torch_form, _gates)
@@ -418,9 +416,7 @@ def _cross_by_bmm(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
-    """Queries and keys have an eighth of the channels, as in CCNet.
-
-    FLOPs: the products of the cross, whoever computes them."""
+    """Queries and keys have an eighth of the channels, as in CCNet."""
     batch, channels, height, width = shape
     narrow = (batch, max(1, channels // 8), height, width)
     positions, keys = batch * height * width, height + width - 1
@@ -429,7 +425,6 @@ def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
         row = functools.partial(
             Contender,
             peak_bytes=4 * positions * (8 * channels + 6 * keys) * (2 if backward else 1),
-            flops=2 * positions * keys * (narrow[1] + channels) * (3 if backward else 1),
         )
         contenders = [
             row("einsum", lambda: _cross_by_einsum),
@@ -548,7 +543,7 @@ def category_statistics_cases(shape: Shape, options: Options) -> list[Case]:
             memory = _random((classes, channels), options, 1)
             return _random(sized, options, 0), labels.to(options.device), memory
 
-        row = functools.partial(Contender, peak_bytes=256 * pixels, flops=0)
+        row = functools.partial(Contender, peak_bytes=256 * pixels)
         contenders = [
             row("factorised", lambda: _means_factorised),
             row("factorised compiled", lambda: _means_factorised, compile=True),
