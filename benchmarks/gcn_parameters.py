@@ -102,10 +102,10 @@ def multiply_accumulates(module: nn.Module, x: Tensor) -> int:
 
 
 def _thousands(table: str, what: str, paper: int, module: nn.Module) -> Verdict:
-    count = parameters(module) / 1000
-    return Verdict(
-        f"GCN, Table {table}", f"{what}, parameters", str(paper), count, "K", "no biases"
-    )
+    count = parameters(module)
+    how = f"{count:,}, no biases"
+    title = f"GCN, Table {table}"
+    return Verdict(title, f"{what}, parameters", str(paper), count / 1000, "K", how)
 
 
 def table_2() -> list[Verdict]:
