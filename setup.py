@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the extension by calling CMake. Everything declarative is in pyproject.toml."""
+"""Builds the extension by calling CMake, and places models/. The rest is in pyproject.toml."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -49,6 +49,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    # models/ stands at the top of the tree and is a package of ctxops.
+    packages=[*find_packages(include=["ctxops", "ctxops.*"]), "ctxops.models"],
+    package_dir={"ctxops.models": "models"},
     ext_modules=[Extension("ctxops._C", sources=[])],
     cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )

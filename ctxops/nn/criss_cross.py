@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxops.nn._checks import check_maps, check_sizes
+from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.criss_cross_attention import criss_cross_attention
 
@@ -103,14 +104,9 @@ class RecurrentCrissCrossAttention(nn.Module):
         out_channels = channels if out_channels is None else out_channels
         check_sizes(channels=channels, out_channels=out_channels)
         self.in_channels, self.recurrence = in_channels, recurrence
-
-        def cbr(wide: int, narrow: int) -> nn.Sequential:
-            convolution = nn.Conv2d(wide, narrow, 3, padding=1, bias=False)
-            return nn.Sequential(convolution, norm_layer(narrow), nn.ReLU(inplace=True))
-
-        self.reduce = cbr(in_channels, channels)
+        self.reduce = cbr(in_channels, channels, 3, norm_layer)
         self.attention = CrissCrossAttention(channels, reduction)
-        self.out = cbr(channels, out_channels)
+        self.out = cbr(channels, out_channels, 3, norm_layer)
 
     def extra_repr(self) -> str:
         return f"recurrence={self.recurrence}"

@@ -13,24 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctxops import _library
 from ctxops.nn._checks import check_choice, check_kernel_size, check_maps, check_sizes
-from ctxops.nn.feature_fusion import reduction
+from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.category_context import category_context
 from ctxops.ops.nonlocal_attention import nonlocal_attention
 
 _PROJECTION_LAYERS = (1, 2)
 _FUSIONS = ("concat", "add", "weighted_add")
-
-
-def _cbr(
-    in_channels: int, channels: int, kernel_size: int, norm_layer: Callable[[int], nn.Module]
-) -> nn.Sequential:
-    """Convolution without bias, norm, ReLU."""
-    if kernel_size == 1:
-        return reduction(in_channels, channels, norm_layer)
-    padding = kernel_size // 2
-    convolution = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=False)
-    return nn.Sequential(convolution, norm_layer(channels), nn.ReLU(inplace=True))
 
 
 class _CrossAttention(nn.Module):
@@ -47,14 +36,14 @@ class _CrossAttention(nn.Module):
         width = channels // 2
 
         def projection(in_channels: int) -> nn.Sequential:
-            layers = reduction(in_channels, width, norm_layer)
+            layers = cbr(in_channels, width, 1, norm_layer)
             for _ in range(projection_layers - 1):
-                layers.extend(reduction(width, width, norm_layer))
+                layers.extend(cbr(width, width, 1, norm_layer))
             return layers
 
         self.query, self.key = projection(channels), projection(context_channels)
-        self.value = reduction(context_channels, width, norm_layer)
-        self.out = reduction(width, channels, norm_layer)
+        self.value = cbr(context_channels, width, 1, norm_layer)
+        self.out = cbr(width, channels, 1, norm_layer)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.out(nonlocal_attention(self.query(x), self.key(context), self.value(context)))
@@ -189,12 +178,12 @@ class DatasetContextAggregation(nn.Module):
                 return _Addition()
             if fusion == "weighted_add":
                 return _WeightedAddition(widths)
-            return _Concatenation(_cbr(sum(widths), channels, kernel_size, norm_layer))
+            return _Concatenation(cbr(sum(widths), channels, kernel_size, norm_layer))
 
         def attention(context_channels: int) -> nn.Module:
             return _CrossAttention(channels, context_channels, projection_layers, norm_layer)
 
-        self.bottleneck = _cbr(in_channels, channels, kernel_size, norm_layer)
+        self.bottleneck = cbr(in_channels, channels, kernel_size, norm_layer)
         self.attention, self.fuse = attention(channels), fuse(*widths)
         self.attention_within = self.fuse_within = None
         if within_channels and within_attention:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops.nn._checks import check_features, check_levels, check_sizes
-from ctxops.nn.pointwise import PointwiseConv2d
+from ctxops.nn.cbr import cbr
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
@@ -34,16 +34,6 @@ def resized_sum(maps: Sequence[Tensor], size: Sequence[int], align_corners: bool
     return first
 
 
-def reduction(
-    in_channels: int, channels: int, norm_layer: Callable[[int], nn.Module]
-) -> nn.Sequential:
-    return nn.Sequential(
-        PointwiseConv2d(in_channels, channels, bias=False),
-        norm_layer(channels),
-        nn.ReLU(inplace=True),
-    )
-
-
 class LevelFusion(nn.Module):
     """What the fusions share: the levels' channels, and their reduction to one width."""
 
@@ -60,7 +50,7 @@ class LevelFusion(nn.Module):
         check_sizes(channels=channels)
         self.channels, self.align_corners = channels, align_corners
         self.reduce = nn.ModuleList(
-            reduction(width, channels, norm_layer) for width in self.in_channels
+            cbr(width, channels, 1, norm_layer) for width in self.in_channels
         )
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops.nn._checks import check_choice, check_features, check_levels, check_sizes
-from ctxops.nn.feature_fusion import LevelFusion, reduction, resize, resized_sum
+from ctxops.nn.cbr import cbr
+from ctxops.nn.feature_fusion import LevelFusion, resize, resized_sum
 from ctxops.nn.pointwise import PointwiseConv2d, is_untouched, pointwise
 from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 
@@ -234,7 +235,7 @@ class DenseFeaturePyramid(nn.Module):
         check_sizes(context_channels=context_channels, channels=channels)
         self.context_channels, self.channels = context_channels, channels
         self.literal, self.align_corners = literal, align_corners
-        self.reduce = reduction(context_channels, channels, norm_layer)
+        self.reduce = cbr(context_channels, channels, 1, norm_layer)
         widths = (channels, *reversed(self.in_channels))
         self.fuse = nn.ModuleList(
             _DenseFusion(widths[: level + (not literal)], channels, align_corners, norm_layer)

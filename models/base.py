@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all networks share: encoder, decoder, classifier, and what a forward returns."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from ctxops.models.encoder import Encoder
+from torch import Tensor, nn
+
+from ctxops import _library
+from ctxops.nn._checks import check_sizes
+from ctxops.nn.cbr import cbr
+
+
+@dataclasses.dataclass
+class SegmentationOutput:
+    """What a network returns.
+
+    Attributes:
+        logits: ``(B, num_classes, H, W)``, at the size of the image.
+        auxiliary: in training the logits of further heads, by name, of the same shape; else empty.
+        features: in training what the network's own loss or memory needs, ``(B, C, h, w)``; the
+            network says what it is.
+    """
+
+    logits: Tensor
+    auxiliary: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    features: Tensor | None = None
+
+
+torch.export.register_dataclass(
+    SegmentationOutput, serialized_type_name="ctxops.SegmentationOutput"
+)
+
+
+class Classifier(nn.Sequential):
+    """Dropout of whole channels, and the 1 x 1 convolution to the classes."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
+        nn.init.normal_(self[1].weight, std=0.01)
+        nn.init.zeros_(self[1].bias)
+
+
+class FCNHead(nn.Sequential):
+    """3 x 3 convolution, norm, ReLU, classifier: the deep supervision of most networks."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        *,
+        dropout: float,
+        norm_layer: Callable[[int], nn.Module],
+        bias: bool = False,
+    ) -> None:
+        super().__init__(
+            cbr(in_channels, channels, 3, norm_layer, bias=bias),
+            Classifier(channels, num_classes, dropout),
+        )
+
+
+class SegmentationNetwork(nn.Module):
+    """An image's maps, one map of context made of them, and the scores of its positions.
+
+    Args:
+        encoder: gives the maps.
+        decoder: takes the maps of ``levels``, one argument each, to ``(B, channels, h, w)``.
+        channels: of the decoder's map.
+        num_classes: K.
+        levels: which of the encoder's maps the decoder takes; negative ones count from the last.
+        auxiliary_channels: width of the auxiliary head, a :class:`FCNHead` on the last but one of
+            the encoder's maps (on the only one, where there is one); 0: no such head.
+        auxiliary_bias: a bias in the head's 3 x 3 convolution.
+        dropout: of the classifiers.
+        align_corners: of the resize of all logits to the image.
+        norm_layer: makes a norm from a number of channels.
+
+    Shape: ``(B, in_channels, H, W)`` of any size -> :class:`SegmentationOutput`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: nn.Module,
+        channels: int,
+        num_classes: int,
+        *,
+        levels: Sequence[int] = (-1,),
+        auxiliary_channels: int = 512,
+        auxiliary_bias: bool = False,
+        dropout: float = 0.1,
+        align_corners: bool = True,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        check_sizes(channels=channels, num_classes=num_classes)
+        self.levels, self.num_classes, self.align_corners = levels, num_classes, align_corners
+        self.encoder, self.decoder = encoder, decoder
+        self.classifier = Classifier(channels, num_classes, dropout)
+        self.auxiliary = None
+        if auxiliary_channels:
+            self.auxiliary = FCNHead(
+                encoder.channels[-2:][0],
+                auxiliary_channels,
+                num_classes,
+                dropout=dropout,
+                norm_layer=norm_layer,
+                bias=auxiliary_bias,
+            )
+
+    def forward(self, image: Tensor) -> SegmentationOutput:
+        _library.check_map("image", image)
+        maps = self.encoder(image)
+        output = self.predict(maps)
+        if self.training and self.auxiliary is not None:
+            output.auxiliary["auxiliary"] = self.auxiliary(maps[-2:][0])
+        size = image.shape[2:]
+        output.logits = self._resize(output.logits, size)
+        output.auxiliary = {name: self._resize(x, size) for name, x in output.auxiliary.items()}
+        return output
+
+    def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
+        """The logits at the size of the decoder's map, before the resize."""
+        y = self.decoder(*(maps[level] for level in self.levels))
+        return SegmentationOutput(self.classifier(y))
+
+    def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        return F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
