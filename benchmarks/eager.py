@@ -18,11 +18,11 @@ from ctxops.nn.gated_fusion import _ResizedConcatConv2d
 from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d
 
 __all__ = [
+    "as_rows",
     "cross_by_bmm",
     "cross_by_einsum",
     "eager_twin",
     "fuse_levels",
-    "as_rows",
     "sdpa",
     "softmax_attention",
     "windows_by_shifts",
