@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from harness import Case, Contender, Options, Verdict, both_formats
 from harness.measure import Result, Row
+from released import randomize
 
 # What a network holds at most in evaluation, in values for each pixel: three of a ResNet's widest
 # maps at a quarter of the side, and some of thousands of channels at an eighth.
@@ -55,7 +56,7 @@ def network_case(
     def row(name: str, build: Callable[[], nn.Module]) -> Contender:
         return Contender(
             name,
-            lambda: Logits(build()).to(options.dtype).eval(),
+            lambda: Logits(randomize(build())).to(options.dtype).eval(),
             peak_bytes=options.dtype.itemsize * VALUES_PER_PIXEL * height * width,
             family=name,
             ours=name == ours,
