@@ -6,7 +6,7 @@ from torch import nn
 
 import ctxops
 from ctxops.nn import DatasetContextAggregation, representation_consistency_loss
-from modules import activate, assert_same, randomise
+from modules import activate, assert_same, cbr, randomise
 from numerics import LAYOUTS, random_like
 
 FORMS = {
@@ -43,15 +43,6 @@ def draw(form, size=(5, 4), batch=3, device="cpu"):
     if form:
         shapes.append((batch, form["within_channels"], *size))
     return tuple(torch.randn(shape, device=device) for shape in shapes)
-
-
-def cbr(layers, x):
-    while len(layers):
-        convolution, norm, _ = layers[:3]
-        assert convolution.bias is None
-        layers, width = layers[3:], convolution.weight.shape[2]
-        x = activate(F.conv2d(x, convolution.weight, padding=width // 2), norm)
-    return x
 
 
 def attend(attention, x, context):
