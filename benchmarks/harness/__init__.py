@@ -9,6 +9,7 @@ from harness.options import Options, add_options, parse_shape, parse_size, read_
 from harness.program import run_benchmark
 from harness.report import Report
 from harness.timing import Effort
+from harness.verdict import Verdict, markdown, print_verdicts
 
 __all__ = [
     "Case",
@@ -20,12 +21,15 @@ __all__ = [
     "Oracle",
     "Paper",
     "Report",
+    "Verdict",
     "add_options",
     "both_formats",
     "check_case",
+    "markdown",
     "parse_shape",
     "parse_size",
     "peak_memory",
+    "print_verdicts",
     "read_options",
     "relative_error",
     "run_benchmark",

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules: parameters, and calls of the operators."""
 
+from ctxops.nn.adaptive_context import AdaptiveContext
+from ctxops.nn.aspp import ASPP
+from ctxops.nn.asymmetric_context import AsymmetricNonLocalContext
 from ctxops.nn.cgnl import CGNL
+from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
 from ctxops.nn.dataset_context import (
     DatasetContextAggregation,
     representation_consistency_loss,
 )
+from ctxops.nn.disentangled_non_local import DisentangledNonLocal
+from ctxops.nn.dual_attention import ChannelAttention, DualAttention, PositionAttention
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
 from ctxops.nn.feature_memory import FeatureMemory
 from ctxops.nn.gated_fusion import (
@@ -22,19 +28,28 @@ from ctxops.nn.global_convolution import (
 )
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
+from ctxops.nn.object_context import ObjectContext
+from ctxops.nn.pyramid_pooling import PyramidPooling
 
 __all__ = [
     "AFNB",
     "APNB",
+    "ASPP",
     "CGNL",
     "GALD",
+    "AdaptiveContext",
     "AdditionFusion",
+    "AsymmetricNonLocalContext",
     "BoundaryRefinement",
+    "ChannelAttention",
+    "ConcatContext",
     "ConcatFusion",
     "ConvolutionStack",
     "CrissCrossAttention",
     "DatasetContextAggregation",
     "DenseFeaturePyramid",
+    "DisentangledNonLocal",
+    "DualAttention",
     "FeatureMemory",
     "FeaturePyramidFusion",
     "FusionNonLocal2d",
@@ -45,6 +60,9 @@ __all__ = [
     "LDv1",
     "LDv2",
     "NonLocal2d",
+    "ObjectContext",
+    "PositionAttention",
+    "PyramidPooling",
     "RecurrentCrissCrossAttention",
     "representation_consistency_loss",
 ]
