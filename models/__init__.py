@@ -3,6 +3,7 @@
 
 # The networks: each registers itself.
 from ctxops.models import fcn as fcn
+from ctxops.models import gcn as gcn
 from ctxops.models.base import SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import create_model, list_models, model_options, register_model

@@ -75,9 +75,9 @@ class Encoder(nn.Module):
                 f"its maps are {self.strides}: choose output_stride={self.strides[-1]}"
             )
         if multi_grid is not None:
-            _set_multi_grid(self._part("layer4", "multi_grid"), multi_grid)
+            _set_multi_grid(self.part("layer4", "multi_grid"), multi_grid)
         if ceil_mode:
-            self._part("maxpool", "ceil_mode").ceil_mode = True
+            self.part("maxpool", "ceil_mode").ceil_mode = True
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, channels={self.channels}, strides={self.strides}"
@@ -89,7 +89,8 @@ class Encoder(nn.Module):
         size = maps[0].shape[2:]
         return [torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)]
 
-    def _part(self, part: str, argument: str) -> nn.Module:
+    def part(self, part: str, argument: str) -> nn.Module:
+        """A part that ResNets have, for the sake of an argument that others refuse."""
         parts = dict(self.body.named_children())
         if part not in parts:
             raise ValueError(f"{argument} is for ResNets: backbone {self.name!r} has no {part}")
