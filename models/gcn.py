@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
@@ -24,20 +25,39 @@ _SCORES = ("gcn", "pointwise", "conv", "stack")
 _GLOBAL_STAGES = {"layer3": (5, 85), "layer4": (7, 128)}
 
 
-def _deconvolution(channels: int) -> nn.ConvTranspose2d:
+class _Doubling(nn.ConvTranspose2d):
     """Doubles a score map; starts as bilinear interpolation of every class for itself."""
-    layer = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1, bias=False)
-    taps = torch.tensor([0.25, 0.75, 0.75, 0.25])
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.weight[range(channels), range(channels)] = torch.outer(taps, taps)
-    return layer
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1, bias=False)
+        taps = torch.tensor([0.5, 1.0, 0.5])
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[range(channels), range(channels)] = torch.outer(taps, taps)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        lacking = [side - (2 * half - 1) for side, half in zip(size, x.shape[2:], strict=True)]
+        return F.conv_transpose2d(x, self.weight, None, 2, 1, lacking)
 
 
-def _fit(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """Cuts what the doubling of sizes that were rounded up has too much."""
-    # A backbone that rounds sizes down leaves too little instead, hence the resize.
-    return resize(scores[:, :, : size[0], : size[1]], size, align_corners=False)
+class _Upsampling(nn.Module):
+    """As many doublings as a ratio of strides needs, each with a refinement."""
+
+    def __init__(self, ratio: int, channels: int, refine: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        count = ratio.bit_length() - 1
+        self.doublings = nn.ModuleList(_Doubling(channels) for _ in range(count))
+        self.refine = nn.ModuleList(refine() for _ in range(count))
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        sizes = [tuple(size)]
+        for _ in self.doublings:
+            sizes.append(tuple((side - 1) // 2 + 1 for side in sizes[-1]))
+        # ResNets halve so; a backbone that rounds otherwise needs this resize.
+        x = resize(x, sizes.pop(), align_corners=False)
+        for double, refine in zip(self.doublings, self.refine, strict=True):
+            x = refine(double(x, sizes.pop()))
+        return x
 
 
 class _ScorePyramid(nn.Module):
@@ -51,34 +71,46 @@ class _ScorePyramid(nn.Module):
         refine: Callable[[], nn.Module],
     ) -> None:
         super().__init__()
-        # The strides of backbones are powers of two: how often is each map doubled?
-        strides = (1, *encoder.strides)
-        doublings = [(b // a).bit_length() - 1 for a, b in itertools.pairwise(strides)]
         self.score = nn.ModuleList(score(width) for width in encoder.channels)
         self.refine = nn.ModuleList(refine() for _ in encoder.channels)
         self.refine_sum = nn.ModuleList(refine() for _ in encoder.channels[1:])
         self.upsample = nn.ModuleList(
-            nn.Sequential(*(_deconvolution(num_classes) for _ in range(count)))
-            for count in doublings[1:]
+            _Upsampling(coarse // fine, num_classes, nn.Identity)
+            for fine, coarse in itertools.pairwise(encoder.strides)
         )
-        self.to_image = nn.Sequential()
-        for _ in range(doublings[0]):
-            self.to_image.extend([_deconvolution(num_classes), refine()])
 
     def forward(self, *maps: Tensor) -> Tensor:
         levels = zip(maps, self.score, self.refine, strict=True)
         *scores, y = [refine(score(x)) for x, score, refine in levels]
         steps = zip(scores, self.upsample, self.refine_sum, strict=True)
         for x, upsample, refine in reversed(list(steps)):
-            y = refine(x + _fit(upsample(y), x.shape[2:]))
-        return self.to_image(y)
+            y = refine(x + upsample(y, x.shape[2:]))
+        return y
 
 
 class _GlobalConvolutionalNetwork(SegmentationNetwork):
-    """The decoder's map is that of the scores, and not smaller than the image."""
+    """Its decoder gives the scores, and deconvolutions take them to the size of the image."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        score: Callable[[int], nn.Module],
+        refine: Callable[[], nn.Module],
+    ) -> None:
+        super().__init__(
+            encoder,
+            _ScorePyramid(encoder, num_classes, score, refine),
+            num_classes,
+            num_classes,
+            levels=range(len(encoder.channels)),
+            auxiliary_channels=0,
+            classifier=nn.Identity(),
+        )
+        self.to_image = _Upsampling(encoder.strides[0], num_classes, refine)
 
     def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        return _fit(logits, size)
+        return self.to_image(logits, size)
 
 
 def _set_global_stages(encoder: Encoder, norm_layer: Callable[[int], nn.Module]) -> None:
@@ -128,9 +160,9 @@ def gcn(
             ``backbone="resnet50"`` the paper's ResNet50-GCN (Table 11). Weights of the backbone
             that ``pretrained`` loads reach the stages before them.
 
-    There is no auxiliary head and no dropout. The deconvolutions, 4 x 4 without bias, start as
-    bilinear interpolation, our reading. Source: Peng et al., Large Kernel Matters, CVPR 2017,
-    Figure 2, sections 3.2 and 4.1.
+    There is no auxiliary head and no dropout. The deconvolutions are 3 x 3 without bias and start
+    as bilinear interpolation, our reading. Source: Peng et al., Large Kernel Matters, CVPR
+    2017, Figure 2, sections 3.2 and 4.1.
     """
     check_choice("score", score, _SCORES)
 
@@ -150,12 +182,4 @@ def gcn(
     check_kernel_size(kernel_size)
     if global_backbone:
         _set_global_stages(encoder, norm_layer)
-    return _GlobalConvolutionalNetwork(
-        encoder,
-        _ScorePyramid(encoder, num_classes, score_layer, refinement),
-        num_classes,
-        num_classes,
-        levels=range(len(encoder.channels)),
-        auxiliary_channels=0,
-        classifier=nn.Identity(),
-    )
+    return _GlobalConvolutionalNetwork(encoder, num_classes, score_layer, refinement)
