@@ -45,7 +45,7 @@ class Classifier(nn.Sequential):
 
 
 class FCNHead(nn.Sequential):
-    """3 x 3 convolution, norm, ReLU, classifier: the deep supervision of most networks."""
+    """Convolution, norm, ReLU, classifier: the deep supervision of most networks."""
 
     def __init__(
         self,
@@ -55,10 +55,11 @@ class FCNHead(nn.Sequential):
         *,
         dropout: float,
         norm_layer: Callable[[int], nn.Module],
+        kernel_size: int = 3,
         bias: bool = False,
     ) -> None:
         super().__init__(
-            cbr(in_channels, channels, 3, norm_layer, bias=bias),
+            cbr(in_channels, channels, kernel_size, norm_layer, bias=bias),
             Classifier(channels, num_classes, dropout),
         )
 

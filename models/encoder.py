@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from ctxops.models._checks import check_known, require_timm
 from torch import Tensor, nn
 
@@ -11,13 +12,25 @@ from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
 
+# What the sides of the image must divide by: an HRNet adds up branches that differ in stride by
+# factors, the windows of a Swin lie on whole patches.
+_MULTIPLES = {"hrnet": 32, "swin": 4}
+
+# What lets transformers take images of any size: those on patches, those on windows. timm refuses
+# arguments that a backbone does not know.
+_ANY_SIZE = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"strict_img_size": False},
+)
+
 
 class Encoder(nn.Module):
     """The last maps of a timm backbone, at most four, the finest first.
 
     Args:
         name: a timm model, with or without the tag of its weights, such as ``"resnet101s"``.
-        output_stride: stride of the last map. A backbone that can be dilated is, to have it.
+        output_stride: stride of the last map. A backbone that can be dilated is, to have it;
+            DenseNets too, without the pools of their transitions.
         pretrained: loads timm's weights.
         in_channels: channels of the image.
         multi_grid: factors of the dilations in the last stage, one per block and over again:
@@ -27,7 +40,8 @@ class Encoder(nn.Module):
         options: further arguments of ``timm.create_model``.
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
-    transformer gives those of its last blocks, all at the stride of its patches.
+    transformer gives the maps of its last blocks, all at the stride of its patches. Images are
+    padded with zeros where these or a Swin need it.
 
     Attributes:
         channels: of each map.
@@ -57,14 +71,17 @@ class Encoder(nn.Module):
         self.name = name
         architecture = name.split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
+        fits = [n for prefix, n in _MULTIPLES.items() if architecture.startswith(prefix)]
+        self.multiple = max(fits, default=1)
         arguments: dict[str, object] = {"pretrained": pretrained, "in_chans": in_channels}
         if self.concatenates:
             # The branches as they are, without the widening that ImageNet's classifier needs.
             arguments |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
-        if architecture.startswith(("vit_", "deit")):
-            arguments |= {"dynamic_img_size": True, "dynamic_img_pad": True}
         self.body = _create(name, output_stride, arguments | dict(options or {}))
         channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
+        if architecture.startswith("densenet"):
+            strides = _dilate_densenet(self.body, strides, output_stride)
+        self.channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
         if self.concatenates:
             channels, strides = [sum(channels)], [min(strides)]
         self.channels = tuple(channels[-_MOST_LEVELS:])
@@ -83,11 +100,18 @@ class Encoder(nn.Module):
         return f"{self.name!r}, channels={self.channels}, strides={self.strides}"
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        height, width = image.shape[2:]
+        if self.multiple > 1:
+            image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
         maps = list(self.body(image))[-_MOST_LEVELS:]
+        if self.channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
         if not self.concatenates:
             return maps
-        size = maps[0].shape[2:]
-        return [torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)]
+        stride, size = self.strides[0], maps[0].shape[2:]
+        y = torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)
+        # What the padding added goes: the map begins where the image does and ends with it.
+        return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]
 
     def part(self, part: str, argument: str) -> nn.Module:
         """A part that ResNets have, for the sake of an argument that others refuse."""
@@ -102,11 +126,29 @@ def _create(name: str, output_stride: int, arguments: dict[str, object]) -> nn.M
     timm = require_timm()
     if ":" not in name:  # a model of a hub
         check_known("backbone", name.split(".")[0], timm.list_models(), "timm.list_models()")
-    arguments = arguments | {"features_only": True}
-    try:
-        return timm.create_model(name, output_stride=output_stride, **arguments)
-    except (TypeError, AssertionError, NotImplementedError):
-        return timm.create_model(name, **arguments)
+    arguments = {"features_only": True} | arguments
+    for flexible in ({"output_stride": output_stride}, *_ANY_SIZE):
+        try:
+            return timm.create_model(name, **flexible | arguments)
+        except (TypeError, AssertionError, NotImplementedError):
+            continue
+    return timm.create_model(name, **arguments)
+
+
+def _dilate_densenet(body: nn.Module, strides: Sequence[int], output_stride: int) -> list[int]:
+    """Drops the pools beyond the stride and dilates the blocks behind them; the strides then."""
+    reached, dilation = 4, 1
+    for name, part in body.named_children():
+        if "transition" in name:
+            if 2 * reached <= output_stride:
+                reached *= 2
+            else:
+                part.pool = nn.Identity()
+                dilation *= 2
+        elif "denseblock" in name:
+            for layer in part.values():
+                layer.conv2.dilation = layer.conv2.padding = (dilation, dilation)
+    return [min(stride, reached) for stride in strides]
 
 
 def _set_multi_grid(stage: nn.Module, factors: Sequence[int]) -> None:
