@@ -35,11 +35,13 @@ from harness import (
     Report,
     Verdict,
     add_options,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import milliseconds, network_case, parameters, ratio_verdicts
+from networks import network_case, parameters
 
 IN_CHANNELS, CHANNELS, CLASSES = 2048, 512, 19
 

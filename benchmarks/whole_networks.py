@@ -29,18 +29,14 @@ from harness import (
     Verdict,
     add_options,
     both_formats,
+    megabytes,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import (
-    megabytes,
-    milliseconds,
-    network_case,
-    parameters,
-    ratio_verdicts,
-    statistics,
-)
+from networks import network_case, parameters, statistics
 from released import randomize
 
 CHANNELS, CLASSES = 512, 19
