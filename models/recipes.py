@@ -7,7 +7,7 @@ is read from the shapes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from ctxops.models._checks import require_timm
 from torch import Tensor
@@ -150,8 +150,11 @@ def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, objec
     auxiliary = "auxiliary_head.convs.0.conv.weight"
     arguments = _resnet(shapes, "backbone.", "backbone.stem.0")
     arguments |= {"num_classes": shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}
+    if arguments["backbone"].startswith(("resnet18", "resnet34")):
+        arguments["dilate_both"] = False
     if head == "decode_head":
-        arguments["auxiliary_channels"] = shapes[auxiliary][0] if auxiliary in shapes else 0
+        width = shapes[auxiliary][0] if auxiliary in shapes else 0
+        arguments |= {"auxiliary_channels": width, "auxiliary_bias": False}
     return arguments
 
 
@@ -356,6 +359,23 @@ _MMSEG = [
             "decoder.context.fusion.0",
         ),
     ),
+    _mmseg(
+        "fcn",
+        "decode_head.conv_cat.",
+        _module("decode_head.convs.{}", "decoder.context.{}")
+        | _module("decode_head.conv_cat", "decoder.fuse"),
+        _mmseg_channels(
+            "decode_head.conv_cat.conv.weight",
+            convolutions=lambda shapes, _: shapes.count("decode_head.convs"),
+            concat=lambda *_: True,
+        ),
+    ),
+    _mmseg(
+        "fcn",
+        "decode_head.convs.0.",
+        _module("decode_head.convs.0", "decoder"),
+        _mmseg_channels("decode_head.convs.0.conv.weight"),
+    ),
     Recipe(
         "mmsegmentation",
         "ocrnet",
@@ -379,4 +399,147 @@ _MMSEG = [
     ),
 ]
 
-RECIPES: Iterable[Recipe] = [*_MMSEG]
+# torchvision --------------------------------------------------------------------------------------
+
+
+def _torchvision_fcn(shapes: Shapes) -> dict[str, object]:
+    auxiliary = "aux_classifier.0.weight"
+    return _resnet(shapes, "backbone.", "backbone.conv1.0") | {
+        "num_classes": shapes["classifier.4.weight"][0],
+        "channels": shapes["classifier.0.weight"][0],
+        "align_corners": False,
+        "auxiliary_channels": shapes[auxiliary][0] if auxiliary in shapes else 0,
+    }
+
+
+_TORCHVISION = [
+    Recipe(
+        "torchvision",
+        "fcn",
+        ("backbone.layer4.", "classifier.0.weight"),
+        _prefixed(_PLAIN_RESNET, "backbone.")
+        | {
+            "classifier.0": "decoder.0",
+            "classifier.1": "decoder.1",
+            "classifier.4": "classifier.1",
+            "aux_classifier.0": "auxiliary.0.0",
+            "aux_classifier.1": "auxiliary.0.1",
+            "aux_classifier.4": "auxiliary.1.1",
+        },
+        _torchvision_fcn,
+    )
+]
+
+# The code released with ANN and GALD -------------------------------------------------------------
+
+
+def _released_auxiliary(shapes: Shapes) -> dict[str, object]:
+    if not shapes.has("dsn"):
+        return {"auxiliary_channels": 0}
+    return {"auxiliary_channels": shapes["dsn.0.weight"][0], "auxiliary_bias": True}
+
+
+def _ann_block(theirs: str, ours: str) -> dict[str, str]:
+    """A block of ANN; its norm and ReLU are one module, or two in a list."""
+    stage = f"{theirs}.stages.0"
+    names = {f"{stage}.f_value": f"{ours}.value", f"{stage}.W": f"{ours}.out"}
+    for embedding in ("query", "key"):
+        names |= {
+            f"{stage}.f_{embedding}.0": f"{ours}.{embedding}.0",
+            f"{stage}.f_{embedding}.1": f"{ours}.{embedding}.1",
+            f"{stage}.f_{embedding}.1.0": f"{ours}.{embedding}.1",
+        }
+    return names | {
+        f"{theirs}.conv_bn_dropout.0": f"{ours}.fusion.0",
+        f"{theirs}.conv_bn_dropout.1": f"{ours}.fusion.1",
+        f"{theirs}.conv_bn_dropout.1.0": f"{ours}.fusion.1",
+    }
+
+
+def _ann_arguments(shapes: Shapes) -> dict[str, object]:
+    stem = "resinit" if shapes.has("backbone.resinit") else "prefix"
+    return (
+        _resnet(shapes, "backbone.", f"backbone.{stem}.conv1")
+        | _released_auxiliary(shapes)
+        | {
+            "num_classes": shapes["cls.weight"][0],
+            "channels": shapes["context.0.weight"][0],
+            "key_channels": shapes["fusion.stages.0.f_key.0.weight"][0],
+            "value_channels": shapes["fusion.stages.0.f_value.weight"][0],
+            "ceil_mode": True,
+        }
+    )
+
+
+def _gald_arguments(shapes: Shapes) -> dict[str, object]:
+    return (
+        _resnet(shapes, "", "conv1.0")
+        | _released_auxiliary(shapes)
+        | {
+            "num_classes": shapes["head.bottleneck.3.weight"][0],
+            "channels": shapes["head.conva.0.weight"][0],
+            "ceil_mode": True,
+            "contract_dilation": False,
+            "multi_grid": (1, 2, 4),
+        }
+    )
+
+
+_RELEASED = [
+    Recipe(
+        "ann",
+        "ann",
+        ("fusion.stages.0.f_key.", "context.2.stages.0.f_value."),
+        _prefixed({name: name for name in _STAGES}, "backbone.")
+        | _prefixed(_NAMED_STEM, "backbone.prefix.")
+        | _prefixed(_NAMED_STEM, "backbone.resinit.")
+        | _ann_block("fusion", "decoder.fusion")
+        | {
+            "context.0": "decoder.reduce.0",
+            "context.1": "decoder.reduce.1",
+            "context.1.0": "decoder.reduce.1",
+        }
+        | _ann_block("context.2", "decoder.context")
+        | {
+            "cls": "classifier.1",
+            "dsn.0": "auxiliary.0.0",
+            "dsn.1": "auxiliary.0.1",
+            "dsn.1.0": "auxiliary.0.1",
+            "dsn.3": "auxiliary.1.1",
+        },
+        _ann_arguments,
+    ),
+    Recipe(
+        "gald",
+        "gald",
+        ("head.a2block.",),
+        _prefixed(_PLAIN_RESNET, "")
+        | {
+            "head.conva.0": "decoder.context.0.0",
+            "head.conva.1": "decoder.context.0.1",
+            "head.a2block.down.0": "decoder.context.1.down.0.0",
+            "head.a2block.down.1": "decoder.context.1.down.0.1",
+            "head.a2block.long_relation.t": "decoder.context.1.global_aggregation.theta",
+            "head.a2block.long_relation.p": "decoder.context.1.global_aggregation.phi",
+            "head.a2block.long_relation.g": "decoder.context.1.global_aggregation.g",
+            "head.a2block.long_relation.z": "decoder.context.1.global_aggregation.z",
+            "head.a2block.long_relation.gn": "decoder.context.1.global_aggregation.norm",
+            "head.convb.0": "decoder.context.2.0",
+            "head.convb.1": "decoder.context.2.1",
+            "head.bottleneck.0": "decoder.fuse.0",
+            "head.bottleneck.1": "decoder.fuse.1",
+            "head.bottleneck.3": "classifier.1",
+        }
+        | {
+            f"head.a2block.local_attention.dconv{i + 1}.{j}": (
+                f"decoder.context.1.local_distribution.down.{i}.{j}"
+            )
+            for i in range(3)
+            for j in range(2)
+        }
+        | {"dsn.0": "auxiliary.0.0", "dsn.1": "auxiliary.0.1", "dsn.4": "auxiliary.1.1"},
+        _gald_arguments,
+    ),
+]
+
+RECIPES = [*_MMSEG, *_TORCHVISION, *_RELEASED]
