@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import nn
 
+from ctxops.models import Encoder, SegmentationNetwork
 from ctxops.nn import (
     ASPP,
     CGNL,
@@ -41,7 +41,7 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from networks import network_case, parameters
+from network_cases import network_case, parameters
 
 IN_CHANNELS, CHANNELS, CLASSES = 2048, 512, 19
 

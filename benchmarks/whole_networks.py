@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import Tensor, nn
 
 import gald_efficiency
 import gff_cost
+from ctxops.models import Encoder, SegmentationNetwork
 from ctxops.nn import AsymmetricNonLocalContext, DatasetContextAggregation
 from ctxops.nn.cbr import cbr
 from eager import eager_twin
@@ -36,7 +36,7 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from networks import network_case, parameters, statistics
+from network_cases import network_case, parameters, statistics
 from released import randomize
 
 CHANNELS, CLASSES = 512, 19
