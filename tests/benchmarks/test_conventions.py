@@ -4,75 +4,7 @@ import torch
 from torch import nn
 
 from conventions import count_operations
-from ctxops.nn import (
-    AFNB,
-    APNB,
-    ASPP,
-    CGNL,
-    AdaptiveContext,
-    AsymmetricNonLocalContext,
-    ConcatContext,
-    DatasetContextAggregation,
-    DisentangledNonLocal,
-    DualAttention,
-    FusionNonLocal2d,
-    NonLocal2d,
-    PyramidPooling,
-    RecurrentCrissCrossAttention,
-)
-from ctxops.nn.cbr import cbr
-
-
-class DatasetContext(nn.Module):
-    """Both steps of a dataset context aggregation, with logits and memory given."""
-
-    def __init__(self, **arguments):
-        super().__init__()
-        self.dca = DatasetContextAggregation(2048, **arguments)
-
-    def forward(self, x, *within):
-        logits = x.new_empty(x.shape[0], 19, *x.shape[2:])
-        return self.dca(self.dca.reduce(x), logits, x.new_empty(19, 512), *within)
-
-
-def dnl():
-    reduce, expand = cbr(2048, 512, 3, nn.BatchNorm2d), cbr(512, 512, 3, nn.BatchNorm2d)
-    return ConcatContext(nn.Sequential(reduce, DisentangledNonLocal(512), expand), 2048, 512, 512)
-
-
-def ann():
-    return AsymmetricNonLocalContext(1024, 2048, bias=False, fold=False)
-
-
-def ccnet():
-    return ConcatContext(RecurrentCrissCrossAttention(2048, 512), 2048, 512, 512)
-
-
-# MCIBI, Table 3, and the ASPP+DCA of its text.
-MCIBI = {
-    "ASPP": (lambda: ASPP(2048), [2048], 674.47),
-    "PPM": (lambda: PyramidPooling(2048), [2048], 309.45),
-    "CCNet": (ccnet, [2048], 397.38),
-    "DANet": (lambda: DualAttention(2048), [2048], 392.02),
-    "ANN": (ann, [1024, 2048], 335.24),
-    "DNL": (dnl, [2048], 395.25),
-    "APCNet": (lambda: AdaptiveContext(2048), [2048], 413.12),
-    "DCA": (DatasetContext, [2048], 242.80),
-    "ASPP+DCA, table": (
-        lambda: DatasetContext(within_channels=512), [2048, 512], 730.56 - 674.47,
-    ),
-    "ASPP+DCA, text": (
-        lambda: DatasetContext(within_channels=512, within_attention=False), [2048, 512], 40.94,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "widths", "published"), MCIBI.values(), ids=MCIBI)
-def test_table_3_of_mcibi(make, widths, published):
-    with torch.device("meta"):
-        inputs = [torch.empty(1, width, 128, 128) for width in widths]
-        count = count_operations(make().eval(), *inputs)
-    assert f"{count / 1e9:.2f}" == f"{published:.2f}"
+from ctxops.nn import AFNB, APNB, CGNL, FusionNonLocal2d, NonLocal2d, PyramidPooling
 
 
 @pytest.mark.parametrize(
