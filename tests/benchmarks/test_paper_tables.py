@@ -31,9 +31,7 @@ def test_runs_a_script_and_writes_the_page(tmp_path, monkeypatch):
 
 
 def test_a_script_that_fails_is_named():
-    with pytest.raises(
-        RuntimeError, match=r"(?s)py --quick.*unrecognized arguments"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)py --quick.*unrecognized arguments"):
         paper_tables.run_script("gcn_parameters", ["--quick"])
 
 
