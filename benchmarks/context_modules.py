@@ -43,7 +43,7 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from networks import milliseconds, parameters, ratio_verdicts
+from network_cases import milliseconds, parameters, ratio_verdicts
 from released import randomize
 
 LOW_CHANNELS, IN_CHANNELS, CHANNELS, CLASSES = 1024, 2048, 512, 19

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import nn
 
+from ctxops.models import Encoder, SegmentationNetwork
 from ctxops.nn import (
     ASPP,
     CGNL,
@@ -35,11 +35,13 @@ from harness import (
     Report,
     Verdict,
     add_options,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import milliseconds, network_case, parameters, ratio_verdicts
+from network_cases import network_case, parameters
 
 IN_CHANNELS, CHANNELS, CLASSES = 2048, 512, 19
 

@@ -14,15 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import Tensor, nn
 
 from conventions import count_operations
+from ctxops.models import Encoder, SegmentationNetwork
 from ctxops.nn import DenseFeaturePyramid, GatedFullyFusion, PyramidPooling
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import resize
 from harness import Verdict, output_file, report_verdicts
-from networks import parameters
+from network_cases import parameters
 
 IMAGE = (1, 3, 512, 512)
 IN_CHANNELS, CHANNELS, CONTEXT, CLASSES = (256, 512, 1024, 2048), 256, 512, 19

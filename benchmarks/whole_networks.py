@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import Tensor, nn
 
 import gald_efficiency
 import gff_cost
+from ctxops.models import Encoder, SegmentationNetwork
 from ctxops.nn import AsymmetricNonLocalContext, DatasetContextAggregation
 from ctxops.nn.cbr import cbr
 from eager import eager_twin
@@ -29,18 +29,14 @@ from harness import (
     Verdict,
     add_options,
     both_formats,
+    megabytes,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import (
-    megabytes,
-    milliseconds,
-    network_case,
-    parameters,
-    ratio_verdicts,
-    statistics,
-)
+from network_cases import network_case, parameters, statistics
 from released import randomize
 
 CHANNELS, CLASSES = 512, 19

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from ctxops.models.encoder import Encoder
 from torch import Tensor, nn
 
 from ctxops import _library
+from ctxops.models.encoder import Encoder
 from ctxops.nn._checks import check_sizes
 from ctxops.nn.cbr import cbr
 
@@ -45,7 +45,7 @@ class Classifier(nn.Sequential):
 
 
 class FCNHead(nn.Sequential):
-    """3 x 3 convolution, norm, ReLU, classifier: the deep supervision of most networks."""
+    """Convolution, norm, ReLU, classifier: the deep supervision of most networks."""
 
     def __init__(
         self,
@@ -55,10 +55,11 @@ class FCNHead(nn.Sequential):
         *,
         dropout: float,
         norm_layer: Callable[[int], nn.Module],
+        kernel_size: int = 3,
         bias: bool = False,
     ) -> None:
         super().__init__(
-            cbr(in_channels, channels, 3, norm_layer, bias=bias),
+            cbr(in_channels, channels, kernel_size, norm_layer, bias=bias),
             Classifier(channels, num_classes, dropout),
         )
 
@@ -78,6 +79,7 @@ class SegmentationNetwork(nn.Module):
         dropout: of the classifiers.
         align_corners: of the resize of all logits to the image.
         norm_layer: makes a norm from a number of channels.
+        classifier: from the decoder's map to the scores; None: :class:`Classifier`.
 
     Shape: ``(B, in_channels, H, W)`` of any size -> :class:`SegmentationOutput`.
     """
@@ -95,12 +97,15 @@ class SegmentationNetwork(nn.Module):
         dropout: float = 0.1,
         align_corners: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        classifier: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_sizes(channels=channels, num_classes=num_classes)
         self.levels, self.num_classes, self.align_corners = levels, num_classes, align_corners
         self.encoder, self.decoder = encoder, decoder
-        self.classifier = Classifier(channels, num_classes, dropout)
+        self.classifier = (
+            Classifier(channels, num_classes, dropout) if classifier is None else classifier
+        )
         self.auxiliary = None
         if auxiliary_channels:
             self.auxiliary = FCNHead(

@@ -4,12 +4,24 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from ctxops.models._checks import check_known, require_timm
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctxops.models._checks import check_known, require_timm
 from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
+
+# What the sides of the image must divide by: an HRNet adds up branches that differ in stride by
+# factors, the windows of a Swin lie on whole patches.
+_MULTIPLES = {"hrnet": 32, "swin": 4}
+
+# What lets transformers take images of any size: those on patches, those on windows. timm refuses
+# arguments that a backbone does not know.
+_ANY_SIZE = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"strict_img_size": False},
+)
 
 
 class Encoder(nn.Module):
@@ -17,17 +29,23 @@ class Encoder(nn.Module):
 
     Args:
         name: a timm model, with or without the tag of its weights, such as ``"resnet101s"``.
-        output_stride: stride of the last map. A backbone that can be dilated is, to have it.
+        output_stride: stride of the last map. A backbone that can be dilated is, to have it;
+            DenseNets too, without the pools of their transitions.
         pretrained: loads timm's weights.
         in_channels: channels of the image.
         multi_grid: factors of the dilations in the last stage, one per block and over again:
             ``(1, 2, 4)``. ResNets alone.
         ceil_mode: the stem's max pooling rounds sizes up, as in the code released with ANN, GALD
             and GFF: 512 -> 129 instead of 128. ResNets alone.
+        contract_dilation: the first block of a dilated stage has half the stage's dilation. False:
+            all of it, as in the code released with GALD. ResNets alone.
+        dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
+            as in mmsegmentation. ResNets of basic blocks alone.
         options: further arguments of ``timm.create_model``.
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
-    transformer gives those of its last blocks, all at the stride of its patches.
+    transformer gives the maps of its last blocks, all at the stride of its patches. Images are
+    padded with zeros where these or a Swin need it.
 
     Attributes:
         channels: of each map.
@@ -38,8 +56,8 @@ class Encoder(nn.Module):
 
     Raises:
         ImportError: timm is missing.
-        ValueError: an unknown backbone, one without this output stride, ``multi_grid`` or
-            ``ceil_mode`` for one that is no ResNet.
+        ValueError: an unknown backbone, one without this output stride, an argument for ResNets
+            alone with another.
     """
 
     def __init__(
@@ -51,20 +69,25 @@ class Encoder(nn.Module):
         in_channels: int = 3,
         multi_grid: Sequence[int] | None = None,
         ceil_mode: bool = False,
+        contract_dilation: bool = True,
+        dilate_both: bool = True,
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         architecture = name.split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
+        fits = [n for prefix, n in _MULTIPLES.items() if architecture.startswith(prefix)]
+        self.multiple = max(fits, default=1)
         arguments: dict[str, object] = {"pretrained": pretrained, "in_chans": in_channels}
         if self.concatenates:
             # The branches as they are, without the widening that ImageNet's classifier needs.
             arguments |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
-        if architecture.startswith(("vit_", "deit")):
-            arguments |= {"dynamic_img_size": True, "dynamic_img_pad": True}
         self.body = _create(name, output_stride, arguments | dict(options or {}))
         channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
+        if architecture.startswith("densenet"):
+            strides = _dilate_densenet(self.body, strides, output_stride)
+        self.channels_last = getattr(self.body, "output_fmt", None) == "NHWC"
         if self.concatenates:
             channels, strides = [sum(channels)], [min(strides)]
         self.channels = tuple(channels[-_MOST_LEVELS:])
@@ -74,22 +97,36 @@ class Encoder(nn.Module):
                 f"backbone {name!r} has no map of output_stride={output_stride}; the strides of "
                 f"its maps are {self.strides}: choose output_stride={self.strides[-1]}"
             )
+        if not contract_dilation:
+            for stage in ("layer2", "layer3", "layer4"):
+                _spread_dilation(self.part(stage, "contract_dilation"))
+        if not dilate_both:
+            for stage in ("layer2", "layer3", "layer4"):
+                _undilate_second(self.part(stage, "dilate_both"))
         if multi_grid is not None:
-            _set_multi_grid(self._part("layer4", "multi_grid"), multi_grid)
+            _set_multi_grid(self.part("layer4", "multi_grid"), multi_grid)
         if ceil_mode:
-            self._part("maxpool", "ceil_mode").ceil_mode = True
+            self.part("maxpool", "ceil_mode").ceil_mode = True
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, channels={self.channels}, strides={self.strides}"
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        height, width = image.shape[2:]
+        if self.multiple > 1:
+            image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
         maps = list(self.body(image))[-_MOST_LEVELS:]
+        if self.channels_last:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
         if not self.concatenates:
             return maps
-        size = maps[0].shape[2:]
-        return [torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)]
+        stride, size = self.strides[0], maps[0].shape[2:]
+        y = torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)
+        # What the padding added goes: the map begins where the image does and ends with it.
+        return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]
 
-    def _part(self, part: str, argument: str) -> nn.Module:
+    def part(self, part: str, argument: str) -> nn.Module:
+        """A part that ResNets have, for the sake of an argument that others refuse."""
         parts = dict(self.body.named_children())
         if part not in parts:
             raise ValueError(f"{argument} is for ResNets: backbone {self.name!r} has no {part}")
@@ -101,11 +138,43 @@ def _create(name: str, output_stride: int, arguments: dict[str, object]) -> nn.M
     timm = require_timm()
     if ":" not in name:  # a model of a hub
         check_known("backbone", name.split(".")[0], timm.list_models(), "timm.list_models()")
-    arguments = arguments | {"features_only": True}
-    try:
-        return timm.create_model(name, output_stride=output_stride, **arguments)
-    except (TypeError, AssertionError, NotImplementedError):
-        return timm.create_model(name, **arguments)
+    arguments = {"features_only": True} | arguments
+    for flexible in ({"output_stride": output_stride}, *_ANY_SIZE):
+        try:
+            return timm.create_model(name, **flexible | arguments)
+        except (TypeError, AssertionError, NotImplementedError):
+            continue
+    return timm.create_model(name, **arguments)
+
+
+def _dilate_densenet(body: nn.Module, strides: Sequence[int], output_stride: int) -> list[int]:
+    """Drops the pools beyond the stride and dilates the blocks behind them; the strides then."""
+    reached, dilation = 4, 1
+    for name, part in body.named_children():
+        if "transition" in name:
+            if 2 * reached <= output_stride:
+                reached *= 2
+            else:
+                part.pool = nn.Identity()
+                dilation *= 2
+        elif "denseblock" in name:
+            for layer in part.values():
+                layer.conv2.dilation = layer.conv2.padding = (dilation, dilation)
+    return [min(stride, reached) for stride in strides]
+
+
+def _spread_dilation(stage: nn.Module) -> None:
+    """Gives the first block's dilated convolution the dilation of the other blocks."""
+    (first, last) = (b.conv2 if hasattr(b, "conv3") else b.conv1 for b in (stage[0], stage[-1]))
+    first.dilation = first.padding = last.dilation
+
+
+def _undilate_second(stage: nn.Module) -> None:
+    """Leaves the dilation of basic blocks to their first convolution."""
+    for block in stage:
+        if hasattr(block, "conv3"):
+            raise ValueError("dilate_both is for basic blocks: these are bottlenecks")
+        block.conv2.dilation = block.conv2.padding = (1, 1)
 
 
 def _set_multi_grid(stage: nn.Module, factors: Sequence[int]) -> None:

@@ -5,15 +5,15 @@ import json
 
 import pytest
 import torch
-from ctxops.models import SegmentationOutput
 
 import gald_efficiency
 import gff_cost
-from harness import Effort, Options, Verdict, check_case
+from ctxops.models import SegmentationOutput
+from harness import Effort, Options, Verdict, check_case, milliseconds, ratio_verdicts
 from harness.check import Entry
 from harness.measure import Result, Row
 from harness.timing import Timing
-from networks import milliseconds, network_case, parameters, ratio_verdicts, statistics
+from network_cases import network_case, parameters, statistics
 
 OPTIONS = Options(torch.device("cpu"), torch.float32, Effort(0.01, 1, 1))
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DANet (Fu et al., CVPR 2019)."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from ctxops.models.base import Classifier, SegmentationNetwork, SegmentationOutput
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from ctxops.nn.dual_attention import DualAttention
+
+
+class DANet(SegmentationNetwork):
+    """Both attentions' maps have classifiers of their own, for training.
+
+    Args:
+        decoder: a :class:`ctxops.nn.DualAttention`.
+
+    All others as in :class:`SegmentationNetwork`. In training the output's auxiliary logits hold
+    ``"position"`` and ``"channel"`` too.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: DualAttention,
+        channels: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.1,
+        **options,
+    ) -> None:
+        super().__init__(encoder, decoder, channels, num_classes, dropout=dropout, **options)
+        self.position_classifier = Classifier(channels, num_classes, dropout)
+        self.channel_classifier = Classifier(channels, num_classes, dropout)
+
+    def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
+        position, channel = self.decoder.branches(maps[-1])
+        output = SegmentationOutput(self.classifier(position + channel))
+        if self.training:
+            output.auxiliary["position"] = self.position_classifier(position)
+            output.auxiliary["channel"] = self.channel_classifier(channel)
+        return output
+
+
+@register_model("danet")
+def danet(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    channels: int = 512,
+    reduction: int = 8,
+    attention_bias: bool = True,
+    auxiliary_channels: int = 256,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    **common,
+) -> DANet:
+    """:class:`ctxops.nn.DualAttention` on the last map: DANet.
+
+    Source: Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019, as released: the
+    logits of either attention are trained besides those of their sum.
+
+    Args:
+        channels: of the attentions and of the decoder's map.
+        reduction: query and key of the position attention have ``channels // reduction`` channels.
+        attention_bias: biases in the projections of the position attention.
+        auxiliary_channels: as in :class:`SegmentationNetwork`.
+    """
+    decoder = DualAttention(
+        encoder.channels[-1],
+        channels,
+        reduction=reduction,
+        bias=attention_bias,
+        norm_layer=norm_layer,
+    )
+    return DANet(
+        encoder,
+        decoder,
+        channels,
+        num_classes,
+        auxiliary_channels=auxiliary_channels,
+        norm_layer=norm_layer,
+        **common,
+    )

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepLabv3 (Chen et al., 2017)."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ctxops.models.base import SegmentationNetwork
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from ctxops.nn.aspp import ASPP
+
+
+@register_model("deeplabv3")
+def deeplabv3(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    channels: int = 512,
+    dilations: Sequence[int] = (12, 24, 36),
+    out_channels: int | None = None,
+    fuse_kernel_size: int = 3,
+    auxiliary_channels: int = 256,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    **common,
+) -> SegmentationNetwork:
+    """:class:`ctxops.nn.ASPP` on the last map: DeepLabv3.
+
+    Source: Chen et al., Rethinking Atrous Convolution for Semantic Image Segmentation, 2017. The
+    paper's form is ``channels=256, fuse_kernel_size=1, auxiliary_channels=0`` with
+    ``multi_grid=(1, 2, 4)``, and ``dilations=(6, 12, 18)`` at ``output_stride=16``; the defaults
+    are those that later work compares with.
+
+    Args:
+        channels: of each branch.
+        dilations: of the 3 x 3 convolutions.
+        out_channels: of the decoder's map; None: ``channels``.
+        fuse_kernel_size: of the convolution behind the branches.
+        auxiliary_channels: as in :class:`SegmentationNetwork`.
+    """
+    out_channels = channels if out_channels is None else out_channels
+    decoder = ASPP(
+        encoder.channels[-1],
+        channels,
+        dilations,
+        out_channels=out_channels,
+        fuse_kernel_size=fuse_kernel_size,
+        norm_layer=norm_layer,
+    )
+    return SegmentationNetwork(
+        encoder,
+        decoder,
+        out_channels,
+        num_classes,
+        auxiliary_channels=auxiliary_channels,
+        norm_layer=norm_layer,
+        **common,
+    )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The non-local network (Wang et al., CVPR 2018) for segmentation."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ctxops.models._decoders import concat_block
+from ctxops.models.base import SegmentationNetwork
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from ctxops.nn.non_local import NonLocal2d
+
+
+@register_model("nonlocal")
+def non_local(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    channels: int = 512,
+    key_channels: int | None = None,
+    use_scale: bool = True,
+    auxiliary_channels: int = 256,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    **common,
+) -> SegmentationNetwork:
+    """A non-local block beside the last map, added to what it was given.
+
+    Source: Wang et al., Non-local Neural Networks, CVPR 2018, eq. 6 in its embedded Gaussian form:
+    linear embeddings, and a norm behind W_o. The bias of W_o, which the norm takes away again, is
+    not in the released code.
+
+    Args:
+        channels: of the block and of the decoder's map.
+        key_channels: of query, key and value; None: ``channels // 2``.
+        use_scale: the attention's scale is ``key_channels ** -0.5``; False: 1, as in the paper.
+        auxiliary_channels: as in :class:`SegmentationNetwork`.
+    """
+    key_channels = max(1, channels // 2) if key_channels is None else key_channels
+    block = NonLocal2d(
+        channels,
+        key_channels,
+        key_channels,
+        share=None,
+        fuse="add",
+        variant="paper",
+        scale=key_channels**-0.5 if use_scale else 1.0,
+        out_norm=True,
+        norm_layer=norm_layer,
+    )
+    return SegmentationNetwork(
+        encoder,
+        concat_block(block, encoder.channels[-1], channels, norm_layer),
+        channels,
+        num_classes,
+        auxiliary_channels=auxiliary_channels,
+        norm_layer=norm_layer,
+        **common,
+    )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OCRNet (Yuan et al., ECCV 2020)."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from ctxops.models.base import FCNHead, SegmentationNetwork, SegmentationOutput
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from ctxops.nn.feature_fusion import resize
+from ctxops.nn.object_context import ObjectContext
+
+
+class OCRNet(SegmentationNetwork):
+    """A first head marks the object regions, whose features the decoder brings to the positions.
+
+    Args:
+        regions: head on the last but one of the encoder's maps (on the only one, where there is
+            one), to ``(B, num_classes, h, w)``.
+        decoder: takes the last map and the regions' logits to ``(B, channels, h, w)``.
+
+    All others as in :class:`SegmentationNetwork`. In training the output's auxiliary logits are
+    ``"regions"``.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        regions: nn.Module,
+        decoder: nn.Module,
+        channels: int,
+        num_classes: int,
+        **options,
+    ) -> None:
+        super().__init__(encoder, decoder, channels, num_classes, auxiliary_channels=0, **options)
+        self.regions = regions
+
+    def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
+        regions, last = self.regions(maps[-2:][0]), maps[-1]
+        at_last = resize(regions, last.shape[2:], self.align_corners)
+        output = SegmentationOutput(self.classifier(self.decoder(last, at_last)))
+        if self.training:
+            output.auxiliary["regions"] = regions
+        return output
+
+
+@register_model("ocrnet")
+def ocrnet(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    channels: int = 512,
+    key_channels: int = 256,
+    region_channels: int = 256,
+    region_kernel_size: int = 3,
+    region_bias: bool = False,
+    dropout: float = 0.1,
+    align_corners: bool = True,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> OCRNet:
+    """:class:`ctxops.nn.ObjectContext` on the last map and the logits of a first head: OCRNet.
+
+    Source: Yuan et al., Object-Contextual Representations for Semantic Segmentation, ECCV 2020.
+
+    Args:
+        channels: of the pixels' representation and of the decoder's map.
+        key_channels: of query, key and value.
+        region_channels, region_kernel_size, region_bias: the convolution of the first head. The
+            paper's has 512 channels and a bias; on HRNet-W18 it is 1 x 1 with 270 channels.
+        dropout: of both classifiers.
+        align_corners: of the resize of all logits.
+    """
+    regions = FCNHead(
+        encoder.channels[-2:][0],
+        region_channels,
+        num_classes,
+        kernel_size=region_kernel_size,
+        dropout=dropout,
+        norm_layer=norm_layer,
+        bias=region_bias,
+    )
+    decoder = ObjectContext(encoder.channels[-1], channels, key_channels, norm_layer=norm_layer)
+    return OCRNet(
+        encoder,
+        regions,
+        decoder,
+        channels,
+        num_classes,
+        dropout=dropout,
+        align_corners=align_corners,
+        norm_layer=norm_layer,
+    )
