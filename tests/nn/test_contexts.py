@@ -11,9 +11,11 @@ from ctxops.nn import (
     AsymmetricNonLocalContext,
     ChannelAttention,
     ConcatContext,
+    DenseASPP,
     DisentangledNonLocal,
     DualAttention,
     ObjectContext,
+    PointwiseSpatialAttention,
     PositionAttention,
     PyramidPooling,
 )
@@ -35,6 +37,10 @@ CONTEXTS = {
             4, 8, 6, key_channels=4, value_channels=4, output_sizes=(1, 2), **norm
         ),
         [4, 8],
+    ),
+    "DenseASPP": (lambda **norm: DenseASPP(8, 6, 4, (1, 2), **norm), [8]),
+    "PointwiseSpatialAttention": (
+        lambda **norm: PointwiseSpatialAttention(8, 6, (5, 7), **norm), [8],
     ),
     "ConcatContext": (lambda **norm: ConcatContext(nn.Conv2d(8, 4, 1), 8, 4, 6, **norm), [8]),
 }  # fmt: skip
