@@ -2,12 +2,17 @@
 """Whole networks: a backbone of timm, context modules of ``ctxops.nn``, heads."""
 
 # The networks: each registers itself.
+from ctxops.models import ann as ann
 from ctxops.models import apcnet as apcnet
 from ctxops.models import ccnet as ccnet
 from ctxops.models import danet as danet
 from ctxops.models import deeplabv3 as deeplabv3
 from ctxops.models import dnlnet as dnlnet
 from ctxops.models import fcn as fcn
+from ctxops.models import gald as gald
+from ctxops.models import gcn as gcn
+from ctxops.models import gff as gff
+from ctxops.models import mcibi as mcibi
 from ctxops.models import non_local as non_local
 from ctxops.models import ocrnet as ocrnet
 from ctxops.models import pspnet as pspnet

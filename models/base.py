@@ -79,6 +79,7 @@ class SegmentationNetwork(nn.Module):
         dropout: of the classifiers.
         align_corners: of the resize of all logits to the image.
         norm_layer: makes a norm from a number of channels.
+        classifier: from the decoder's map to the scores; None: :class:`Classifier`.
 
     Shape: ``(B, in_channels, H, W)`` of any size -> :class:`SegmentationOutput`.
     """
@@ -96,12 +97,15 @@ class SegmentationNetwork(nn.Module):
         dropout: float = 0.1,
         align_corners: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        classifier: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_sizes(channels=channels, num_classes=num_classes)
         self.levels, self.num_classes, self.align_corners = levels, num_classes, align_corners
         self.encoder, self.decoder = encoder, decoder
-        self.classifier = Classifier(channels, num_classes, dropout)
+        self.classifier = (
+            Classifier(channels, num_classes, dropout) if classifier is None else classifier
+        )
         self.auxiliary = None
         if auxiliary_channels:
             check_sizes(auxiliary_channels=auxiliary_channels)

@@ -93,9 +93,9 @@ class Encoder(nn.Module):
                 f"its maps are {self.strides}: choose output_stride={self.strides[-1]}"
             )
         if multi_grid is not None:
-            _set_multi_grid(self._part("layer4", "multi_grid"), multi_grid)
+            _set_multi_grid(self.part("layer4", "multi_grid"), multi_grid)
         if ceil_mode:
-            self._part("maxpool", "ceil_mode").ceil_mode = True
+            self.part("maxpool", "ceil_mode").ceil_mode = True
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, channels={self.channels}, strides={self.strides}"
@@ -114,7 +114,8 @@ class Encoder(nn.Module):
         # What the padding added goes: the map begins where the image does and ends with it.
         return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]
 
-    def _part(self, part: str, argument: str) -> nn.Module:
+    def part(self, part: str, argument: str) -> nn.Module:
+        """A part that ResNets have, for the sake of an argument that others refuse."""
         parts = dict(self.body.named_children())
         if part not in parts:
             raise ValueError(f"{argument} is for ResNets: backbone {self.name!r} has no {part}")

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asymmetric non-local neural network (Zhu et al., ICCV 2019)."""
+
+from collections.abc import Callable, Sequence
+
+from ctxops.models.base import SegmentationNetwork
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from torch import Tensor, nn
+
+from ctxops.nn._checks import check_choice
+from ctxops.nn.cbr import cbr
+from ctxops.nn.feature_fusion import resize
+from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
+
+_FUSIONS = (None, "common", "fnb", "afnb")
+_ATTENTIONS = (None, "nb", "apnb")
+# The paper's Stage5 is the backbone's last map.
+_LAST_STAGE = 5
+
+
+class _CommonFusion(nn.Module):
+    """``high + CBR(low)``."""
+
+    def __init__(
+        self, low_channels: int, high_channels: int, bias: bool, norm_layer: Callable
+    ) -> None:
+        super().__init__()
+        self.convolution = cbr(low_channels, high_channels, 1, norm_layer, bias=bias)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return high + resize(self.convolution(low), high.shape[2:], align_corners=True)
+
+
+class _SummedFusions(nn.ModuleList):
+    """What the fusions of the last map with each of the others give, added."""
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        *lows, high = maps
+        return sum(fusion(low, high) for fusion, low in zip(self, lows, strict=True))
+
+
+class _Decoder(nn.Module):
+    """Fusion of levels, convolution, self-attention: :class:`ctxops.nn.AsymmetricNonLocalContext`
+    with other parts, and with dropout.
+    """
+
+    def __init__(
+        self, fusion: nn.Module, reduce: nn.Module, context: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.fusion, self.reduce, self.context = fusion, reduce, context
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        return self.context(self.reduce(self.dropout(self.fusion(*maps))))
+
+
+def _levels(encoder: Encoder, fuse_stages: Sequence[int]) -> list[int]:
+    """The encoder's maps of these stages, counted from the last; raises where there are none."""
+    first = _LAST_STAGE + 1 - len(encoder.channels)
+    known = range(first, _LAST_STAGE)
+    if (
+        not isinstance(fuse_stages, (list, tuple))
+        or not fuse_stages
+        or len(set(fuse_stages)) < len(fuse_stages)
+        or any(stage not in known for stage in fuse_stages)
+    ):
+        raise ValueError(
+            f"fuse_stages must be different stages out of {list(known)} for backbone "
+            f"{encoder.name!r}, got {fuse_stages!r}"
+        )
+    return [stage - _LAST_STAGE - 1 for stage in fuse_stages]
+
+
+@register_model("ann")
+def ann(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    fusion: str | None = "afnb",
+    attention: str | None = "apnb",
+    fuse_stages: Sequence[int] = (4,),
+    output_sizes: Sequence[int] = (1, 3, 6, 8),
+    sampling: str = "avg",
+    channels: int = 512,
+    key_channels: int = 256,
+    value_channels: int = 256,
+    share: str | None = "query_key",
+    fuse: str | None = "concat",
+    out_norm: bool = False,
+    variant: str = "released",
+    fold: bool = True,
+    bias: bool = True,
+    auxiliary_bias: bool = True,
+    dropout: float = 0.05,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    **common,
+) -> SegmentationNetwork:
+    """Stage 4 fused into stage 5, one 3 x 3 convolution, norm and ReLU, then self-attention.
+
+    Args:
+        fusion: of the last map, Stage5, with earlier ones. "afnb": :class:`ctxops.nn.AFNB`. "fnb":
+            :class:`ctxops.nn.FusionNonLocal2d`. "common": ``Stage5 + ReLU(norm(conv(Stage4)))``
+            with a 1 x 1 convolution. None: none.
+        attention: of the convolution's map to itself. "apnb": :class:`ctxops.nn.APNB`. "nb":
+            :class:`ctxops.nn.NonLocal2d`. None: none. Without both it is the paper's baseline.
+        fuse_stages: the stages, 2 to 4 for a ResNet, that are fused into the last one; where there
+            are several, what each fusion gives is added (Table 9).
+        output_sizes, sampling, fold: of the anchors of "afnb" and "apnb" (Table 7).
+        channels: of the convolution's map.
+        key_channels, value_channels, fuse, variant: of all blocks.
+        share: of "apnb" and "nb".
+        out_norm: of "fnb" and "afnb": the norm after W_o of appendix C.
+        bias, auxiliary_bias: biases of all convolutions of the head and of the auxiliary head.
+        dropout: of the classifiers, and after the fusion.
+
+    The defaults are the released code's network: 62,964,435 parameters for 19 classes without
+    auxiliary head, where the paper's Table 2 has 63.17 M. Source: Zhu et al., Asymmetric Non-local
+    Neural Networks for Semantic Segmentation, ICCV 2019, Figure 3, Tables 6, 7 and 9.
+    """
+    check_choice("fusion", fusion, _FUSIONS)
+    check_choice("attention", attention, _ATTENTIONS)
+    levels = [] if fusion is None else _levels(encoder, fuse_stages)
+    high = encoder.channels[-1]
+    block = {"fuse": fuse, "variant": variant, "bias": bias, "norm_layer": norm_layer}
+    anchors = {"output_sizes": output_sizes, "sampling": sampling, "fold": fold}
+
+    def fusion_block(low: int) -> nn.Module:
+        if fusion == "common":
+            return _CommonFusion(low, high, bias, norm_layer)
+        widths = (low, high, key_channels, value_channels)
+        if fusion == "fnb":
+            return FusionNonLocal2d(*widths, out_norm=out_norm, **block)
+        return AFNB(*widths, out_norm=out_norm, **anchors, **block)
+
+    def attention_block() -> nn.Module:
+        widths = (channels, key_channels, value_channels)
+        if attention == "nb":
+            return NonLocal2d(*widths, share=share, **block)
+        return APNB(*widths, share=share, **anchors, **block)
+
+    fusions = [fusion_block(encoder.channels[level]) for level in levels]
+    if not fusions:
+        fused = nn.Identity()
+    elif len(fusions) == 1:  # with the names that its parameters have in the context module
+        fused = fusions[0]
+    else:
+        fused = _SummedFusions(fusions)
+    decoder = _Decoder(
+        fused,
+        cbr(high, channels, 3, norm_layer, bias=bias),
+        nn.Identity() if attention is None else attention_block(),
+        dropout if fusions else 0.0,
+    )
+    return SegmentationNetwork(
+        encoder,
+        decoder,
+        channels,
+        num_classes,
+        levels=(*levels, -1),
+        auxiliary_bias=auxiliary_bias,
+        dropout=dropout,
+        norm_layer=norm_layer,
+        **common,
+    )
