@@ -11,8 +11,6 @@ from ctxops.models import SegmentationNetwork, create_model, list_models, model_
 from ctxops.models.base import Classifier
 from torch import Tensor, nn
 
-from ctxops.nn import FeatureMemory
-
 NUM_CLASSES = 5
 
 networks = pytest.mark.parametrize("name", list_models())
@@ -29,8 +27,6 @@ def make(name: str, **options) -> SegmentationNetwork:
     for module in network.modules():
         if isinstance(module, Classifier):
             nn.init.normal_(module[1].weight)
-        elif isinstance(module, FeatureMemory):
-            nn.init.normal_(module.memory)
     return network.eval()
 
 
