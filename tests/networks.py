@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def make(name: str, **options) -> SegmentationNetwork:
     if "channels" in model_options(name):
         options = {"channels": 16} | options
     network = create_model(name, "test_resnet", NUM_CLASSES, **options)
-    for parameter in network.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.3)
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        if tensor.is_floating_point() and not tensor.any():
+            nn.init.normal_(tensor, std=0.3)
     for module in network.modules():
         if isinstance(module, Classifier):
             nn.init.normal_(module[1].weight)

@@ -27,7 +27,7 @@ def test_onnx_with_dynamic_sizes(name, tmp_path):
     dynamic = [{2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}]
     with ctxops.use_reference(), torch.no_grad():
         torch.onnx.export(
-            module, (images(65, 41),), path, dynamo=True, dynamic_shapes=dynamic, verbose=False
+            module, (images(65, 41),), path, dynamo=True, dynamic_shapes=dynamic, optimize=False
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in [(33, 33), (37, 53)]:
