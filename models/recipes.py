@@ -109,25 +109,22 @@ def _prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body."
 
 
 def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
-    """The backbone's name in timm; ``stem``: the first of three convolutions, if there are three.
-
-    Letters after the depth: c and s for a stem of three convolutions, d for one with average
-    pooling on the shortcuts besides.
-    """
+    """The backbone's name in timm; ``stem``: the first of three convolutions, if there are three."""
     counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
     bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
     depth = _DEPTHS.get((*counts, bottlenecks))
     if depth is None:
         raise MissingKeyError(f"{prefix}layer4 of a ResNet: its stages have {counts} blocks")
+    if len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4:
+        # Dilated, timm's average pooling on shortcuts has windows of 2 x 2, the others' of 1 x 1.
+        raise ValueError("ResNets with average pooling on their shortcuts are not imported")
     if f"{stem}.weight" not in shapes:
         return {"backbone": f"resnet{depth}"}
     width = shapes[f"{stem}.weight"][0]
-    # Average pooling comes before the convolution of a shortcut, and moves it by one.
-    pooled = len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4
-    letter = "d" if pooled and width == 32 else _STEM_LETTERS.get(width, "")
-    if f"resnet{depth}{letter}" in require_timm().list_models():
-        return {"backbone": f"resnet{depth}{letter}"}
-    options = {"stem_type": "deep", "stem_width": width, "avg_down": pooled}
+    name = f"resnet{depth}{_STEM_LETTERS.get(width, '')}"
+    if name in require_timm().list_models():
+        return {"backbone": name}
+    options = {"stem_type": "deep", "stem_width": width}
     return {"backbone": f"resnet{depth}", "backbone_options": options}
 
 
