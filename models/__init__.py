@@ -11,6 +11,8 @@ from ctxops.models import dnlnet as dnlnet
 from ctxops.models import fcn as fcn
 from ctxops.models import gald as gald
 from ctxops.models import gcn as gcn
+from ctxops.models import gff as gff
+from ctxops.models import mcibi as mcibi
 from ctxops.models import non_local as non_local
 from ctxops.models import ocrnet as ocrnet
 from ctxops.models import pspnet as pspnet

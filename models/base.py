@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from ctxops.models.encoder import Encoder
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_sizes
+from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 
 
@@ -58,6 +57,7 @@ class FCNHead(nn.Sequential):
         kernel_size: int = 3,
         bias: bool = False,
     ) -> None:
+        check_kernel_size(kernel_size)
         super().__init__(
             cbr(in_channels, channels, kernel_size, norm_layer, bias=bias),
             Classifier(channels, num_classes, dropout),
@@ -108,6 +108,7 @@ class SegmentationNetwork(nn.Module):
         )
         self.auxiliary = None
         if auxiliary_channels:
+            check_sizes(auxiliary_channels=auxiliary_channels)
             self.auxiliary = FCNHead(
                 encoder.channels[-2:][0],
                 auxiliary_channels,
@@ -118,7 +119,7 @@ class SegmentationNetwork(nn.Module):
             )
 
     def forward(self, image: Tensor) -> SegmentationOutput:
-        _library.check_map("image", image)
+        check_maps(image=(image, self.encoder.in_channels))
         maps = self.encoder(image)
         output = self.predict(maps)
         if self.training and self.auxiliary is not None:

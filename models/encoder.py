@@ -48,6 +48,7 @@ class Encoder(nn.Module):
     padded with zeros where these or a Swin need it.
 
     Attributes:
+        in_channels: of the image.
         channels: of each map.
         strides: of each map.
 
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.in_channels = name, in_channels
         architecture = name.split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
         fits = [n for prefix, n in _MULTIPLES.items() if architecture.startswith(prefix)]

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
@@ -10,9 +11,7 @@ from torch import nn
 
 from ctxops.nn._checks import check_choice
 from ctxops.nn.aspp import ASPP
-from ctxops.nn.cbr import cbr
 from ctxops.nn.cgnl import CGNL
-from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import NonLocal2d
 from ctxops.nn.pyramid_pooling import PyramidPooling
@@ -37,6 +36,7 @@ def gald(
     dilation: int = 3,
     query_from: str = "both",
     key_from: str = "both",
+    auxiliary_bias: bool = True,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     **common,
@@ -60,6 +60,8 @@ def gald(
         kernel_size, dilation: k and r of LDv2. The paper's best are 5 and 6 with ASPP on
             Cityscapes (Table II b), 7 and 6 alone, 5 and 3 for all other data sets.
         query_from, key_from: of LDv2 (Table II c).
+        auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
+            the logits.
 
     The defaults are GALDNet as released, the paper's GALDv1: 66,664,915 parameters for 19 classes
     without auxiliary head. Of GALDv2, whose default is ``global_aggregation="aspp"``,
@@ -123,18 +125,19 @@ def gald(
         align_corners=align_corners,
         norm_layer=norm_layer,
     )
-    width = encoder.channels[-1]
-    context = nn.Sequential(
-        cbr(width, channels, 3, norm_layer),
+    decoder = concat_block(
         block,
-        cbr((1 + (arrangement == "parallel")) * channels, channels, 3, norm_layer),
+        encoder.channels[-1],
+        channels,
+        norm_layer,
+        block_channels=2 * channels if arrangement == "parallel" else channels,
     )
-    decoder = ConcatContext(context, width, channels, channels, norm_layer=norm_layer)
     return SegmentationNetwork(
         encoder,
         decoder,
         channels,
         num_classes,
+        auxiliary_bias=auxiliary_bias,
         align_corners=align_corners,
         norm_layer=norm_layer,
         **common,

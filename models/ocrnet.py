@@ -8,6 +8,7 @@ from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from torch import Tensor, nn
 
+from ctxops.nn._checks import check_sizes
 from ctxops.nn.feature_fusion import resize
 from ctxops.nn.object_context import ObjectContext
 
@@ -71,6 +72,7 @@ def ocrnet(
         dropout: of both classifiers.
         align_corners: of the resize of all logits.
     """
+    check_sizes(region_channels=region_channels)
     regions = FCNHead(
         encoder.channels[-2:][0],
         region_channels,

@@ -109,7 +109,7 @@ def _prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body."
 
 
 def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
-    """The backbone's name in timm; ``stem``: the first of three convolutions, if there are three."""
+    """The backbone by timm's name. ``stem``: the first of its three convolutions, if it has three."""
     counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
     bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
     depth = _DEPTHS.get((*counts, bottlenecks))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated fully fusion network (Li et al., AAAI 2020)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from ctxops.models.base import SegmentationNetwork
+from ctxops.models.encoder import Encoder
+from ctxops.models.registry import register_model
+from torch import Tensor, nn
+
+from ctxops.nn._checks import check_choice
+from ctxops.nn.cbr import cbr
+from ctxops.nn.feature_fusion import (
+    AdditionFusion,
+    ConcatFusion,
+    FeaturePyramidFusion,
+    resize,
+)
+from ctxops.nn.gated_fusion import (
+    DenseFeaturePyramid,
+    GatedFeaturePyramidFusion,
+    GatedFullyFusion,
+)
+from ctxops.nn.pyramid_pooling import PyramidPooling
+
+_FUSIONS = {
+    "concat": ConcatFusion,
+    "addition": AdditionFusion,
+    "fpn": FeaturePyramidFusion,
+    "gated_fpn": GatedFeaturePyramidFusion,
+    "gff": GatedFullyFusion,
+}
+# These have the context map on top of the backbone's.
+_PYRAMIDS = ("fpn", "gated_fpn")
+
+
+class _Decoder(nn.Module):
+    """Context of the last map, all levels fused and refined, and both brought together."""
+
+    def __init__(
+        self,
+        context: nn.Module,
+        fusion: nn.Module,
+        refine: Sequence[nn.Module],
+        pyramid: DenseFeaturePyramid | None,
+        *,
+        fuse_context: bool,
+        align_corners: bool,
+    ) -> None:
+        super().__init__()
+        self.context, self.fusion, self.pyramid = context, fusion, pyramid
+        self.refine = nn.ModuleList(refine)
+        self.fuse_context, self.align_corners = fuse_context, align_corners
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        context = self.context(maps[-1])
+        fused = self.fusion((*maps, context) if self.fuse_context else maps)
+        # The context map itself, the last level of a feature pyramid, follows as it is.
+        levels = [refine(x) for refine, x in zip(self.refine, fused[: len(maps)], strict=True)]
+        parts = [context, *levels] if self.pyramid is None else self.pyramid(levels, context)
+        size = levels[0].shape[2:]
+        return torch.cat([resize(x, size, self.align_corners) for x in parts], dim=1)
+
+
+@register_model("gff")
+def gff(
+    encoder: Encoder,
+    num_classes: int,
+    *,
+    fusion: str = "gff",
+    dense_pyramid: bool = True,
+    literal: bool = False,
+    gate_from: str = "input",
+    channels: int = 256,
+    context_channels: int = 512,
+    auxiliary_bias: bool = True,
+    align_corners: bool = True,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    **common,
+) -> SegmentationNetwork:
+    """PSPNet whose levels are fused by gates, then densely connected with its context map.
+
+    Args:
+        fusion: of all levels of the backbone. "gff": :class:`ctxops.nn.GatedFullyFusion`. What it
+            is compared with: "concat", "addition", "fpn" and "gated_fpn",
+            :class:`ctxops.nn.ConcatFusion` and the others; the pyramids have the context map on
+            top. Two 3 x 3 convolutions, each with norm and ReLU, refine every level after it.
+        dense_pyramid: :class:`ctxops.nn.DenseFeaturePyramid` of the refined levels and the context
+            map. False: the context map and the refined levels are classified themselves.
+        literal: of the dense pyramid: eq. 6 as printed, which leaves out the finest map.
+        gate_from: of "gff".
+        channels: of every level.
+        context_channels: of the context map, :class:`ctxops.nn.PyramidPooling` without ReLU in its
+            branches, as in the authors' PSPNet.
+        auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
+            the logits.
+
+    The classifier sees all maps, concatenated at the size of the finest. The text leaves no doubt
+    about its layers, but with 71.44 M parameters without dense pyramid and 72.22 M with it and
+    ``literal=True`` (19 classes, no auxiliary head) they are not those of Table 3, which has 69.7 M
+    and 70.5 M. Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, Figure
+    3, "Network Architecture and Implementation", Tables 1 to 4.
+    """
+    check_choice("fusion", fusion, tuple(_FUSIONS))
+    widths = encoder.channels
+    if len(widths) < 2:
+        raise ValueError(
+            f"gff fuses the maps of a backbone, of which {encoder.name!r} has {len(widths)}: "
+            f"choose one with at least two"
+        )
+    options = {"align_corners": align_corners, "norm_layer": norm_layer}
+    fuse_context = fusion in _PYRAMIDS
+    fused_widths = (*widths, context_channels) if fuse_context else widths
+    gates = {"gate_from": gate_from} if fusion == "gff" else {}
+    fused_channels = channels * (len(widths) if fusion == "concat" else 1)
+    pyramid = None
+    if dense_pyramid:
+        pyramid = DenseFeaturePyramid(
+            [channels] * len(widths), context_channels, channels, literal=literal, **options
+        )
+    decoder = _Decoder(
+        PyramidPooling(widths[-1], context_channels, activation=False, **options),
+        _FUSIONS[fusion](fused_widths, channels, **gates, **options),
+        [
+            nn.Sequential(
+                cbr(fused_channels, channels, 3, norm_layer), cbr(channels, channels, 3, norm_layer)
+            )
+            for _ in widths
+        ],
+        pyramid,
+        fuse_context=fuse_context,
+        align_corners=align_corners,
+    )
+    context_width = channels if dense_pyramid else context_channels
+    return SegmentationNetwork(
+        encoder,
+        decoder,
+        context_width + channels * len(widths),
+        num_classes,
+        levels=range(len(widths)),
+        auxiliary_bias=auxiliary_bias,
+        align_corners=align_corners,
+        norm_layer=norm_layer,
+        **common,
+    )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+from ctxops.models import create_model
+
+from ctxops.nn import AsymmetricNonLocalContext
+from modules import activate, randomise
+
+# What makes a network on the tiny backbone small.
+SMALL = {"channels": 16, "key_channels": 8, "value_channels": 12}
+WIDTHS = (32, 48, 192, 96)
+
+
+def network(**options):
+    model = create_model("ann", "test_resnet", 5, **SMALL, **options)
+    return randomise(model).double().eval()
+
+
+def maps():
+    sizes = ((17, 19), (9, 10), (9, 10), (9, 10))
+    return [
+        torch.randn(2, width, *size, dtype=torch.float64)
+        for width, size in zip(WIDTHS, sizes, strict=True)
+    ]
+
+
+def count(**options):
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model("ann", **options).parameters())
+
+
+def test_parameters_of_the_released_network():
+    assert count(auxiliary_channels=0) == 62_964_435
+    assert count() == 62_964_435 + 1024 * 512 * 9 + 512 + 2 * 512 + 512 * 19 + 19
+
+
+def test_decoder_is_the_context_module():
+    decoder = network().decoder
+    context = AsymmetricNonLocalContext(WIDTHS[2], WIDTHS[3], **SMALL).double().eval()
+    context.load_state_dict(decoder.state_dict())
+    *_, low, high = maps()
+    torch.testing.assert_close(decoder(low, high), context(low, high))
+
+
+def test_common_fusion():
+    fusion = network(fusion="common").decoder.fusion
+    *_, low, high = maps()
+    convolution, norm, _ = fusion.convolution
+    product = torch.einsum("oc,bchw->bohw", convolution.weight[:, :, 0, 0], low)
+    expected = high + activate(product + convolution.bias[:, None, None], norm)
+    torch.testing.assert_close(fusion(low, high), expected)
+
+
+def test_common_fusion_of_a_finer_map():
+    fusion = network(fusion="common", fuse_stages=(2,)).decoder.fusion
+    low, *_, high = maps()
+    assert fusion(low, high).shape == high.shape
+
+
+@pytest.mark.parametrize("fusion", ["common", "fnb", "afnb"])
+def test_fusions_of_several_stages_are_added(fusion):
+    decoder = network(fusion=fusion, fuse_stages=(2, 3, 4)).decoder
+    *lows, high = maps()
+    expected = 0
+    for one, low in zip(decoder.fusion, lows, strict=True):
+        expected = expected + one(low, high)
+    torch.testing.assert_close(decoder.fusion(*lows, high), expected)
+
+
+def test_baseline_has_one_convolution():
+    decoder = network(fusion=None, attention=None).decoder
+    high = maps()[-1]
+    torch.testing.assert_close(decoder.train()(high), decoder.reduce(high))
+
+
+def test_dropout_follows_the_fusion():
+    decoder = network(dropout=0.5).train().decoder
+    *_, low, high = maps()
+    seen = []
+    decoder.reduce.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    decoder(low, high)
+    dropped = (seen[0] == 0).all(dim=(2, 3))
+    assert 0.2 < dropped.float().mean() < 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fusion": "sum"}, "fusion must be one of"),
+        ({"attention": "nonlocal"}, "attention must be one of"),
+        ({"fuse_stages": (5,)}, r"fuse_stages must be .* out of \[2, 3, 4\] .*got \(5,\)"),
+        ({"fuse_stages": ()}, r"fuse_stages must be .*got \(\)"),
+        ({"fuse_stages": (4, 4)}, r"fuse_stages must be different"),
+        ({"fuse_stages": 4}, r"fuse_stages must be .*got 4"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("ann", "test_resnet", 5, **options)

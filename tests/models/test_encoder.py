@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones of every kind at the strides that they have."""
+
+import sys
+
+import pytest
+import torch
+from ctxops.models import Encoder, create_model
+
+from networks import images
+
+# Name, output stride, channels and strides of the maps.
+BACKBONES = [
+    ("resnet101s", 8, (256, 512, 1024, 2048), (4, 8, 8, 8)),
+    ("resnet50c", 16, (256, 512, 1024, 2048), (4, 8, 16, 16)),
+    ("resnet18", 32, (64, 128, 256, 512), (4, 8, 16, 32)),
+    ("densenet121", 8, (256, 512, 1024, 1024), (4, 8, 8, 8)),
+    ("densenet161", 8, (384, 768, 2112, 2208), (4, 8, 8, 8)),
+    ("hrnet_w18", 4, (18 + 36 + 72 + 144,), (4,)),
+    ("hrnet_w48", 4, (48 + 96 + 192 + 384,), (4,)),
+    ("vit_tiny_patch16_224", 16, (192,) * 3, (16,) * 3),
+    ("vit_base_patch16_224", 16, (768,) * 3, (16,) * 3),
+    ("convnext_tiny", 8, (96, 192, 384, 768), (4, 8, 8, 8)),
+    ("efficientnet_b0", 8, (24, 40, 112, 320), (4, 8, 8, 8)),
+    ("mobilenetv3_large_100", 8, (24, 40, 112, 960), (4, 8, 8, 8)),
+    ("swin_tiny_patch4_window7_224", 32, (96, 192, 384, 768), (4, 8, 16, 32)),
+]
+
+# Of each kind one that computes in no time.
+SMALL = [
+    ("test_resnet", 8),
+    ("test_convnext", 8),
+    ("test_efficientnet", 8),
+    ("test_vit", 16),
+    ("densenet121", 8),
+    ("hrnet_w18_small", 4),
+    ("swin_tiny_patch4_window7_224", 32),
+]
+
+
+@pytest.mark.parametrize(("name", "output_stride", "channels", "strides"), BACKBONES)
+def test_channels_and_strides(name, output_stride, channels, strides):
+    with torch.device("meta"):
+        encoder = Encoder(name, output_stride).eval()
+        maps = encoder(images(64, 96))
+    assert encoder.channels == channels
+    assert encoder.strides == strides
+    assert [tuple(x.shape) for x in maps] == [
+        (1, width, 64 // stride, 96 // stride)
+        for width, stride in zip(channels, strides, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("name", "output_stride"), SMALL)
+def test_takes_any_size(name, output_stride):
+    encoder = Encoder(name, output_stride).eval()
+    for size in [(37, 53), (33, 70)]:
+        for x, width, stride in zip(
+            encoder(images(*size)), encoder.channels, encoder.strides, strict=True
+        ):
+            assert x.shape[:2] == (1, width)
+            for side, of_image in zip(x.shape[2:], size, strict=True):
+                assert of_image // stride <= side <= -(-of_image // stride) + 1
+            assert x.isfinite().all()
+
+
+def test_the_images_of_an_hrnet_need_not_divide():
+    """A map's positions see the image where they lie: the padding adds none."""
+    encoder = Encoder("hrnet_w18_small", 4).eval()
+    (x,) = encoder(images(37, 53))
+    assert x.shape[2:] == (10, 14)
+    image = images(64, 32)
+    (exact,) = encoder(image)
+    maps = encoder.body(image)
+    torch.testing.assert_close(exact[:, : maps[0].shape[1]], maps[0])
+
+
+@pytest.mark.parametrize(("output_stride", "dilations"), [(8, (1, 1, 2, 4)), (16, (1, 1, 1, 2))])
+def test_a_dilated_densenet_sees_what_it_saw(output_stride, dilations):
+    """Dilated, it computes between its former positions as well, and there it changes nothing."""
+    encoder = Encoder("densenet121", output_stride).eval()
+    for level, dilation in enumerate(dilations):
+        block = dict(encoder.body.named_children())[f"features_denseblock{level + 1}"]
+        assert {layer.conv2.dilation[0] for layer in block.values()} == {dilation}
+    plain = Encoder("densenet121", 32).eval()
+    plain.load_state_dict(encoder.state_dict())
+    assert encoder.strides[-1] == output_stride
+    image = images(64, 64)
+    for x, expected in zip(encoder(image)[:2], plain(image)[:2], strict=True):
+        torch.testing.assert_close(x, expected)
+
+
+def test_multi_grid_and_ceil_mode():
+    encoder = Encoder("resnet50", 8, multi_grid=(1, 2, 4), ceil_mode=True).eval()
+    assert [block.conv2.dilation[0] for block in encoder.body["layer4"]] == [4, 8, 16]
+    with torch.device("meta"):
+        encoder = Encoder("resnet18", 8, ceil_mode=True).eval()
+        assert [x.shape[2] for x in encoder(images(512, 512))] == [129, 65, 65, 65]
+        encoder = Encoder("resnet18", 8).eval()
+        assert [x.shape[2] for x in encoder(images(512, 512))] == [128, 64, 64, 64]
+
+
+def test_other_channels_of_the_image():
+    encoder = Encoder("test_resnet", 8, in_channels=5).eval()
+    assert encoder(torch.randn(1, 5, 33, 33))[-1].shape[1] == encoder.channels[-1]
+
+
+def test_options_of_the_backbone():
+    encoder = Encoder("test_resnet", 8, options={"out_indices": (2, 4)})
+    assert encoder.strides == (8, 8)
+    assert len(encoder(images(33, 33, batch=2))) == 2
+    with pytest.raises(TypeError, match="unheard_of"):
+        Encoder("test_resnet", 8, options={"unheard_of": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet5O", 8), r"unknown backbone 'resnet5O', the closest is '\w*resnet\w*'; timm"),
+        (("vgg11", 8), r"'vgg11' has no map of output_stride=8.* choose output_stride=32"),
+        (("hrnet_w18_small", 8), r"strides of its maps are \(4,\): choose output_stride=4"),
+        (("test_vit", 8), r"strides of its maps are \(16, 16, 16\): choose output_stride=16"),
+        (("swin_tiny_patch4_window7_224", 8), "choose output_stride=32"),
+        (("densenet121", 5), "choose output_stride=4"),
+        (("resnet18", 7), "output_stride=7"),
+    ],
+    ids=str,
+)
+def test_unknown_backbones_and_strides(arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        Encoder(*arguments)
+
+
+@pytest.mark.parametrize("argument", [{"multi_grid": (1, 2)}, {"ceil_mode": True}], ids=str)
+def test_for_resnets_alone(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"{name} is for ResNets: backbone 'test_vit' has no"):
+        Encoder("test_vit", 16, **argument)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r'pip install "ctxops\[models\]"'):
+        create_model("fcn", "test_resnet")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every network must do; a new one is tested as soon as it is registered."""
+
+import pickle
+
+import pytest
+import torch
+from ctxops.models import model_options
+
+from networks import NUM_CLASSES, images, make, network_of, networks
+from numerics import LAYOUTS, assert_close, random_like
+
+# Parameters that no loss on the logits reaches, by network and beginning of their names.
+UNREACHED: dict[str, tuple[str, ...]] = {}
+
+SIZES = [(33, 33), (37, 53)]
+
+
+@networks
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_evaluation_gives_logits_at_the_size_of_the_image(name, size):
+    output = network_of(name)(images(*size))
+    assert output.logits.shape == (1, NUM_CLASSES, *size)
+    assert output.logits.isfinite().all()
+    assert output.auxiliary == {}
+    assert output.features is None
+
+
+@networks
+def test_training_gives_auxiliary_logits_and_every_gradient(name):
+    network = network_of(name).train()
+    output = network(images(37, 53, batch=2))
+    every = [output.logits, *output.auxiliary.values()]
+    assert len(every) > 1 or "auxiliary_channels" not in model_options(name)
+    for logits in every:
+        assert logits.shape == (2, NUM_CLASSES, 37, 53)
+    sum((logits * random_like(logits)).sum() for logits in every).backward()
+    for what, parameter in network.named_parameters():
+        if what.startswith(UNREACHED.get(name, ())):
+            continue
+        assert parameter.grad is not None, f"{what} has no gradient"
+        # The bias of a key shifts all logits of an attention alike, so it may well have none.
+        assert parameter.grad.any() or what.endswith("bias"), f"the gradient of {what} is zero"
+
+
+@networks
+def test_without_auxiliary_head(name):
+    if "auxiliary_channels" not in model_options(name):
+        pytest.skip("it has none")
+    network = make(name, auxiliary_channels=0).train()
+    assert not any(what.startswith("auxiliary.") for what, _ in network.named_parameters())
+    assert "auxiliary" not in network(images(33, 33, batch=2)).auxiliary
+
+
+@networks
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_memory_formats_agree(name, dtype):
+    network = network_of(name).double()
+    image = images(37, 53).to(dtype)
+    exact = network(image.double()).logits
+    plain = network.to(dtype)(image).logits
+    network.to(memory_format=torch.channels_last)
+    logits = network(LAYOUTS["channels_last"](image)).logits
+    assert_close(logits, plain, exact)
+
+
+@networks
+def test_autocast(name):
+    network = network_of(name)
+    image = images(33, 33)
+    expected = network(image).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(image).logits
+    assert logits.isfinite().all()
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+@networks
+def test_state_dict_copies_and_pickles(name):
+    torch.manual_seed(1)
+    network, other = network_of(name), make(name)
+    image = images(33, 33)
+    expected = network(image).logits
+    assert (other(image).logits - expected).abs().max() > 1e-3
+    other.load_state_dict(network.state_dict())
+    torch.testing.assert_close(other(image).logits, expected, rtol=0, atol=0)
+    again = pickle.loads(pickle.dumps(network))
+    torch.testing.assert_close(again(image).logits, expected, rtol=0, atol=0)
+
+
+@networks
+def test_compiles_once_for_all_sizes(name):
+    torch._dynamo.reset()
+    network = network_of(name).double()
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in [(65, 41), (37, 53)]:
+            image = images(*size).double()
+            torch.testing.assert_close(compiled(image).logits, network(image).logits)
+
+
+@networks
+def test_exports_with_dynamic_sizes(name):
+    network = network_of(name).double()
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(network, (images(65, 41).double(),), dynamic_shapes=[sizes])
+    for size in SIZES:
+        image = images(*size).double()
+        exported = program.module()(image)
+        torch.testing.assert_close(exported.logits, network(image).logits)
