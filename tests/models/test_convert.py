@@ -511,6 +511,32 @@ def test_another_backbone():
     assert all(x.equal(before[name]) for name, x in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("test_convnext", {"contract_dilation": False}, "contract_dilation is for ResNets"),
+        ("test_convnext", {"dilate_both": False}, "dilate_both is for ResNets"),
+        ("resnet50", {"dilate_both": False}, "dilate_both is for basic blocks"),
+        ("resnet18", {"bilinear_branches": True}, "bilinear_branches is for HRNets"),
+    ],
+)
+def test_options_for_other_backbones(name, option, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder(name, 32, **option)
+
+
+def test_dilations():
+    """timm dilates both convolutions of a basic block, and the first block of a stage by half."""
+
+    def dilations(**options):
+        stage = Encoder("resnet18", 8, **options).body["layer4"]
+        return [(block.conv1.dilation[0], block.conv2.dilation[0]) for block in stage]
+
+    assert dilations() == [(2, 4), (4, 4)]
+    assert dilations(contract_dilation=False) == [(4, 4), (4, 4)]
+    assert dilations(dilate_both=False) == [(2, 1), (4, 1)]
+
+
 # Checkpoints that do not fit ----------------------------------------------------------------------
 
 

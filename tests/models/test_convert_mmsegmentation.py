@@ -21,9 +21,9 @@ THEIR_NAMES = {"dnlnet": "dnl"}
 LISTINGS = read_listings(Path(__file__).with_name("mmsegmentation_r50.txt"))
 
 
-def configuration(model):
+def configuration(model, backbone="r50-d8"):
     """The network's base configuration, with norms for one process."""
-    config = Config.fromfile(CONFIGS / f"{THEIR_NAMES.get(model, model)}_r50-d8.py").model
+    config = Config.fromfile(CONFIGS / f"{THEIR_NAMES.get(model, model)}_{backbone}.py").model
     config.pretrained = None
 
     def replace_norms(part):
@@ -44,7 +44,7 @@ def build(config):
 
 
 @torch.no_grad()
-def assert_imports(original, model, **options):
+def assert_imports(original, model, size=(65, 97), **options):
     """With random weights and statistics, the imported network's logits are the original's."""
     names = original.state_dict(keep_vars=True)
     numbers = random_state_dict(listing(names))
@@ -55,7 +55,7 @@ def assert_imports(original, model, **options):
     original.load_state_dict(numbers)
     imported = import_checkpoint(original.state_dict(), **options)
     assert (imported.source, imported.model) == ("mmsegmentation", model)
-    image = torch.randn(1, 3, 65, 97, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     expected = original.eval().encode_decode(image, [{"img_shape": image.shape[2:]}])
     assert expected.std() > 0.1
     network = imported.build()
@@ -90,6 +90,12 @@ def test_output_stride():
     config.decode_head.update(dilations=(1, 6, 12, 18))
     options = {"output_stride": 16, "dilations": (6, 12, 18)}
     assert_imports(build(config), "deeplabv3", **options)
+
+
+@pytest.mark.parametrize("model", ["fcn", "ocrnet"])
+def test_hrnet(model):
+    """On images that need no padding: of others it pads the image, where the original resizes."""
+    assert_imports(build(configuration(model, "hr18")), model, (64, 96))
 
 
 def test_fcn_of_one_convolution():
