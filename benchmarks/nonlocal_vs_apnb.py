@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.nn import APNB
+from conventions import count_operations
+from ctxops.nn import APNB, NonLocal2d
 from harness import (
     Case,
     Contender,
@@ -26,17 +27,19 @@ from harness import (
     Oracle,
     Paper,
     Report,
+    Verdict,
     add_options,
     both_formats,
+    megabytes,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
     time_by_operation,
 )
+from harness.measure import Result
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
-
-OUTPUT_SIZES = (1, 3, 6, 8)
-ANCHORS = sum(n * n for n in OUTPUT_SIZES)
 
 # Table 1, on a Titan Xp: C = 2048, C^ = 256, batch 1.
 TABLE_1 = {
@@ -73,19 +76,12 @@ class Block:
         return TABLE_1.get((family, (self.height, self.width)))
 
     def paper_count(self, family: str) -> int:
-        """The count of the authors' tool, which Table 1 prints as FLOPs.
-
-        Each convolution once, as multiply-accumulates + bias; batch norm 2 and ReLU 1 for each
-        element; a matrix product 2 for each multiply-accumulate, but of NB's two only one counts;
-        adaptive pooling window + 1 for each bin, once for key and value together.
-        """
-        n, s, c, k = self.positions, ANCHORS, self.channels, self.key_channels
-        count = 3 * n * c * k + n * (2 * k + c) + 3 * n * k
-        if family == "NB":
-            return self.batch * (count + 2 * n * n * k)
-        windows = [(self.height // g) * (self.width // g) for g in OUTPUT_SIZES]
-        pooling = sum(g * g * (window + 1) for g, window in zip(OUTPUT_SIZES, windows, strict=True))
-        return self.batch * (count + 4 * n * s * k + k * pooling)
+        """The count of the authors' tool, which Table 1 prints as FLOPs."""
+        widths = (self.channels, self.key_channels, self.key_channels)
+        with torch.device("meta"):
+            x = torch.empty(self.batch, self.channels, self.height, self.width)
+            block = NonLocal2d(*widths) if family == "NB" else APNB(*widths, fold=False)
+            return count_operations(block, x, convention="S")
 
     def peak_bytes(self, family: str, itemsize: int, backward: bool) -> int:
         """An upper bound of what a call holds beyond its input.
@@ -194,6 +190,32 @@ def counting_lines(block: Block) -> list[str]:
     return lines
 
 
+def count_verdicts() -> list[Verdict]:
+    """Table 1's operations, as the authors' tool counts them."""
+    verdicts = []
+    for (family, size), paper in TABLE_1.items():
+        count = Block(1, 2048, 256, *size).paper_count(family) / 1e9
+        what = f"{family}, {size[0]} x {size[1]}, FLOPs"
+        how = f"{count:.3f}, convention S"
+        verdicts.append(Verdict("ANN, Table 1", what, f"{paper.gflops}", count, "G", how))
+    return verdicts
+
+
+def block_ratios(block: Block, result: Result) -> list[Verdict]:
+    """NB over APNB, as released and ours; where the table has not the size, beside 96 x 96."""
+    size = (block.height, block.width)
+    nb, apnb = (TABLE_1.get((name, size), TABLE_1[name, (96, 96)]) for name in ("NB", "APNB"))
+    verdicts = []
+    for reference in ("APNB as released", "ctxops APNB"):
+        for what, papers, figure in (
+            ("time", (nb.milliseconds, apnb.milliseconds), milliseconds),
+            ("memory", (nb.megabytes, apnb.megabytes), megabytes),
+        ):
+            names = dict(zip(("NB as released", reference), papers, strict=True))
+            verdicts += ratio_verdicts("ANN, Table 1", what, names, reference, result, figure)
+    return verdicts
+
+
 def add_breakdown(report: Report, checked: Sequence[list[Entry]], options: Options) -> None:
     """Figure 2: time by operation, each of NB, APNB and ours in its faster memory format."""
     for result in report.results:
@@ -226,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for block, case, entries in zip(blocks, cases, checked, strict=True):
             accuracy = accuracy_line(entries)
             report.lines[case.title] = [accuracy] * (accuracy is not None) + counting_lines(block)
+        report.verdicts += count_verdicts()
+        if not (chosen.backward or chosen.train):
+            for block, result in zip(blocks, report.results, strict=True):
+                report.verdicts += block_ratios(block, result)
         if chosen.breakdown:
             add_breakdown(report, checked, options)
 

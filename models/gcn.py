@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import Tensor, nn
-
 from ctxops.nn._checks import check_choice, check_kernel_size
 from ctxops.nn.feature_fusion import resize
 from ctxops.nn.global_convolution import (

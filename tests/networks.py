@@ -7,9 +7,10 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from ctxops.models import Encoder, SegmentationNetwork, create_model, list_models, model_options
 from ctxops.models.base import Classifier
-from torch import Tensor, nn
 
 NUM_CLASSES = 5
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from modules import randomise
 
 WIDTHS = (32, 48, 192, 96)

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from ctxops.models import model_options
 
+from ctxops.models import model_options
 from networks import NUM_CLASSES, images, make, network_of, networks, traceable
 from numerics import LAYOUTS, assert_close, random_like
 

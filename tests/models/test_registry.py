@@ -3,9 +3,9 @@ import inspect
 
 import pytest
 import torch
-from ctxops.models import SegmentationOutput, create_model, list_models, model_options
 from torch import nn
 
+from ctxops.models import SegmentationOutput, create_model, list_models, model_options
 from networks import images, networks
 
 
