@@ -175,31 +175,37 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
 
     Args:
         encoder: of a network: ``create_model("ann", "resnet50").encoder``.
-        state_dict: of the whole classifier: ``load_checkpoint(path)``.
+        state_dict: of the classifier, or of a network whose backbone it is:
+            ``load_checkpoint(path)``.
 
     Returns:
-        The names that were not used, all of them behind the encoder's maps: the classifier's.
+        The names that were not used, all of them outside the backbone's part that makes the
+        encoder's maps: those of the classifier.
 
     Raises:
         ValueError: a checkpoint of another backbone; then nothing is loaded.
     """
     expected = encoder.body.state_dict()
-    theirs = _strip_prefixes(state_dict, (*_PREFIXES, "backbone."))
-    renamed = {_with_numbered_stem(name): name for name in theirs}
-    sources = {ours: _backbone_name(ours, renamed) for ours in expected}
+    tensors = _strip_prefixes(state_dict)
+    outside = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
+    if len(outside) < len(tensors):
+        theirs = {n.removeprefix("backbone."): x for n, x in tensors.items() if n not in outside}
+    else:
+        theirs, outside = outside, {}
+    names = {ours: _backbone_name(ours, theirs) for ours in expected}
     missing = [
         ours
-        for ours, name in sources.items()
+        for ours, name in names.items()
         if name is None and not ours.endswith(".num_batches_tracked")
     ]
-    used = {ours: theirs[renamed[name]] for ours, name in sources.items() if name is not None}
-    taken = {renamed[name] for name in sources.values() if name is not None}
+    loaded = {ours: theirs[name] for ours, name in names.items() if name is not None}
+    taken = set(names.values()) - {None}
     unused = [name for name in theirs if name not in taken]
     parts = {name.split(".")[0] for name in taken}
     unexpected = [name for name in unused if name.split(".")[0] in parts]
     shapes = [
         f"{ours} {tuple(tensor.shape)} instead of {tuple(expected[ours].shape)}"
-        for ours, tensor in used.items()
+        for ours, tensor in loaded.items()
         if tensor.shape != expected[ours].shape
     ]
     if missing or unexpected or shapes:
@@ -207,20 +213,24 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
             f"the checkpoint does not fit backbone {encoder.name!r}: "
             + _differences(missing, unexpected, shapes)
         )
-    encoder.body.load_state_dict(expected | used)
-    return unused
+    encoder.body.load_state_dict(expected | loaded)
+    return [*unused, *outside]
 
 
-def _with_numbered_stem(name: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{STEM.get(module, module)}.{leaf}"
+_NUMBERED_STEM = {ours: theirs for theirs, ours in STEM.items()}
 
 
-def _backbone_name(ours: str, names: Mapping[str, str]) -> str | None:
-    """The checkpoint's counterpart of a name in timm's feature extractor, if there is one."""
-    # timm flattens one level, "stages.0" to "stages_0", or puts the model into a wrapper.
-    candidates = (ours, re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", ours), ours.removeprefix("model."))
-    return next((name for name in candidates if name in names), None)
+def _backbone_name(ours: str, theirs: Mapping[str, Tensor]) -> str | None:
+    """The checkpoint's name for a tensor of timm's feature extractor, if there is one."""
+    module, _, leaf = ours.rpartition(".")
+    candidates = (
+        ours,
+        # timm flattens one level, "stages.0" to "stages_0", or wraps the model.
+        re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", ours),
+        ours.removeprefix("model."),
+        f"{_NUMBERED_STEM.get(module, module)}.{leaf}",
+    )
+    return next((name for name in candidates if name in theirs), None)
 
 
 def _choose_recipe(
@@ -287,12 +297,10 @@ def _fits(tensor: Tensor, expected: Tensor) -> bool:
     return tensor.shape == expected.shape or tensor.numel() == expected.numel() == 1
 
 
-def _strip_prefixes(
-    state_dict: Mapping[str, Tensor], prefixes: Iterable[str] = _PREFIXES
-) -> dict[str, Tensor]:
-    """The tensors by their names without a prefix that all of them have."""
+def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names without what training puts before all of them."""
     tensors = _tensors(state_dict)
-    for prefix in prefixes:
+    for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

@@ -41,6 +41,9 @@ class Encoder(nn.Module):
             all of it, as in the code released with GALD. ResNets alone.
         dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
             as in mmsegmentation. ResNets of basic blocks alone.
+        bilinear_branches: an HRNet's branches are resized bilinearly where they are added up, as
+            the HRNets of mmsegmentation. False: to the nearest, as timm's classifiers. HRNets
+            alone.
         options: further arguments of ``timm.create_model``.
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
@@ -72,6 +75,7 @@ class Encoder(nn.Module):
         ceil_mode: bool = False,
         contract_dilation: bool = True,
         dilate_both: bool = True,
+        bilinear_branches: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -98,6 +102,10 @@ class Encoder(nn.Module):
                 f"backbone {name!r} has no map of output_stride={output_stride}; the strides of "
                 f"its maps are {self.strides}: choose output_stride={self.strides[-1]}"
             )
+        if bilinear_branches:
+            if not self.concatenates:
+                raise ValueError(f"bilinear_branches is for HRNets, not for backbone {name!r}")
+            _resize_bilinearly(self.body)
         if not contract_dilation:
             for stage in ("layer2", "layer3", "layer4"):
                 _spread_dilation(self.part(stage, "contract_dilation"))
@@ -162,6 +170,12 @@ def _dilate_densenet(body: nn.Module, strides: Sequence[int], output_stride: int
             for layer in part.values():
                 layer.conv2.dilation = layer.conv2.padding = (dilation, dilation)
     return [min(stride, reached) for stride in strides]
+
+
+def _resize_bilinearly(body: nn.Module) -> None:
+    for module in body.modules():
+        if isinstance(module, nn.Upsample):
+            module.mode, module.align_corners = "bilinear", False
 
 
 def _spread_dilation(stage: nn.Module) -> None:

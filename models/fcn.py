@@ -8,7 +8,7 @@ from torch import nn
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_sizes
+from ctxops.nn._checks import check_kernel_size, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.concat_context import ConcatContext
 
@@ -19,25 +19,30 @@ def fcn(
     num_classes: int,
     *,
     channels: int = 512,
+    kernel_size: int = 3,
     convolutions: int = 1,
     concat: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     **common,
 ) -> SegmentationNetwork:
-    """3 x 3 convolutions to ``channels``, each with norm and ReLU, on the last map.
+    """Convolutions to ``channels``, each with norm and ReLU, on the last map.
 
     Args:
         channels: of each convolution.
+        kernel_size: of each convolution. 1: the usual head of an HRNet.
         convolutions: how many, one after the other.
         concat: the map beside what they make of it, and one more of them.
     """
+    check_kernel_size(kernel_size)
     check_sizes(convolutions=convolutions)
     width = encoder.channels[-1]
-    first = cbr(width, channels, 3, norm_layer)
-    rest = [cbr(channels, channels, 3, norm_layer) for _ in range(convolutions - 1)]
+    first = cbr(width, channels, kernel_size, norm_layer)
+    rest = [cbr(channels, channels, kernel_size, norm_layer) for _ in range(convolutions - 1)]
     if concat:
         context = nn.Sequential(first, *rest)
-        decoder = ConcatContext(context, width, channels, channels, norm_layer=norm_layer)
+        decoder = ConcatContext(
+            context, width, channels, channels, kernel_size=kernel_size, norm_layer=norm_layer
+        )
     else:
         decoder = nn.Sequential(first, *rest) if rest else first
     return SegmentationNetwork(

@@ -46,6 +46,22 @@ _NAMED_STEM = {
 }
 
 _STAGES = ("layer{}.{}.conv{}", "layer{}.{}.bn{}", "layer{}.{}.downsample.{}")
+_HRNET = {
+    name: name
+    for name in (
+        "conv{}",
+        "bn{}",
+        "layer1.{}.conv{}",
+        "layer1.{}.bn{}",
+        "layer1.{}.downsample.{}",
+        "transition{}.{}.{}",
+        "transition{}.{}.{}.{}",
+        "stage{}.{}.branches.{}.{}.conv{}",
+        "stage{}.{}.branches.{}.{}.bn{}",
+        "stage{}.{}.fuse_layers.{}.{}.{}",
+        "stage{}.{}.fuse_layers.{}.{}.{}.{}",
+    )
+}
 _PLAIN_RESNET = {
     name: name for name in ("conv1", "bn1", "conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6")
 } | {name: name for name in _STAGES}
@@ -110,25 +126,22 @@ def _prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body."
 
 
 def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
-    """The backbone's name in timm; ``stem``: the first of three convolutions, if there are three.
-
-    Letters after the depth: c and s for a stem of three convolutions, d for one with average
-    pooling on the shortcuts besides.
-    """
+    """The backbone by timm's name. ``stem``: the first of three convolutions, if there are such."""
     counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
     bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
     depth = _DEPTHS.get((*counts, bottlenecks))
     if depth is None:
         raise MissingKeyError(f"{prefix}layer4 of a ResNet: its stages have {counts} blocks")
+    if len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4:
+        # Dilated, timm's average pooling on shortcuts has windows of 2 x 2, the others' of 1 x 1.
+        raise ValueError("ResNets with average pooling on their shortcuts are not imported")
     if f"{stem}.weight" not in shapes:
         return {"backbone": f"resnet{depth}"}
     width = shapes[f"{stem}.weight"][0]
-    # Average pooling comes before the convolution of a shortcut, and moves it by one.
-    pooled = len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4
-    letter = "d" if pooled and width == 32 else _STEM_LETTERS.get(width, "")
-    if f"resnet{depth}{letter}" in require_timm().list_models():
-        return {"backbone": f"resnet{depth}{letter}"}
-    options = {"stem_type": "deep", "stem_width": width, "avg_down": pooled}
+    name = f"resnet{depth}{_STEM_LETTERS.get(width, '')}"
+    if name in require_timm().list_models():
+        return {"backbone": name}
+    options = {"stem_type": "deep", "stem_width": width}
     return {"backbone": f"resnet{depth}", "backbone_options": options}
 
 
@@ -141,15 +154,25 @@ def _module(theirs: str, ours: str) -> dict[str, str]:
 
 
 _MMSEG_COMMON = (
-    _prefixed(_PLAIN_RESNET | STEM, "backbone.")
+    _prefixed(_PLAIN_RESNET | STEM | _HRNET, "backbone.")
     | {"decode_head.conv_seg": "classifier.1", "auxiliary_head.conv_seg": "auxiliary.1.1"}
     | _module("auxiliary_head.convs.0", "auxiliary.0")
 )
 
 
+def _hrnet(shapes: Shapes) -> dict[str, object]:
+    """The backbone by timm's name: its width, and the blocks of its first stage."""
+    width = shapes["backbone.stage2.0.branches.0.0.conv1.weight"][0]
+    small = {1: "_small", 2: "_small_v2"}.get(shapes.count("backbone.layer1"), "")
+    return {"backbone": f"hrnet_w{width}{small}", "output_stride": 4, "bilinear_branches": True}
+
+
 def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, object]:
     auxiliary = "auxiliary_head.convs.0.conv.weight"
-    arguments = _resnet(shapes, "backbone.", "backbone.stem.0")
+    if shapes.has("backbone.stage4"):
+        arguments = _hrnet(shapes)
+    else:
+        arguments = _resnet(shapes, "backbone.", "backbone.stem.0")
     arguments |= {"num_classes": shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}
     if arguments["backbone"].startswith(("resnet18", "resnet34")):
         arguments["dilate_both"] = False
@@ -375,13 +398,16 @@ _MMSEG = [
         "fcn",
         "decode_head.convs.0.",
         _module("decode_head.convs.0", "decoder"),
-        _mmseg_channels("decode_head.convs.0.conv.weight"),
+        _mmseg_channels(
+            "decode_head.convs.0.conv.weight",
+            kernel_size=lambda shapes, _: shapes["decode_head.convs.0.conv.weight"][2],
+        ),
     ),
     Recipe(
         "mmsegmentation",
         "ocrnet",
         ("backbone.", "decode_head.1.object_context_block."),
-        _prefixed(_PLAIN_RESNET | STEM, "backbone.")
+        _prefixed(_PLAIN_RESNET | STEM | _HRNET, "backbone.")
         | _module("decode_head.0.convs.0", "regions.0")
         | {"decode_head.0.conv_seg": "regions.1.1", "decode_head.1.conv_seg": "classifier.1"}
         | _module("decode_head.1.bottleneck", "decoder.reduce")

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 
+from harness.interference import NOTEWORTHY_CORES
 from harness.measure import Result, Row
 from harness.verdict import Verdict
 
@@ -27,7 +28,9 @@ def ratio_verdicts(
 
     Every row in its faster memory format; rows that did not fit are left out.
     """
-    base = result.fastest(reference)
+    base, how = result.fastest(reference), result.case.title
+    if (result.foreign_cores or 0.0) > NOTEWORTHY_CORES:
+        how += ", DISTURBED by other programs"
     verdicts = []
     for name, paper in papers.items():
         row = result.fastest(name)
@@ -35,5 +38,5 @@ def ratio_verdicts(
             continue
         printed, ratio = f"{paper / papers[reference]:.2f}", figure(row) / figure(base)
         title = f"{name} / {reference}, {what}"
-        verdicts.append(Verdict(table, title, printed, ratio, "x", result.case.title, True))
+        verdicts.append(Verdict(table, title, printed, ratio, "x", how, True))
     return verdicts
