@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctxops.models import model_options
-from networks import NUM_CLASSES, images, make, network_of, networks
+from networks import NUM_CLASSES, images, make, network_of, networks, traceable
 from numerics import LAYOUTS, assert_close, random_like
 
 # Parameters that no loss on the logits reaches, by network and beginning of their names.
@@ -31,7 +31,8 @@ def test_training_gives_auxiliary_logits_and_every_gradient(name):
     network = network_of(name).train()
     output = network(images(37, 53, batch=2))
     every = [output.logits, *output.auxiliary.values()]
-    assert len(every) > 1 or "auxiliary_channels" not in model_options(name)
+    expects_head = bool(model_options(name).get("auxiliary_channels"))
+    assert ("auxiliary" in output.auxiliary) == expects_head
     for logits in every:
         assert logits.shape == (2, NUM_CLASSES, 37, 53)
     sum((logits * random_like(logits)).sum() for logits in every).backward()
@@ -44,12 +45,15 @@ def test_training_gives_auxiliary_logits_and_every_gradient(name):
 
 
 @networks
-def test_without_auxiliary_head(name):
+@pytest.mark.parametrize("channels", [0, 8])
+def test_auxiliary_head(name, channels):
     if "auxiliary_channels" not in model_options(name):
         pytest.skip("it has none")
-    network = make(name, auxiliary_channels=0).train()
-    assert not any(what.startswith("auxiliary.") for what, _ in network.named_parameters())
-    assert "auxiliary" not in network(images(33, 33, batch=2)).auxiliary
+    network = make(name, auxiliary_channels=channels).train()
+    parameters = [what for what, _ in network.named_parameters() if what.startswith("auxiliary.")]
+    assert bool(parameters) == bool(channels)
+    output = network(images(33, 33, batch=2))
+    assert ("auxiliary" in output.auxiliary) == bool(channels)
 
 
 @networks
@@ -91,7 +95,7 @@ def test_state_dict_copies_and_pickles(name):
 @networks
 def test_compiles_once_for_all_sizes(name):
     torch._dynamo.reset()
-    network = network_of(name).double()
+    network = traceable(name).double()
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in [(65, 41), (37, 53)]:
@@ -101,7 +105,7 @@ def test_compiles_once_for_all_sizes(name):
 
 @networks
 def test_exports_with_dynamic_sizes(name):
-    network = network_of(name).double()
+    network = traceable(name).double()
     sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(network, (images(65, 41).double(),), dynamic_shapes=[sizes])
     for size in SIZES:
