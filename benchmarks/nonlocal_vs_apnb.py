@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.nn import APNB
+from conventions import count_operations
+from ctxops.nn import APNB, NonLocal2d
 from harness import (
     Case,
     Contender,
@@ -34,9 +35,6 @@ from harness import (
     time_by_operation,
 )
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
-
-OUTPUT_SIZES = (1, 3, 6, 8)
-ANCHORS = sum(n * n for n in OUTPUT_SIZES)
 
 # Table 1, on a Titan Xp: C = 2048, C^ = 256, batch 1.
 TABLE_1 = {
@@ -73,19 +71,12 @@ class Block:
         return TABLE_1.get((family, (self.height, self.width)))
 
     def paper_count(self, family: str) -> int:
-        """The count of the authors' tool, which Table 1 prints as FLOPs.
-
-        Each convolution once, as multiply-accumulates + bias; batch norm 2 and ReLU 1 for each
-        element; a matrix product 2 for each multiply-accumulate, but of NB's two only one counts;
-        adaptive pooling window + 1 for each bin, once for key and value together.
-        """
-        n, s, c, k = self.positions, ANCHORS, self.channels, self.key_channels
-        count = 3 * n * c * k + n * (2 * k + c) + 3 * n * k
-        if family == "NB":
-            return self.batch * (count + 2 * n * n * k)
-        windows = [(self.height // g) * (self.width // g) for g in OUTPUT_SIZES]
-        pooling = sum(g * g * (window + 1) for g, window in zip(OUTPUT_SIZES, windows, strict=True))
-        return self.batch * (count + 4 * n * s * k + k * pooling)
+        """The count of the authors' tool, which Table 1 prints as FLOPs."""
+        widths = (self.channels, self.key_channels, self.key_channels)
+        with torch.device("meta"):
+            x = torch.empty(self.batch, self.channels, self.height, self.width)
+            block = NonLocal2d(*widths) if family == "NB" else APNB(*widths, fold=False)
+            return count_operations(block, x, convention="S")
 
     def peak_bytes(self, family: str, itemsize: int, backward: bool) -> int:
         """An upper bound of what a call holds beyond its input.

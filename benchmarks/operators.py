@@ -21,6 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ctxops
+from eager import (
+    as_rows,
+    cross_by_bmm,
+    cross_by_einsum,
+    fuse_levels,
+    sdpa,
+    softmax_attention,
+    windows_by_shifts,
+    windows_by_unfold,
+)
 from harness import (
     Case,
     Contender,
@@ -102,8 +112,7 @@ def _bin_product(shape: Shape, options: Options) -> Callable[[Tensor], Tensor]:
 
 
 def pyramid_pool_cases(shape: Shape, options: Options) -> list[Case]:
-    """Bytes: the map and the anchors once, twice with the backward (it needs no map, it makes one).
-    FLOPs of ours: one addition or comparison for each element."""
+    """Bytes: map and anchors once, twice with the backward, which needs no map but makes one."""
     batch, channels, height, width = shape
     elements = batch * channels * height * width
     output_shape = (batch, channels, ANCHORS)
@@ -127,7 +136,7 @@ def pyramid_pool_cases(shape: Shape, options: Options) -> list[Case]:
                 row("bin matrices", product),
                 row("bin matrices compiled", product, compile=True),
             ]
-        contenders.append(row("ctxops", lambda: ours, ours=True, flops=passes * elements))
+        contenders.append(row("ctxops", lambda: ours, ours=True))
         return Case(
             _title(f"pyramid_pool {mode}", shape, backward),
             lambda: (_random(shape, options, 0),),
@@ -137,22 +146,6 @@ def pyramid_pool_cases(shape: Shape, options: Options) -> list[Case]:
         )
 
     return [case(mode, backward) for mode in ("avg", "max") for backward in (False, True)]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, ...) as (B, 1, N, C), each row contiguous."""
-    return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-
-
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scaled = query.flatten(2).transpose(1, 2) * query.shape[1] ** -0.5
-    weights = (scaled @ key).softmax(dim=-1)
-    return (weights @ value.transpose(1, 2)).transpose(1, 2).unflatten(2, query.shape[2:])
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    context = F.scaled_dot_product_attention(_rows(query), _rows(key), _rows(value))
-    return context.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
 
 
 def asymmetric_attention_cases(shape: Shape, options: Options) -> list[Case]:
@@ -168,9 +161,9 @@ def asymmetric_attention_cases(shape: Shape, options: Options) -> list[Case]:
             peak_bytes=options.dtype.itemsize * positions * (maps * channels + 4 * ANCHORS),
         )
         contenders = [
-            row("softmax", lambda: _softmax_attention),
-            row("softmax compiled", lambda: _softmax_attention, compile=True),
-            row("SDPA", lambda: _sdpa),
+            row("softmax", lambda: softmax_attention),
+            row("softmax compiled", lambda: softmax_attention, compile=True),
+            row("SDPA", lambda: sdpa),
             row("ctxops", lambda: ctxops.asymmetric_attention, ours=True),
         ]
         return Case(
@@ -182,34 +175,6 @@ def asymmetric_attention_cases(shape: Shape, options: Options) -> list[Case]:
         )
 
     return [case(False), case(True)]
-
-
-def _windows_by_unfold(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int):
-    """LDv2 as it is usually written: every position's window is copied out."""
-    padding = kernel // 2 * dilation
-
-    def windows(x: Tensor) -> Tensor:
-        columns = F.unfold(x, kernel, dilation, padding)
-        return columns.view(*x.shape[:2], kernel * kernel, *x.shape[2:])
-
-    scaled = query * query.shape[1] ** -0.5
-    weights = (scaled[:, :, None] * windows(key)).sum(dim=1).softmax(dim=1)
-    return (weights[:, None] * windows(value)).sum(dim=2)
-
-
-def _windows_by_shifts(query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int):
-    """One pass over shifted maps for each neighbour: nothing is copied but the padding."""
-    height, width = query.shape[2:]
-    padding = kernel // 2 * dilation
-    key, value = F.pad(key, (padding,) * 4), F.pad(value, (padding,) * 4)
-    shifts = [
-        (..., slice(i * dilation, i * dilation + height), slice(j * dilation, j * dilation + width))
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-    scaled = query * query.shape[1] ** -0.5
-    weights = torch.stack([(scaled * key[at]).sum(dim=1) for at in shifts], dim=1).softmax(dim=1)
-    return sum(weights[:, n, None] * value[at] for n, at in enumerate(shifts))
 
 
 def _flex(shape: Shape, options: Options, kernel: int, dilation: int) -> Callable[..., Tensor]:
@@ -234,8 +199,8 @@ def _flex(shape: Shape, options: Options, kernel: int, dilation: int) -> Callabl
 
     # Compiled together with what lays out its operands, it fails on the CPU (torch 2.15).
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        key, value = (_rows(F.pad(x, (padding,) * 4)) for x in (key, value))
-        context = compiled(_rows(query), key, value, block_mask=mask)
+        key, value = (as_rows(F.pad(x, (padding,) * 4)) for x in (key, value))
+        context = compiled(as_rows(query), key, value, block_mask=mask)
         return context.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
 
     return attend
@@ -270,8 +235,8 @@ def neighborhood_attention_cases(
             flops=4 * passes * positions * neighbours * channels,
         )
         copies = 4 * positions * neighbours * channels * (5 if backward else 3)
-        unfold = functools.partial(_windows_by_unfold, **window)
-        shifts = functools.partial(_windows_by_shifts, **window)
+        unfold = functools.partial(windows_by_unfold, **window)
+        shifts = functools.partial(windows_by_shifts, **window)
         attend = functools.partial(
             ctxops.neighborhood_attention, kernel_size=kernel, dilation=dilation, border=border
         )
@@ -325,16 +290,6 @@ def _sums(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tens
     ]
 
 
-def _fuse(features: Sequence[Tensor], gates: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """With the sum of all levels, so that none is added up again for every other."""
-    sent = [gate * x for x, gate in zip(features, gates, strict=True)]
-    total = sum(sent)
-    return tuple(
-        (1 + gate) * x + (1 - gate) * (total - own)
-        for x, gate, own in zip(features, gates, sent, strict=True)
-    )
-
-
 def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
     """Four levels of one size. Bytes: every map read and written once; with the backward, features
     and gradients read and gradients written once more."""
@@ -344,7 +299,7 @@ def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
     def torch_form(gates: Callable[..., list[Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
         def fuse(*inputs: Tensor) -> tuple[Tensor, ...]:
             *features, weight, bias = inputs
-            return _fuse(features, gates(features, weight, bias))
+            return fuse_levels(features, gates(features, weight, bias))
 
         return fuse
 
@@ -361,7 +316,6 @@ def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
         row = functools.partial(
             Contender,
             peak_bytes=(8 if backward else 4) * maps,
-            flops=0,
             traffic=(5 if backward else 2) * maps,
         )
         convolutions = functools.partial(torch_form, _gates)
@@ -383,44 +337,8 @@ def self_gated_fusion_cases(shape: Shape, options: Options) -> list[Case]:
     return [case(False), case(True)]
 
 
-def _cross_by_einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    height = query.shape[2]
-    query = query * query.shape[1] ** -0.5
-    itself = torch.eye(height, dtype=torch.bool, device=query.device)[:, None]
-    column = torch.einsum("bchw,bciw->bhwi", query, key).masked_fill(itself, -torch.inf)
-    row = torch.einsum("bchw,bchj->bhwj", query, key)
-    weights = torch.cat([column, row], dim=3).softmax(dim=3)
-    attended = torch.einsum("bhwi,bciw->bchw", weights[..., :height], value)
-    return attended + torch.einsum("bhwj,bchj->bchw", weights[..., height:], value)
-
-
-def _cross_by_bmm(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The recipe of CCNet's released code: every map is copied to columns and to rows."""
-    batch, _, height, width = query.shape
-    query = query * query.shape[1] ** -0.5
-
-    def columns(x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2).contiguous().view(batch * width, -1, height)
-
-    def rows(x: Tensor) -> Tensor:
-        return x.permute(0, 2, 1, 3).contiguous().view(batch * height, -1, width)
-
-    itself = torch.eye(height, dtype=torch.bool, device=query.device)
-    column = torch.bmm(columns(query).mT, columns(key)).masked_fill(itself, -torch.inf)
-    column = column.view(batch, width, height, height).transpose(1, 2)
-    row = torch.bmm(rows(query).mT, rows(key)).view(batch, height, width, width)
-    weights = torch.cat([column, row], dim=3).softmax(dim=3)
-    column = weights[..., :height].transpose(1, 2).contiguous().view(-1, height, height)
-    row = weights[..., height:].contiguous().view(-1, width, width)
-    column = torch.bmm(columns(value), column.mT).view(batch, width, -1, height)
-    row = torch.bmm(rows(value), row.mT).view(batch, height, -1, width)
-    return column.permute(0, 2, 3, 1) + row.permute(0, 2, 1, 3)
-
-
 def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
-    """Queries and keys have an eighth of the channels, as in CCNet.
-
-    FLOPs: the products of the cross, whoever computes them."""
+    """Queries and keys have an eighth of the channels, as in CCNet."""
     batch, channels, height, width = shape
     narrow = (batch, max(1, channels // 8), height, width)
     positions, keys = batch * height * width, height + width - 1
@@ -429,13 +347,12 @@ def criss_cross_attention_cases(shape: Shape, options: Options) -> list[Case]:
         row = functools.partial(
             Contender,
             peak_bytes=4 * positions * (8 * channels + 6 * keys) * (2 if backward else 1),
-            flops=2 * positions * keys * (narrow[1] + channels) * (3 if backward else 1),
         )
         contenders = [
-            row("einsum", lambda: _cross_by_einsum),
-            row("einsum compiled", lambda: _cross_by_einsum, compile=True),
-            row("permute + bmm", lambda: _cross_by_bmm),
-            row("permute + bmm compiled", lambda: _cross_by_bmm, compile=True),
+            row("einsum", lambda: cross_by_einsum),
+            row("einsum compiled", lambda: cross_by_einsum, compile=True),
+            row("permute + bmm", lambda: cross_by_bmm),
+            row("permute + bmm compiled", lambda: cross_by_bmm, compile=True),
             row("ctxops", lambda: ctxops.criss_cross_attention, ours=True),
         ]
         return Case(
@@ -548,7 +465,7 @@ def category_statistics_cases(shape: Shape, options: Options) -> list[Case]:
             memory = _random((classes, channels), options, 1)
             return _random(sized, options, 0), labels.to(options.device), memory
 
-        row = functools.partial(Contender, peak_bytes=256 * pixels, flops=0)
+        row = functools.partial(Contender, peak_bytes=256 * pixels)
         contenders = [
             row("factorised", lambda: _means_factorised),
             row("factorised compiled", lambda: _means_factorised, compile=True),

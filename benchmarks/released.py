@@ -117,4 +117,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
             child.bias.copy_(normal(child.bias, 0.0, 0.1))
             child.running_mean.copy_(normal(child.running_mean, 0.0, 0.1))
             child.running_var.copy_(normal(child.running_var, 1.0, 0.1).abs())
+        else:  # gains, such as those that start at zero
+            for parameter in child.parameters(recurse=False):
+                parameter.copy_(normal(parameter, 1.0, 0.1))
     return module

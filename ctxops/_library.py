@@ -8,7 +8,11 @@ reference.
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.machinery
 import importlib.util
+import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,6 +25,8 @@ from torch.utils.dlpack import to_dlpack
 from ctxops import _native
 
 _LIBRARY = Library("ctxops", "DEF")
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -54,6 +60,8 @@ class Operator:
 
     ``kernels`` maps a device type to a function; ``fake`` allocates the outputs and computes
     nothing; ``setup_context`` and ``backward`` are those of ``torch.library.register_autograd``.
+    ``flops`` takes the arguments with shapes for tensors and counts for torch's FlopCounterMode, in
+    its convention: 2 for each multiply-accumulate of a product, and no other arithmetic.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class Operator:
         fake: Callable,
         kernels: dict[str, Callable],
         backward: Callable,
+        flops: Callable[..., int],
         setup_context: Callable | None = None,
     ) -> None:
         name = schema.partition("(")[0]
@@ -74,6 +83,9 @@ class Operator:
         self.name, self.devices = name, frozenset(kernels) | {"meta"}
         operators[name] = self
         self.overload = getattr(torch.ops.ctxops, name).default
+        self.flops = flops
+        if _FLOP_COUNTER in sys.modules:
+            self.register_flops(sys.modules[_FLOP_COUNTER])
 
     def __call__(self, *arguments: object, differentiable: bool = True):
         """Calls the operator. ``differentiable=False``: no input wants a gradient.
@@ -86,6 +98,14 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*arguments)
 
+    def register_flops(self, flop_counter: types.ModuleType) -> None:
+        """Makes ``flops`` known to ``torch.utils.flop_counter``."""
+
+        def count(*shapes: object, out_shape: object, **named: object) -> int:
+            return self.flops(*shapes, **named)
+
+        flop_counter.register_flop_formula(self.overload.overloadpacket)(count)
+
     def serves(self, tensor: Tensor) -> bool:
         """Is there a kernel for this tensor, and has nobody asked for the reference?
 
@@ -95,6 +115,34 @@ class Operator:
         if reference_active or tensor.device.type not in self.devices:
             return False
         return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None
+
+
+class _FlopCounterFinder(importlib.abc.MetaPathFinder):
+    """Registers the operators' ``flops`` when somebody imports torch's counter.
+
+    It imports Triton, which takes longer than the import of all of ctxops.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: types.ModuleType) -> None:
+            execute(module)
+            for operator in operators.values():
+                operator.register_flops(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _FLOP_COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _FlopCounterFinder())
 
 
 def native_devices(kernel: Callable) -> dict[str, Callable]:
@@ -113,6 +161,11 @@ def no_second_derivative(name: str) -> Callable:
         )
 
     return backward
+
+
+def no_products(*shapes: object, **named: object) -> int:
+    """``flops`` of an operator that adds, weighs and resizes: torch counts that as nothing."""
+    return 0
 
 
 def launch(name: str, like: Tensor, *arguments: object) -> None:

@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
@@ -29,15 +28,19 @@ class _Doubling(nn.ConvTranspose2d):
     """Doubles a score map; starts as bilinear interpolation of every class for itself."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1, bias=False)
+        super().__init__(channels, channels, 3, stride=2, padding=1, output_padding=1, bias=False)
         taps = torch.tensor([0.5, 1.0, 0.5])
         with torch.no_grad():
             self.weight.zero_()
             self.weight[range(channels), range(channels)] = torch.outer(taps, taps)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        lacking = [side - (2 * half - 1) for side, half in zip(size, x.shape[2:], strict=True)]
-        return F.conv_transpose2d(x, self.weight, None, 2, 1, lacking)
+        """``size``: twice that of x, or one less, where it was rounded up in halving."""
+        x = super().forward(x)
+        for dim, side in enumerate(size, start=2):
+            # A slice would make an exported graph ask which sizes are odd.
+            x = x.index_select(dim, torch.arange(side, device=x.device))
+        return x
 
 
 class _Upsampling(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctxops.nn._checks import check_choice
 from ctxops.nn.cbr import cbr
+from ctxops.nn.dense_aspp import DenseASPP
 from ctxops.nn.feature_fusion import (
     AdditionFusion,
     ConcatFusion,
@@ -31,6 +32,7 @@ _FUSIONS = {
     "gated_fpn": GatedFeaturePyramidFusion,
     "gff": GatedFullyFusion,
 }
+_CONTEXTS = ("ppm", "denseaspp")
 # These have the context map on top of the backbone's.
 _PYRAMIDS = ("fpn", "gated_fpn")
 
@@ -68,6 +70,7 @@ def gff(
     encoder: Encoder,
     num_classes: int,
     *,
+    context: str = "ppm",
     fusion: str = "gff",
     dense_pyramid: bool = True,
     literal: bool = False,
@@ -82,6 +85,9 @@ def gff(
     """PSPNet whose levels are fused by gates, then densely connected with its context map.
 
     Args:
+        context: of the last map. "ppm": :class:`ctxops.nn.PyramidPooling` without ReLU in its
+            branches, as in the authors' PSPNet. "denseaspp": :class:`ctxops.nn.DenseASPP`, with
+            ``backbone="densenet121"`` the paper's other baseline (Table 4).
         fusion: of all levels of the backbone. "gff": :class:`ctxops.nn.GatedFullyFusion`. What it
             is compared with: "concat", "addition", "fpn" and "gated_fpn",
             :class:`ctxops.nn.ConcatFusion` and the others; the pyramids have the context map on
@@ -91,8 +97,7 @@ def gff(
         literal: of the dense pyramid: eq. 6 as printed, which leaves out the finest map.
         gate_from: of "gff".
         channels: of every level.
-        context_channels: of the context map, :class:`ctxops.nn.PyramidPooling` without ReLU in its
-            branches, as in the authors' PSPNet.
+        context_channels: of the context map of "ppm".
         auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
             the logits.
 
@@ -102,6 +107,7 @@ def gff(
     and 70.5 M. Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, Figure
     3, "Network Architecture and Implementation", Tables 1 to 4.
     """
+    check_choice("context", context, _CONTEXTS)
     check_choice("fusion", fusion, tuple(_FUSIONS))
     widths = encoder.channels
     if len(widths) < 2:
@@ -110,6 +116,11 @@ def gff(
             f"choose one with at least two"
         )
     options = {"align_corners": align_corners, "norm_layer": norm_layer}
+    if context == "ppm":
+        context_module = PyramidPooling(widths[-1], context_channels, activation=False, **options)
+    else:
+        context_module = DenseASPP(widths[-1], norm_layer=norm_layer)
+        context_channels = context_module.out_channels
     fuse_context = fusion in _PYRAMIDS
     fused_widths = (*widths, context_channels) if fuse_context else widths
     gates = {"gate_from": gate_from} if fusion == "gff" else {}
@@ -120,7 +131,7 @@ def gff(
             [channels] * len(widths), context_channels, channels, literal=literal, **options
         )
     decoder = _Decoder(
-        PyramidPooling(widths[-1], context_channels, activation=False, **options),
+        context_module,
         _FUSIONS[fusion](fused_widths, channels, **gates, **options),
         [
             nn.Sequential(

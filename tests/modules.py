@@ -2,6 +2,7 @@
 """What the tests of modules share."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from numerics import random_like
@@ -34,13 +35,43 @@ def assert_same(block, inputs, expected_of):
         torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-6, atol=1e-8)
 
 
-def activate(x, norm):
-    """Batch norm and ReLU of a map, written out."""
+def normalise(x, norm):
+    """Batch norm of a map, written out."""
     if norm.training:
         mean = x.mean((0, 2, 3))
         variance = (x - mean[:, None, None]).square().mean((0, 2, 3))
     else:
         mean, variance = norm.running_mean, norm.running_var
     gain = norm.weight / (variance + norm.eps).sqrt()
-    x = gain[:, None, None] * (x - mean[:, None, None]) + norm.bias[:, None, None]
+    return gain[:, None, None] * (x - mean[:, None, None]) + norm.bias[:, None, None]
+
+
+def activate(x, norm):
+    """Batch norm and ReLU of a map, written out."""
+    x = normalise(x, norm)
     return x * (x > 0)
+
+
+def cbr(layers, x, dilation=1, bias=False):
+    """Convolutions that keep the size, batch norm and ReLU after each."""
+    while len(layers):
+        convolution, norm, _ = layers[:3]
+        assert (convolution.bias is not None) is bias
+        padding = dilation * (convolution.weight.shape[2] // 2)
+        x = F.conv2d(x, convolution.weight, convolution.bias, padding=padding, dilation=dilation)
+        layers, x = layers[3:], activate(x, norm)
+    return x
+
+
+def pool(x, n):
+    """Adaptive average pooling to n x n, bin by bin."""
+    _, _, height, width = x.shape
+    rows = [slice(i * height // n, -((i + 1) * height // -n)) for i in range(n)]
+    columns = [slice(i * width // n, -((i + 1) * width // -n)) for i in range(n)]
+    return torch.stack(
+        [torch.stack([x[:, :, r, c].mean((2, 3)) for c in columns], 2) for r in rows], 2
+    )
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())

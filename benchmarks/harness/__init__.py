@@ -5,8 +5,15 @@ from harness.breakdown import time_by_operation
 from harness.check import Entry, MismatchError, check_case, relative_error
 from harness.contender import Case, Contender, Oracle, Paper, both_formats
 from harness.memory import peak_memory
-from harness.options import Options, add_options, parse_shape, parse_size, read_options
-from harness.program import run_benchmark
+from harness.options import (
+    Options,
+    add_options,
+    output_file,
+    parse_shape,
+    parse_size,
+    read_options,
+)
+from harness.program import report_verdicts, run_benchmark
 from harness.report import Report
 from harness.timing import Effort
 from harness.verdict import Verdict, markdown, print_verdicts
@@ -26,12 +33,14 @@ __all__ = [
     "both_formats",
     "check_case",
     "markdown",
+    "output_file",
     "parse_shape",
     "parse_size",
     "peak_memory",
     "print_verdicts",
     "read_options",
     "relative_error",
+    "report_verdicts",
     "run_benchmark",
     "time_by_operation",
 ]

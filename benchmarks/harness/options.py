@@ -36,8 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=_duration, help="time to spend on the rounds of a case")
     parser.add_argument("--quick", action="store_true", help="a small case, within a minute")
-    parser.add_argument("--json", type=_output, metavar="FILE", help="write every number")
-    parser.add_argument("--plot", type=_output, metavar="FILE.png", help="draw time and memory")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every number")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw time and memory")
 
 
 def read_options(arguments: argparse.Namespace) -> Options:
@@ -84,7 +84,7 @@ def _duration(text: str) -> float:
     return value
 
 
-def _output(text: str) -> Path:
+def output_file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")

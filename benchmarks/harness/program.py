@@ -2,8 +2,12 @@
 """A benchmark from its cases to its output."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
 
 from harness.check import Entry, MismatchError
 from harness.contender import Case
@@ -11,6 +15,7 @@ from harness.machine import describe_machine
 from harness.measure import Progress, check_all, measure_all
 from harness.options import Options, require
 from harness.report import Report, print_report, write_json
+from harness.verdict import Verdict, print_verdicts
 
 # May add lines or a breakdown to the report, from the entries of every case.
 Complete = Callable[[Report, Sequence[list[Entry]]], None]
@@ -47,6 +52,18 @@ def run_benchmark(
 
         draw(report, options.plot)
     return 0
+
+
+def report_verdicts(name: str, verdicts: Sequence[Verdict], file: Path | None) -> None:
+    """What a benchmark that measures nothing says: a table on the terminal, numbers in a file."""
+    print_verdicts(verdicts)
+    if file:
+        content = {
+            "benchmark": name,
+            "machine": describe_machine(torch.device("cpu")),
+            "verdicts": [verdict.record() for verdict in verdicts],
+        }
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from harness.machine import machine_line
 from harness.measure import Result, Row
 from harness.options import require
 from harness.roofline import Roofline
+from harness.verdict import Verdict, print_verdicts
 
 MIB = 2**20
 
@@ -30,7 +31,7 @@ LEGEND = (
 @dataclasses.dataclass
 class Report:
     """``lines``: sentences below the table of each case. ``breakdown``: seconds by row name and
-    group of operations, for each case by its title."""
+    group of operations, for each case by its title. ``verdicts``: a paper's figures beside ours."""
 
     benchmark: str
     machine: dict[str, object]
@@ -39,6 +40,7 @@ class Report:
     results: list[Result]
     lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     breakdown: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
+    verdicts: list[Verdict] = dataclasses.field(default_factory=list)
 
 
 def summarize(result: Result) -> list[str]:
@@ -101,6 +103,7 @@ def print_report(report: Report) -> None:
         if title in details:
             console.print(details[title])
     console.print(LEGEND, style="dim")
+    print_verdicts(report.verdicts)
 
 
 def _table(result: Result, roof: Roofline):
@@ -186,6 +189,7 @@ def write_json(report: Report, path: Path) -> None:
         },
         "units": LEGEND,
         "cases": [_case_record(result, report) for result in report.results],
+        "verdicts": [verdict.record() for verdict in report.verdicts],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from ctxops.nn.dataset_context import (
     DatasetContextAggregation,
     representation_consistency_loss,
 )
+from ctxops.nn.dense_aspp import DenseASPP
 from ctxops.nn.disentangled_non_local import DisentangledNonLocal
 from ctxops.nn.dual_attention import ChannelAttention, DualAttention, PositionAttention
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
@@ -29,6 +30,7 @@ from ctxops.nn.global_convolution import (
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
 from ctxops.nn.object_context import ObjectContext
+from ctxops.nn.pointwise_spatial_attention import PointwiseSpatialAttention
 from ctxops.nn.pyramid_pooling import PyramidPooling
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "ConvolutionStack",
     "CrissCrossAttention",
     "DatasetContextAggregation",
+    "DenseASPP",
     "DenseFeaturePyramid",
     "DisentangledNonLocal",
     "DualAttention",
@@ -61,6 +64,7 @@ __all__ = [
     "LDv2",
     "NonLocal2d",
     "ObjectContext",
+    "PointwiseSpatialAttention",
     "PositionAttention",
     "PyramidPooling",
     "RecurrentCrissCrossAttention",

@@ -36,11 +36,11 @@ def check_power_of_two(name: str, value: int, at_least: int) -> None:
         raise ValueError(f"{name} must be a power of two of at least {at_least}, got {value}")
 
 
-def check_kernel_size(kernel_size: int, at_least: int = 1) -> None:
+def check_kernel_size(kernel_size: int, at_least: int = 1, name: str = "kernel_size") -> None:
     """Raises unless it is an odd integer of at least ``at_least``."""
-    check_sizes(kernel_size=kernel_size)
+    check_sizes(**{name: kernel_size})
     if kernel_size < at_least or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and at least {at_least}, got {kernel_size}")
+        raise ValueError(f"{name} must be odd and at least {at_least}, got {kernel_size}")
 
 
 def check_module(name: str, module: object, kinds: tuple[type[nn.Module], ...]) -> None:

@@ -58,7 +58,7 @@ class ASPP(nn.Module):
         out_channels = channels if out_channels is None else out_channels
         check_sizes(in_channels=in_channels, channels=channels, out_channels=out_channels)
         self.dilations = check_dilations(dilations)
-        check_kernel_size(fuse_kernel_size)
+        check_kernel_size(fuse_kernel_size, name="fuse_kernel_size")
         self.in_channels = in_channels
         self.image = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), cbr(in_channels, channels, 1, norm_layer)

@@ -7,6 +7,7 @@ pytest.importorskip("timm")
 
 from ctxops.models import create_model
 
+from ctxops.nn import DenseASPP
 from modules import randomise
 
 WIDTHS = (32, 48, 192, 96)
@@ -82,7 +83,18 @@ def test_branches_of_the_context_have_no_relu():
     assert not any(isinstance(layer, torch.nn.ReLU) for branch in branches for layer in branch)
 
 
+@pytest.mark.parametrize("dense_pyramid", [False, True])
+def test_dense_aspp_as_context(dense_pyramid):
+    decoder = network(context="denseaspp", dense_pyramid=dense_pyramid).decoder
+    assert isinstance(decoder.context, DenseASPP)
+    features = maps()
+    width = 8 if dense_pyramid else WIDTHS[-1] + 5 * 128
+    assert decoder(*features).shape == (2, width + 4 * 8, 17, 19)
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="context must be one of"):
+        network(context="psp")
     with pytest.raises(ValueError, match="fusion must be one of"):
         network(fusion="sum")
     with torch.device("meta"), pytest.raises(ValueError, match="'hrnet_w18_small' has 1"):

@@ -220,6 +220,8 @@ ROWS = {
         "PSPNet + GFF + DFP": gff(literal=True, ceil_mode=True),
     },
     ("GFF", "4"): {
+        "DenseASPP+GFF": gff("densenet121", context="denseaspp", dense_pyramid=False),
+        "DenseASPP+GFF+DFP": gff("densenet121", context="denseaspp"),
         "PSP": authors_pspnet("resnet18"),
         "PSP + GFF": gff("resnet18", dense_pyramid=False),
         "PSP + GFF+DFP": gff("resnet18"),
@@ -356,6 +358,7 @@ TINY = {
     "resnest": "test_resnet",
     "vit": "test_vit",
     "hrnet": "hrnet_w18_small",
+    "densenet": "densenet121",
 }
 ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI")
 

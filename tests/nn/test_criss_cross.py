@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import ctxops
 from ctxops.nn import CrissCrossAttention, RecurrentCrissCrossAttention
-from modules import assert_same, randomise
+from modules import assert_same, cbr, count, randomise
 from numerics import LAYOUTS
 
 
@@ -24,18 +23,6 @@ def formula(block, x):
     logits = (query.mT @ key).masked_fill(~cross, -torch.inf)
     attended = (value @ logits.softmax(2).mT).unflatten(2, (height, width))
     return x + block.gamma * attended
-
-
-def cbr(stage, x):
-    """Convolution, batch norm, ReLU."""
-    convolution, norm, _ = stage
-    y = F.conv2d(x, convolution.weight, padding=1)
-    if norm.training:
-        mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
-    else:
-        mean, variance = norm.running_mean, norm.running_var
-    y = (y - mean[:, None, None]) / (variance[:, None, None] + norm.eps).sqrt()
-    return (y * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
 
 
 def recurrent_formula(block, x):
@@ -85,10 +72,6 @@ def test_starts_as_the_identity():
     assert torch.equal(block(x), x)
     block(x).backward(torch.randn_like(x))
     assert block.gamma.grad.abs() > 0
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def test_parameter_counts_of_the_published_head():

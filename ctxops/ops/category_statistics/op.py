@@ -197,10 +197,20 @@ def _not_differentiable(ctx, *grads):
     raise NotImplementedError("category_statistics has no gradient: its results are constants")
 
 
+def _flops(features: torch.Size, labels: object, memory: torch.Size | None, *_) -> int:
+    """Every position's part in the sum of one category; with a memory also the products with its
+    row, of the position with itself and with its neighbours to the right, below and on both
+    diagonals. Where categories meet there are more, which shapes do not tell.
+    """
+    batch, channels, height, width = features
+    return 2 * batch * channels * height * width * (1 if memory is None else 7)
+
+
 _STATISTICS = _library.Operator(
     "category_statistics(Tensor features, Tensor labels, Tensor? memory, SymInt num_classes, "
     "int ignore_index, bool align_corners) -> (Tensor, Tensor, Tensor)",
     fake=_allocate,
     kernels=_library.native_devices(_statistics),
     backward=_not_differentiable,
+    flops=_flops,
 )

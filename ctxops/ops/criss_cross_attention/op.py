@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ctxops import _library
 from ctxops.ops.criss_cross_attention.reference import reference, reference_weights
@@ -385,6 +384,18 @@ def _autograd(ctx, grad, _):
     return *_BACKWARD(grad, *ctx.saved_tensors, ctx.scale), None
 
 
+def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_) -> int:
+    """The logits and the weighted sum."""
+    batch, channels, height, width = query
+    return 2 * batch * height * width * (height + width - 1) * (channels + value[1])
+
+
+def _flops_backward(grad: torch.Size, query: torch.Size, *_) -> int:
+    """The logits again, d(weights) and the gradients of query, key and value."""
+    batch, channels, height, width = query
+    return 2 * batch * height * width * (height + width - 1) * (3 * channels + 2 * grad[1])
+
+
 _KERNELS = ("cpu", "cuda")
 _FORWARD = _library.Operator(
     "criss_cross_attention(Tensor query, Tensor key, Tensor value, float scale) -> "
@@ -393,6 +404,7 @@ _FORWARD = _library.Operator(
     kernels=dict.fromkeys(_KERNELS, _forward),
     setup_context=_setup_context,
     backward=_autograd,
+    flops=_flops,
 )
 _BACKWARD = _library.Operator(
     "criss_cross_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
@@ -400,18 +412,5 @@ _BACKWARD = _library.Operator(
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),
     backward=_library.no_second_derivative("criss_cross_attention"),
+    flops=_flops_backward,
 )
-
-
-@register_flop_formula(torch.ops.ctxops.criss_cross_attention)
-def _flops(query: list[int], key: list[int], value: list[int], *_, **__) -> int:
-    """For torch's FlopCounterMode, from shapes: the logits and the weighted sum."""
-    batch, channels, height, width = query
-    return 2 * batch * height * width * (height + width - 1) * (channels + value[1])
-
-
-@register_flop_formula(torch.ops.ctxops.criss_cross_attention_bwd)
-def _flops_backward(grad: list[int], query: list[int], *_, **__) -> int:
-    """The logits again, d(weights) and the gradients of query, key and value."""
-    batch, channels, height, width = query
-    return 2 * batch * height * width * (height + width - 1) * (3 * channels + 2 * grad[1])

@@ -338,6 +338,23 @@ def _autograd(ctx, grads, *_):
     return grad_features, None, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
+def _gate_flops(features: Sequence[torch.Size]) -> int:
+    """The product of every position with its level's weight."""
+    return sum(2 * batch * channels * h * w for batch, channels, h, w in features)
+
+
+def _flops(features: Sequence[torch.Size], gates: object, weight: torch.Size | None, *_) -> int:
+    """Gates that are given weigh maps, which is no product."""
+    return 0 if weight is None else _gate_flops(features)
+
+
+def _flops_backward(
+    grads: object, features: Sequence[torch.Size], gates: object, weight: torch.Size | None, *_
+) -> int:
+    """What the gates send to the features and to the weight."""
+    return 0 if weight is None else 2 * _gate_flops(features)
+
+
 _FORWARD = _library.Operator(
     "gated_fusion(Tensor[] features, Tensor? gates, Tensor? weight, Tensor? bias, "
     "bool align_corners, bool save) -> (Tensor[], Tensor, Tensor)",
@@ -345,6 +362,7 @@ _FORWARD = _library.Operator(
     kernels=_library.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
+    flops=_flops,
 )
 _BACKWARD = _library.Operator(
     "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
@@ -352,4 +370,5 @@ _BACKWARD = _library.Operator(
     fake=_allocate_backward,
     kernels=_library.native_devices(_backward),
     backward=_library.no_second_derivative("gated_fusion"),
+    flops=_flops_backward,
 )

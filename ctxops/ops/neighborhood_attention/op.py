@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ctxops import _library
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
@@ -322,6 +321,32 @@ def _autograd(ctx, grad, _):
     return *_BACKWARD(grad, query, key, value, weights, *ctx.options), *nothing[3:]
 
 
+def _flops(
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size | None,
+    kernel_size: list[int],
+    *_,
+) -> int:
+    """The logits and the weighted sum over whole windows, wherever they lie."""
+    batch, channels, height, width = query
+    widths = channels + (0 if value is None else value[1])
+    return 2 * batch * height * width * kernel_size[0] * kernel_size[1] * widths
+
+
+def _flops_backward(
+    grad: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    weights: torch.Size,
+    *_,
+) -> int:
+    """d(weights) and the gradients of query, key and value."""
+    batch, channels, height, width = query
+    return 4 * batch * height * width * weights[2] * (channels + value[1])
+
+
 _OPTIONS = "int[] kernel_size, int[] dilation, float scale, str border, int num_heads"
 _FORWARD = _library.Operator(
     f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save) "
@@ -330,6 +355,7 @@ _FORWARD = _library.Operator(
     kernels=_library.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
+    flops=_flops,
 )
 _BACKWARD = _library.Operator(
     "neighborhood_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
@@ -337,20 +363,5 @@ _BACKWARD = _library.Operator(
     fake=_allocate_backward,
     kernels=_library.native_devices(_backward),
     backward=_library.no_second_derivative("neighborhood_attention"),
+    flops=_flops_backward,
 )
-
-
-@register_flop_formula(torch.ops.ctxops.neighborhood_attention)
-def _flops(query, key, value, kernel_size, *_, **__) -> int:
-    """For torch's FlopCounterMode, from shapes: the logits and the weighted sum."""
-    batch, channels, height, width = query
-    widths = channels + (0 if value is None else value[1])
-    return 2 * batch * height * width * kernel_size[0] * kernel_size[1] * widths
-
-
-@register_flop_formula(torch.ops.ctxops.neighborhood_attention_bwd)
-def _flops_backward(grad, query, key, value, weights, kernel_size, *_, **__) -> int:
-    """d(weights) and the gradients of query, key and value."""
-    batch, channels, height, width = query
-    window = kernel_size[0] * kernel_size[1]
-    return 2 * batch * height * width * window * 2 * (channels + value[1])

@@ -191,6 +191,7 @@ _FORWARD = _library.Operator(
     kernels=_library.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
+    flops=_library.no_products,
 )
 _BACKWARD = _library.Operator(
     "pyramid_pool_bwd(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
@@ -198,4 +199,5 @@ _BACKWARD = _library.Operator(
     fake=_allocate_backward,
     kernels=_library.native_devices(_backward),
     backward=_library.no_second_derivative("pyramid_pool"),
+    flops=_library.no_products,
 )

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole networks as the rows of a benchmark."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from harness import Case, Contender, Options, Verdict, both_formats
+from harness.measure import Result, Row
+from released import randomize
+
+# What a network holds at most in evaluation, in values for each pixel: three of a ResNet's widest
+# maps at a quarter of the side, and some of thousands of channels at an eighth.
+VALUES_PER_PIXEL = 600
+
+
+class Logits(nn.Module):
+    """A network as a function from image to logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image).logits
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def statistics(module: nn.Module) -> int:
+    """Running means and variances, which some papers count among the parameters."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return sum(2 * norm.num_features for norm in norms)
+
+
+def network_case(
+    title: str,
+    builders: Mapping[str, Callable[[], nn.Module]],
+    size: tuple[int, int],
+    options: Options,
+    *,
+    classes: int = 19,
+    ours: str = "",
+) -> Case:
+    """Networks in evaluation on one image, each compared with nothing but its other format."""
+    height, width = size
+
+    def image() -> tuple[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 3, height, width, generator=generator)
+        return (x.to(options.device, options.dtype),)
+
+    def row(name: str, build: Callable[[], nn.Module]) -> Contender:
+        return Contender(
+            name,
+            lambda: Logits(randomize(build())).to(options.dtype).eval(),
+            peak_bytes=options.dtype.itemsize * VALUES_PER_PIXEL * height * width,
+            family=name,
+            ours=name == ours,
+        )
+
+    rows = [row(name, build) for name, build in builders.items()]
+    return Case(
+        title,
+        image,
+        (1, classes, height, width),
+        tuple(contender for each in rows for contender in both_formats(each)),
+    )
+
+
+def milliseconds(row: Row) -> float:
+    return row.timing.median * 1e3
+
+
+def megabytes(row: Row) -> float:
+    return row.memory / 2**20
+
+
+def ratio_verdicts(
+    table: str,
+    what: str,
+    papers: Mapping[str, float],
+    reference: str,
+    result: Result,
+    figure: Callable[[Row], float],
+) -> list[Verdict]:
+    """Each row's figure over that of the reference row, the paper's ratio beside ours.
+
+    Every row in its faster memory format; rows that did not fit are left out.
+    """
+    base = result.fastest(reference)
+    verdicts = []
+    for name, paper in papers.items():
+        row = result.fastest(name)
+        if name == reference or base is None or row is None:
+            continue
+        printed, ratio = f"{paper / papers[reference]:.2f}", figure(row) / figure(base)
+        title = f"{name} / {reference}, {what}"
+        verdicts.append(Verdict(table, title, printed, ratio, "x", result.case.title, True))
+    return verdicts

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published figures of whole networks, and what the scripts make of them."""
+
+import json
+
+import pytest
+import torch
+from ctxops.models import SegmentationOutput
+
+import gald_efficiency
+import gff_cost
+from harness import Effort, Options, Verdict, check_case
+from harness.check import Entry
+from harness.measure import Result, Row
+from harness.timing import Timing
+from networks import milliseconds, network_case, parameters, ratio_verdicts, statistics
+
+OPTIONS = Options(torch.device("cpu"), torch.float32, Effort(0.01, 1, 1))
+
+
+def counts(verdicts: list[Verdict]) -> dict[str, tuple[int, bool | None]]:
+    return {v.what.removesuffix(", parameters"): (round(v.ours * 1e6), v.ok) for v in verdicts}
+
+
+def test_gald():
+    verdicts = gald_efficiency.count_verdicts()
+    assert all(v.unit == "M" for v in verdicts)
+    assert counts([v for v in verdicts if v.table == "GALD, Table IV"]) == {
+        "ASPP": (47_512_038, True),
+        "ASPP, ResNet-101": (66_504_166, False),
+        "ASPP + LDv1, added": (18_432, False),
+        "ASPP + LDv2, added": (1_572_864, False),
+    }
+    table_6 = counts([v for v in verdicts if v.table == "GALD, Table VI"])
+    assert table_6["PSPNet"] == (65_707_475, False)
+    assert table_6["GALDv1"] == (66_664_915, False)
+    # CCNet's and DANet's contexts have 23,924,353 and 23,924,738, the backbone 42.624 M.
+    assert table_6["CCNet"] == (66_558_036, False)
+    assert table_6["DANet"] == (66_558_421, True)
+
+
+@pytest.fixture(scope="module")
+def gff():
+    return gff_cost.verdicts()
+
+
+def test_gff_baseline_is_exact(gff):
+    operations, count = gff[:2]
+    assert f"{operations.ours:.2f}" == "580.06"
+    assert operations.ok
+    assert round(count.ours * 1e6) == 65_707_475
+
+
+def test_gff_rows(gff):
+    assert [f"{v.ours:.1f}" for v in gff[2::2]] == ["620.2", "643.0"]
+    assert [f"{v.ours:.2f}" for v in gff[3::2]] == ["71.44", "72.22"]
+    assert not any(v.ok for v in gff[2:])
+
+
+def test_gff_writes_every_figure(tmp_path, capsys, monkeypatch, gff):
+    monkeypatch.setattr(gff_cost, "verdicts", lambda: gff)
+    file = tmp_path / "gff.json"
+    assert gff_cost.main(["--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["verdicts"]) == 6
+    assert "PSPNet + GFF + DFP" in capsys.readouterr().out
+
+
+def test_gff_decoder_takes_all_levels():
+    decoder = gff_cost.GFFDecoder(pyramid=True).to("meta").eval()
+    sizes = (17, 9, 9, 9)
+    maps = [
+        torch.empty(2, c, n, n, device="meta")
+        for c, n in zip(gff_cost.IN_CHANNELS, sizes, strict=True)
+    ]
+    assert decoder(*maps).shape == (2, decoder.channels, 17, 17)
+
+
+class TinyNetwork(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv2d(3, 5, 1), torch.nn.BatchNorm2d(5)
+
+    def forward(self, image):
+        return SegmentationOutput(self.norm(self.convolution(image)))
+
+
+def test_parameters_and_statistics():
+    assert parameters(TinyNetwork()) == 3 * 5 + 5 + 2 * 5
+    assert statistics(TinyNetwork()) == 10
+
+
+def test_rows_of_a_network_have_the_same_weights():
+    case = network_case("tiny", {"a": TinyNetwork, "b": TinyNetwork}, (8, 6), OPTIONS, classes=5)
+    entries = check_case(case, OPTIONS.device, OPTIONS.dtype)
+    assert [e.contender.name for e in entries] == ["a", "a", "b", "b"]
+    assert [e.error is None for e in entries] == [True, False, True, False]
+    assert entries[0].flops == 2 * 8 * 6 * 15
+
+
+def test_ratios_between_rows():
+    case = network_case("tiny", {"a": TinyNetwork, "b": TinyNetwork}, (8, 6), OPTIONS, classes=5)
+    seconds = (4.0, 2.0, 3.0, 5.0)
+    rows = [Row(Entry(c), Timing((s,)), 0) for c, s in zip(case.contenders, seconds, strict=True)]
+    result = Result(case, tuple(rows))
+    papers = {"a": 10, "b": 25, "absent": 1}
+    (verdict,) = ratio_verdicts("T", "time", papers, "a", result, milliseconds)
+    assert verdict.what == "b / a, time"
+    assert (verdict.paper, verdict.printed, verdict.ok) == ("2.50", "1.50", None)
