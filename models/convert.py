@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
+
 from ctxops.models._checks import check_known
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.recipes import RECIPES, STEM, MissingKeyError, Recipe, Shapes
 from ctxops.models.registry import create_model
-from torch import Tensor
 
 # How many names an error spells out.
 _SPELLED = 5

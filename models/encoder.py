@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from ctxops.models._checks import check_known, require_timm
 from torch import Tensor, nn
 
+from ctxops.models._checks import check_known, require_timm
 from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4

@@ -9,8 +9,9 @@ is read from the shapes.
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from ctxops.models._checks import require_timm
 from torch import Tensor
+
+from ctxops.models._checks import require_timm
 
 # Blocks in the stages of a ResNet, and whether these are bottlenecks.
 _DEPTHS = {

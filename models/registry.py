@@ -5,11 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
 from ctxops.models._checks import check_known
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
-from torch import nn
-
 from ctxops.nn._checks import check_sizes
 
 Builder = Callable[..., SegmentationNetwork]

@@ -14,6 +14,7 @@ from checkpoints import listing, random_state_dict, read_listings
 
 pytest.importorskip("timm")
 
+from ctxops.__main__ import main
 from ctxops.models import (
     Encoder,
     convert_checkpoint,
@@ -22,8 +23,6 @@ from ctxops.models import (
     load_checkpoint,
     load_model,
 )
-
-from ctxops.__main__ import main
 
 LISTINGS = read_listings(Path(__file__).with_name("mmsegmentation_r50.txt"))
 # Half of it is even: the released code's pooling rounds up where others round down.

@@ -11,10 +11,11 @@ pytest.importorskip("timm")
 pytest.importorskip("mmseg")
 
 import mmseg
-from ctxops.models import import_checkpoint
 from mmengine import Config
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
+
+from ctxops.models import import_checkpoint
 
 CONFIGS = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_" / "models"
 THEIR_NAMES = {"dnlnet": "dnl"}
