@@ -39,11 +39,13 @@ from harness import (
     Verdict,
     add_options,
     both_formats,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import milliseconds, parameters, ratio_verdicts
+from network_cases import parameters
 from released import randomize
 
 LOW_CHANNELS, IN_CHANNELS, CHANNELS, CLASSES = 1024, 2048, 512, 19

@@ -16,30 +16,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import nn
 
-from ctxops.nn import (
-    ASPP,
-    CGNL,
-    GALD,
-    ConcatContext,
-    DualAttention,
-    LDv1,
-    LDv2,
-    PyramidPooling,
-    RecurrentCrissCrossAttention,
-)
+from ctxops.models import Encoder, SegmentationNetwork, create_model
+from ctxops.nn import ASPP, GALD, LDv1, LDv2
 from ctxops.nn.cbr import cbr
 from harness import (
     Report,
     Verdict,
     add_options,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import milliseconds, network_case, parameters, ratio_verdicts
+from network_cases import network_case, parameters
 
 IN_CHANNELS, CHANNELS, CLASSES = 2048, 512, 19
 
@@ -82,37 +74,20 @@ TABLE_4 = {
 TABLE_4_ADDED = {"ASPP + LDv1": "0.4", "ASPP + LDv2": "2.3"}
 
 
-def _released_head() -> nn.Module:
-    block = GALD(CGNL(CHANNELS, 256), LDv1(CHANNELS), channels=CHANNELS)
-    context = nn.Sequential(_reduce(), block, cbr(CHANNELS, CHANNELS, 3, nn.BatchNorm2d))
-    return ConcatContext(context, IN_CHANNELS, CHANNELS, CHANNELS)
-
-
-# Millions of parameters, and the head on a ResNet-101, without an auxiliary one.
+# Millions of parameters, and the network on a ResNet-101.
 TABLE_6 = {
-    "PSPNet": ("42.1", lambda: PyramidPooling(IN_CHANNELS, CHANNELS, activation=False)),
-    "CCNet": (
-        "66.5",
-        lambda: ConcatContext(
-            RecurrentCrissCrossAttention(IN_CHANNELS, CHANNELS), IN_CHANNELS, CHANNELS, CHANNELS
-        ),
-    ),
-    "DANet": ("66.6", lambda: DualAttention(IN_CHANNELS, CHANNELS)),
-    "GALDv1": ("65.3", _released_head),
-    "GALDv2": ("66.8", TABLE_4["ASPP + LDv2"].decoder),
+    "PSPNet": ("42.1", "pspnet", {}),
+    "CCNet": ("66.5", "ccnet", {}),
+    "DANet": ("66.6", "danet", {}),
+    "GALDv1": ("65.3", "gald", {}),
+    "GALDv2": ("66.8", "gald", {"global_aggregation": "aspp", "local_distribution": "ldv2"}),
 }
 
 
-def network(
-    decoder: Callable[[], nn.Module], backbone: str = "resnet101s", *, auxiliary: bool = False
-) -> SegmentationNetwork:
-    return SegmentationNetwork(
-        Encoder(backbone, 8),
-        decoder(),
-        CHANNELS,
-        CLASSES,
-        auxiliary_channels=CHANNELS if auxiliary else 0,
-    )
+def network(row: Arrangement, *, auxiliary: bool = False) -> SegmentationNetwork:
+    width = CHANNELS if auxiliary else 0
+    encoder = Encoder(row.backbone, 8)
+    return SegmentationNetwork(encoder, row.decoder(), CHANNELS, CLASSES, auxiliary_channels=width)
 
 
 def count_verdicts() -> list[Verdict]:
@@ -122,7 +97,7 @@ def count_verdicts() -> list[Verdict]:
     with torch.device("meta"):
         for name, row in TABLE_4.items():
             if row.parameters:
-                count = parameters(network(row.decoder, row.backbone, auxiliary=True))
+                count = parameters(network(row, auxiliary=True))
                 verdicts.append(_verdict("IV", name, row.parameters, count, "auxiliary head too"))
         aspp = parameters(TABLE_4["ASPP"].decoder())
         for name, paper in TABLE_4_ADDED.items():
@@ -130,8 +105,9 @@ def count_verdicts() -> list[Verdict]:
             verdicts.append(
                 _verdict("IV", f"{name}, added", paper, count, f"{CHANNELS} channels throughout")
             )
-        for name, (paper, decoder) in TABLE_6.items():
-            count = parameters(network(decoder))
+        for name, (paper, model, own) in TABLE_6.items():
+            made = create_model(model, "resnet101s", CLASSES, auxiliary_channels=0, **own)
+            count = parameters(made)
             verdicts.append(_verdict("VI", name, paper, count, "no auxiliary head"))
     return verdicts
 
@@ -150,9 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     options = read_options(chosen)
     size = chosen.size or ((128, 128) if chosen.quick else (512, 512))
-    builders = {
-        name: functools.partial(network, row.decoder, row.backbone) for name, row in TABLE_4.items()
-    }
+    builders = {name: functools.partial(network, row) for name, row in TABLE_4.items()}
     title = f"GALD, Table IV, image of {size[0]} x {size[1]}"
     case = network_case(title, builders, size, options, classes=CLASSES)
     times = {name: row.milliseconds for name, row in TABLE_4.items()}

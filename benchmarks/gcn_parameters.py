@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctxops.nn import ConvolutionStack, GCNBottleneck, GlobalConvolution
 from harness import Verdict, output_file, report_verdicts
+from network_cases import parameters
 
 CHANNELS, CLASSES = 2048, 21  # of res-5, and of PASCAL VOC
 
@@ -89,10 +90,6 @@ def resnet50(*, gcn: bool) -> nn.Sequential:
         resnet_stage(256, 128, 512, 4, 2),
         *last,
     )
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def multiply_accumulates(module: nn.Module, x: Tensor) -> int:

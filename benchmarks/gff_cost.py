@@ -14,54 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
-from torch import Tensor, nn
 
 from conventions import count_operations
-from ctxops.nn import DenseFeaturePyramid, GatedFullyFusion, PyramidPooling
-from ctxops.nn.cbr import cbr
-from ctxops.nn.feature_fusion import resize
+from ctxops.models import SegmentationNetwork, create_model
 from harness import Verdict, output_file, report_verdicts
-from networks import parameters
+from network_cases import parameters
 
-IMAGE = (1, 3, 512, 512)
-IN_CHANNELS, CHANNELS, CONTEXT, CLASSES = (256, 512, 1024, 2048), 256, 512, 19
-
-
-class GFFDecoder(nn.Module):
-    """The decoder as the text has it: gated fusion of four levels, two 3 x 3 CBR for each; then all
-    maps and the context map, or all of the dense pyramid, concatenated at the finest size."""
-
-    def __init__(self, *, pyramid: bool) -> None:
-        super().__init__()
-        norm = nn.BatchNorm2d
-        self.context = context_module()
-        self.fuse = GatedFullyFusion(IN_CHANNELS, CHANNELS)
-        self.refine = nn.ModuleList(
-            cbr(CHANNELS, CHANNELS, 3, norm).extend(cbr(CHANNELS, CHANNELS, 3, norm))
-            for _ in IN_CHANNELS
-        )
-        self.pyramid = (
-            DenseFeaturePyramid([CHANNELS] * len(IN_CHANNELS), CONTEXT, CHANNELS, literal=True)
-            if pyramid
-            else None
-        )
-        levels = CHANNELS * len(IN_CHANNELS)
-        self.channels = levels + (CHANNELS if pyramid else CONTEXT)
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        context = self.context(maps[-1])
-        fused = [refine(x) for refine, x in zip(self.refine, self.fuse(maps), strict=True)]
-        if self.pyramid is not None:
-            return torch.cat(self.pyramid(fused, context), dim=1)
-        size = fused[0].shape[2:]
-        return torch.cat([resize(x, size, align_corners=True) for x in (*fused, context)], dim=1)
+IMAGE, CLASSES = (1, 3, 512, 512), 19
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """``operations`` in 10^9, ``parameters`` in millions, as printed. ``auxiliary``: was the
-    auxiliary head among the operations? It fits the first row alone."""
+    """``operations`` in 10^9, ``parameters`` in millions, as printed. ``auxiliary``: is the
+    auxiliary head among the operations? That fits the first row alone."""
 
     network: Callable[[], SegmentationNetwork]
     operations: str
@@ -69,23 +34,17 @@ class Row:
     auxiliary: bool
 
 
-def context_module() -> PyramidPooling:
-    return PyramidPooling(IN_CHANNELS[-1], CONTEXT, activation=False, align_corners=True)
+def _network(name: str, **options: object) -> SegmentationNetwork:
+    common = {"ceil_mode": True, "auxiliary_channels": 512, "auxiliary_bias": True}
+    return create_model(name, "resnet101s", CLASSES, **common, **options).eval()
 
 
 def pspnet() -> SegmentationNetwork:
-    return _network(context_module(), CONTEXT, levels=(-1,))
+    return _network("pspnet", branch_activation=False)
 
 
 def gff(*, pyramid: bool) -> SegmentationNetwork:
-    decoder = GFFDecoder(pyramid=pyramid)
-    return _network(decoder, decoder.channels, levels=(0, 1, 2, 3))
-
-
-def _network(decoder: nn.Module, channels: int, levels: Sequence[int]) -> SegmentationNetwork:
-    encoder = Encoder("resnet101s", 8, ceil_mode=True)
-    options = {"levels": levels, "auxiliary_bias": True}
-    return SegmentationNetwork(encoder, decoder, channels, CLASSES, **options).eval()
+    return _network("gff", dense_pyramid=pyramid, literal=pyramid)
 
 
 TABLE_3 = {

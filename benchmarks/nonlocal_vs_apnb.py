@@ -27,13 +27,18 @@ from harness import (
     Oracle,
     Paper,
     Report,
+    Verdict,
     add_options,
     both_formats,
+    megabytes,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
     time_by_operation,
 )
+from harness.measure import Result
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 
 # Table 1, on a Titan Xp: C = 2048, C^ = 256, batch 1.
@@ -185,6 +190,32 @@ def counting_lines(block: Block) -> list[str]:
     return lines
 
 
+def count_verdicts() -> list[Verdict]:
+    """Table 1's operations, as the authors' tool counts them."""
+    verdicts = []
+    for (family, size), paper in TABLE_1.items():
+        count = Block(1, 2048, 256, *size).paper_count(family) / 1e9
+        what = f"{family}, {size[0]} x {size[1]}, FLOPs"
+        how = f"{count:.3f}, convention S"
+        verdicts.append(Verdict("ANN, Table 1", what, f"{paper.gflops}", count, "G", how))
+    return verdicts
+
+
+def block_ratios(block: Block, result: Result) -> list[Verdict]:
+    """NB over APNB, as released and ours; where the table has not the size, beside 96 x 96."""
+    size = (block.height, block.width)
+    nb, apnb = (TABLE_1.get((name, size), TABLE_1[name, (96, 96)]) for name in ("NB", "APNB"))
+    verdicts = []
+    for reference in ("APNB as released", "ctxops APNB"):
+        for what, papers, figure in (
+            ("time", (nb.milliseconds, apnb.milliseconds), milliseconds),
+            ("memory", (nb.megabytes, apnb.megabytes), megabytes),
+        ):
+            names = dict(zip(("NB as released", reference), papers, strict=True))
+            verdicts += ratio_verdicts("ANN, Table 1", what, names, reference, result, figure)
+    return verdicts
+
+
 def add_breakdown(report: Report, checked: Sequence[list[Entry]], options: Options) -> None:
     """Figure 2: time by operation, each of NB, APNB and ours in its faster memory format."""
     for result in report.results:
@@ -217,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for block, case, entries in zip(blocks, cases, checked, strict=True):
             accuracy = accuracy_line(entries)
             report.lines[case.title] = [accuracy] * (accuracy is not None) + counting_lines(block)
+        report.verdicts += count_verdicts()
+        if not (chosen.backward or chosen.train):
+            for block, result in zip(blocks, report.results, strict=True):
+                report.verdicts += block_ratios(block, result)
         if chosen.breakdown:
             add_breakdown(report, checked, options)
 

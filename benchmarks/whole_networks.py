@@ -13,13 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from ctxops.models import Encoder, SegmentationNetwork
 from torch import Tensor, nn
 
-import gald_efficiency
-import gff_cost
-from ctxops.nn import AsymmetricNonLocalContext, DatasetContextAggregation
-from ctxops.nn.cbr import cbr
+from ctxops.models import SegmentationNetwork, create_model
 from eager import eager_twin
 from harness import (
     Case,
@@ -29,21 +25,17 @@ from harness import (
     Verdict,
     add_options,
     both_formats,
+    megabytes,
+    milliseconds,
     parse_size,
+    ratio_verdicts,
     read_options,
     run_benchmark,
 )
-from networks import (
-    megabytes,
-    milliseconds,
-    network_case,
-    parameters,
-    ratio_verdicts,
-    statistics,
-)
+from network_cases import network_case, parameters, statistics
 from released import randomize
 
-CHANNELS, CLASSES = 512, 19
+CLASSES = 19
 PAPER_SIZE = (1024, 2048)
 
 
@@ -57,11 +49,8 @@ class Network:
     parameters: str
 
 
-def ann() -> SegmentationNetwork:
-    context = AsymmetricNonLocalContext(1024, 2048, CHANNELS)
-    encoder = Encoder("resnet101s", 8)
-    options = {"levels": (-2, -1), "auxiliary_channels": 0}
-    return SegmentationNetwork(encoder, context, CHANNELS, CLASSES, **options)
+def ann() -> nn.Module:
+    return create_model("ann", "resnet101s", CLASSES, auxiliary_channels=0)
 
 
 TABLE_2 = {"ANN": Network(ann, 0.611, 3375, "63.17")}
@@ -88,43 +77,45 @@ def count_verdicts() -> list[Verdict]:
     return verdicts
 
 
-class DCAHead(nn.Module):
-    """MCIBI's network behind its backbone: the memory's context, by the first head's classes."""
+class Head(nn.Module):
+    """A network without its backbone: from the maps that it takes to the logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: SegmentationNetwork) -> None:
         super().__init__()
-        self.dca = DatasetContextAggregation(2048, CHANNELS)
-        self.first = cbr(CHANNELS, CHANNELS, 1, nn.BatchNorm2d).append(
-            nn.Conv2d(CHANNELS, CLASSES, 1)
-        )
-        generator = torch.Generator().manual_seed(1)
-        self.register_buffer("memory", torch.randn(CLASSES, CHANNELS, generator=generator))
+        network.encoder = nn.Identity()
+        self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
-        r = self.dca.reduce(x)
-        return self.dca(r, self.first(r), self.memory)
+    def forward(self, *maps: Tensor) -> Tensor:
+        return self.network.predict(maps).logits
 
 
-# What stands between the backbone's maps and the classifier, and the channels of the maps it takes.
+# A network, its options, and the channels of the maps that its head takes, of a ResNet's.
 HEADS = {
-    "APNB": (lambda: AsymmetricNonLocalContext(1024, 2048, CHANNELS), (1024, 2048)),
-    "LDv2": (gald_efficiency.TABLE_4["ASPP + LDv2"].decoder, (2048,)),
-    "GFF": (lambda: gff_cost.GFFDecoder(pyramid=True), (256, 512, 1024, 2048)),
-    "criss-cross": (gald_efficiency.TABLE_6["CCNet"][1], (2048,)),
-    "DCA": (DCAHead, (2048,)),
+    "APNB": ("ann", {}, (1024, 2048)),
+    "LDv2": ("gald", {"global_aggregation": "aspp", "local_distribution": "ldv2"}, (2048,)),
+    "GFF": ("gff", {}, (256, 512, 1024, 2048)),
+    "criss-cross": ("ccnet", {}, (2048,)),
+    "DCA": ("mcibi", {"context": None}, (2048,)),
 }
 
 
 def head_case(name: str, image: tuple[int, int], options: Options) -> Case:
     """Ours and its twin in eager torch, on a backbone's maps of an image of that size."""
-    build, widths = HEADS[name]
+    model, own, widths = HEADS[name]
     # Of 256 channels at a quarter of the side, all others at an eighth.
     shapes = [
         (1, width, *(side // (4 if width == 256 else 8) for side in image)) for width in widths
     ]
 
+    def build() -> Head:
+        return Head(create_model(model, "resnet50", CLASSES, auxiliary_channels=0, **own)).eval()
+
     def head() -> nn.Module:
-        return randomize(build()).to(options.dtype).eval()
+        made = randomize(build())
+        if model == "mcibi":
+            memory = made.network.bank.memory
+            memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(1)))
+        return made.to(options.dtype)
 
     def inputs() -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -132,10 +123,9 @@ def head_case(name: str, image: tuple[int, int], options: Options) -> Case:
         return tuple(x.to(options.device, options.dtype) for x in maps)
 
     with torch.device("meta"):
-        output_shape = build().eval()(*(torch.empty(shape) for shape in shapes)).shape
-    # Some maps as wide as all inputs and the output together.
-    positions = image[0] * image[1] // 16
-    peak_bytes = 4 * options.dtype.itemsize * positions * (sum(widths) + output_shape[1])
+        output_shape = build()(*(torch.empty(shape) for shape in shapes)).shape
+    # Some maps at a quarter of the side, as wide as the inputs together.
+    peak_bytes = 4 * options.dtype.itemsize * (image[0] * image[1] // 16) * sum(widths)
     eager = Contender("eager torch", lambda: eager_twin(head()), peak_bytes)
     ours = Contender("ctxops", head, peak_bytes, ours=True)
     title = f"head of {name}, image of {image[0]} x {image[1]}"

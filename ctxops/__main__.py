@@ -2,6 +2,7 @@
 """The console command ``ctxops``."""
 
 import argparse
+import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -69,12 +70,68 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
 
 
+def _convert(arguments: argparse.Namespace) -> str:
+    """Converts a checkpoint; what became of it."""
+    # The networks need more than torch, which the other commands do without.
+    from ctxops.models import convert_checkpoint
+
+    imported = convert_checkpoint(
+        arguments.checkpoint,
+        arguments.converted,
+        source=arguments.source,
+        model=arguments.model,
+        **dict(arguments.option),
+    )
+    options = ", ".join(f"{name}={value!r}" for name, value in imported.arguments.items())
+    lines = [
+        f"{imported.source}'s {imported.model}: create_model({imported.model!r}, {options})",
+        f"all tensors of the checkpoint are used, {len(imported.state_dict)} are written to "
+        f"{arguments.converted}",
+    ]
+    if imported.zeros:
+        lines.append(f"zero, for the checkpoint has none: {', '.join(imported.zeros)}")
+    return "\n".join(lines)
+
+
+def _option(text: str) -> tuple[str, object]:
+    """``name=value``; the value as Python writes it, or a word."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ctxops", description="Context operators.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was built and what of it runs here")
-    parser.parse_args(arguments)
-    print(_info())
+    convert = commands.add_parser("convert", help="a checkpoint of other code as a network of ours")
+    convert.add_argument("checkpoint", metavar="IN", help="what the other code saved")
+    convert.add_argument("converted", metavar="OUT", help="to write: ctxops.models.load_model(OUT)")
+    convert.add_argument(
+        "--source", help="mmsegmentation, torchvision, ann or gald; default: told from the names"
+    )
+    convert.add_argument("--model", help="the network's name here; default: told from the names")
+    convert.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of create_model that shapes do not tell: --option output_stride=16",
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "info":
+        print(_info())
+        return 0
+    try:
+        print(_convert(parsed))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"ctxops convert: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

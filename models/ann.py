@@ -3,11 +3,11 @@
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor, nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import Tensor, nn
-
 from ctxops.nn._checks import check_choice
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import resize

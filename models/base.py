@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from ctxops.models.encoder import Encoder
 from torch import Tensor, nn
 
+from ctxops.models.encoder import Encoder
 from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 

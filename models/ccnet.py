@@ -3,11 +3,11 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import nn
-
 from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.criss_cross import RecurrentCrissCrossAttention
 

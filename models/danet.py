@@ -3,11 +3,11 @@
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor, nn
+
 from ctxops.models.base import Classifier, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import Tensor, nn
-
 from ctxops.nn.dual_attention import DualAttention
 
 

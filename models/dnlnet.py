@@ -3,12 +3,12 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import nn
-
 from ctxops.nn.disentangled_non_local import DisentangledNonLocal
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from ctxops.models._checks import check_known, require_timm
 from torch import Tensor, nn
 
+from ctxops.models._checks import check_known, require_timm
 from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
@@ -37,6 +37,13 @@ class Encoder(nn.Module):
             ``(1, 2, 4)``. ResNets alone.
         ceil_mode: the stem's max pooling rounds sizes up, as in the code released with ANN, GALD
             and GFF: 512 -> 129 instead of 128. ResNets alone.
+        contract_dilation: the first block of a dilated stage has half the stage's dilation. False:
+            all of it, as in the code released with GALD. ResNets alone.
+        dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
+            as in mmsegmentation. ResNets of basic blocks alone.
+        bilinear_branches: an HRNet's branches are resized bilinearly where they are added up, as
+            the HRNets of mmsegmentation. False: to the nearest, as timm's classifiers. HRNets
+            alone.
         options: further arguments of ``timm.create_model``.
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
@@ -53,8 +60,8 @@ class Encoder(nn.Module):
 
     Raises:
         ImportError: timm is missing.
-        ValueError: an unknown backbone, one without this output stride, ``multi_grid`` or
-            ``ceil_mode`` for one that is no ResNet.
+        ValueError: an unknown backbone, one without this output stride, an argument for ResNets
+            alone with another.
     """
 
     def __init__(
@@ -66,6 +73,9 @@ class Encoder(nn.Module):
         in_channels: int = 3,
         multi_grid: Sequence[int] | None = None,
         ceil_mode: bool = False,
+        contract_dilation: bool = True,
+        dilate_both: bool = True,
+        bilinear_branches: bool = False,
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +102,16 @@ class Encoder(nn.Module):
                 f"backbone {name!r} has no map of output_stride={output_stride}; the strides of "
                 f"its maps are {self.strides}: choose output_stride={self.strides[-1]}"
             )
+        if bilinear_branches:
+            if not self.concatenates:
+                raise ValueError(f"bilinear_branches is for HRNets, not for backbone {name!r}")
+            _resize_bilinearly(self.body)
+        if not contract_dilation:
+            for stage in ("layer2", "layer3", "layer4"):
+                _spread_dilation(self.part(stage, "contract_dilation"))
+        if not dilate_both:
+            for stage in ("layer2", "layer3", "layer4"):
+                _undilate_second(self.part(stage, "dilate_both"))
         if multi_grid is not None:
             _set_multi_grid(self.part("layer4", "multi_grid"), multi_grid)
         if ceil_mode:
@@ -150,6 +170,26 @@ def _dilate_densenet(body: nn.Module, strides: Sequence[int], output_stride: int
             for layer in part.values():
                 layer.conv2.dilation = layer.conv2.padding = (dilation, dilation)
     return [min(stride, reached) for stride in strides]
+
+
+def _resize_bilinearly(body: nn.Module) -> None:
+    for module in body.modules():
+        if isinstance(module, nn.Upsample):
+            module.mode, module.align_corners = "bilinear", False
+
+
+def _spread_dilation(stage: nn.Module) -> None:
+    """Gives the first block's dilated convolution the dilation of the other blocks."""
+    (first, last) = (b.conv2 if hasattr(b, "conv3") else b.conv1 for b in (stage[0], stage[-1]))
+    first.dilation = first.padding = last.dilation
+
+
+def _undilate_second(stage: nn.Module) -> None:
+    """Leaves the dilation of basic blocks to their first convolution."""
+    for block in stage:
+        if hasattr(block, "conv3"):
+            raise ValueError("dilate_both is for basic blocks: these are bottlenecks")
+        block.conv2.dilation = block.conv2.padding = (1, 1)
 
 
 def _set_multi_grid(stage: nn.Module, factors: Sequence[int]) -> None:

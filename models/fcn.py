@@ -3,12 +3,14 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import nn
-
+from ctxops.nn._checks import check_kernel_size, check_sizes
 from ctxops.nn.cbr import cbr
+from ctxops.nn.concat_context import ConcatContext
 
 
 @register_model("fcn")
@@ -17,11 +19,32 @@ def fcn(
     num_classes: int,
     *,
     channels: int = 512,
+    kernel_size: int = 3,
+    convolutions: int = 1,
+    concat: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     **common,
 ) -> SegmentationNetwork:
-    """One 3 x 3 convolution to ``channels``, norm and ReLU on the last map, then the classifier."""
-    decoder = cbr(encoder.channels[-1], channels, 3, norm_layer)
+    """Convolutions to ``channels``, each with norm and ReLU, on the last map.
+
+    Args:
+        channels: of each convolution.
+        kernel_size: of each convolution. 1: the usual head of an HRNet.
+        convolutions: how many, one after the other.
+        concat: the map beside what they make of it, and one more of them.
+    """
+    check_kernel_size(kernel_size)
+    check_sizes(convolutions=convolutions)
+    width = encoder.channels[-1]
+    first = cbr(width, channels, kernel_size, norm_layer)
+    rest = [cbr(channels, channels, kernel_size, norm_layer) for _ in range(convolutions - 1)]
+    if concat:
+        context = nn.Sequential(first, *rest)
+        decoder = ConcatContext(
+            context, width, channels, channels, kernel_size=kernel_size, norm_layer=norm_layer
+        )
+    else:
+        decoder = nn.Sequential(first, *rest) if rest else first
     return SegmentationNetwork(
         encoder, decoder, channels, num_classes, norm_layer=norm_layer, **common
     )

@@ -3,12 +3,12 @@
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import nn
-
 from ctxops.nn._checks import check_choice
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.cgnl import CGNL

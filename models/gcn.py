@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import Tensor, nn
-
 from ctxops.nn._checks import check_choice, check_kernel_size
 from ctxops.nn.feature_fusion import resize
 from ctxops.nn.global_convolution import (

@@ -4,11 +4,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from torch import Tensor, nn
-
 from ctxops.nn._checks import check_choice
 from ctxops.nn.cbr import cbr
 from ctxops.nn.dense_aspp import DenseASPP

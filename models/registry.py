@@ -5,11 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
 from ctxops.models._checks import check_known
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
-from torch import nn
-
 from ctxops.nn._checks import check_sizes
 
 Builder = Callable[..., SegmentationNetwork]
@@ -71,6 +71,9 @@ def create_model(
     in_channels: int = 3,
     multi_grid: Sequence[int] | None = None,
     ceil_mode: bool = False,
+    contract_dilation: bool = True,
+    dilate_both: bool = True,
+    bilinear_branches: bool = False,
     backbone_options: Mapping[str, object] | None = None,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     sync_batchnorm: bool = False,
@@ -84,7 +87,8 @@ def create_model(
         num_classes: K.
         output_stride: of the backbone's last map; None: the network's own.
         pretrained: loads timm's weights into the backbone.
-        in_channels, multi_grid, ceil_mode: as in :class:`Encoder`.
+        in_channels, multi_grid, ceil_mode, contract_dilation, dilate_both, bilinear_branches: as in
+            :class:`Encoder`.
         backbone_options: further arguments of ``timm.create_model``.
         norm_layer: makes the norms of everything behind the backbone from a number of channels.
         sync_batchnorm: replaces every batch norm, the backbone's too, by ``nn.SyncBatchNorm``.
@@ -112,6 +116,9 @@ def create_model(
         in_channels=in_channels,
         multi_grid=multi_grid,
         ceil_mode=ceil_mode,
+        contract_dilation=contract_dilation,
+        dilate_both=dilate_both,
+        bilinear_branches=bilinear_branches,
         options=backbone_options,
     )
     network = entry.build(encoder, num_classes, norm_layer=norm_layer, **options)

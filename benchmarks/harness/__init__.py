@@ -14,6 +14,7 @@ from harness.options import (
     read_options,
 )
 from harness.program import report_verdicts, run_benchmark
+from harness.ratios import megabytes, milliseconds, ratio_verdicts
 from harness.report import Report
 from harness.timing import Effort
 from harness.verdict import Verdict, markdown, print_verdicts
@@ -33,11 +34,14 @@ __all__ = [
     "both_formats",
     "check_case",
     "markdown",
+    "megabytes",
+    "milliseconds",
     "output_file",
     "parse_shape",
     "parse_size",
     "peak_memory",
     "print_verdicts",
+    "ratio_verdicts",
     "read_options",
     "relative_error",
     "report_verdicts",

@@ -5,15 +5,16 @@ import json
 
 import pytest
 import torch
-from ctxops.models import SegmentationOutput
 
 import gald_efficiency
 import gff_cost
-from harness import Effort, Options, Verdict, check_case
+import whole_networks
+from ctxops.models import SegmentationOutput
+from harness import Effort, Options, Verdict, check_case, milliseconds, ratio_verdicts
 from harness.check import Entry
 from harness.measure import Result, Row
 from harness.timing import Timing
-from networks import milliseconds, network_case, parameters, ratio_verdicts, statistics
+from network_cases import network_case, parameters, statistics
 
 OPTIONS = Options(torch.device("cpu"), torch.float32, Effort(0.01, 1, 1))
 
@@ -34,9 +35,9 @@ def test_gald():
     table_6 = counts([v for v in verdicts if v.table == "GALD, Table VI"])
     assert table_6["PSPNet"] == (65_707_475, False)
     assert table_6["GALDv1"] == (66_664_915, False)
-    # CCNet's and DANet's contexts have 23,924,353 and 23,924,738, the backbone 42.624 M.
+    # CCNet's context has 23,924,353, the backbone 42.624 M; DANet has three classifiers.
     assert table_6["CCNet"] == (66_558_036, False)
-    assert table_6["DANet"] == (66_558_421, True)
+    assert table_6["DANet"] == (66_578_555, True)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +64,6 @@ def test_gff_writes_every_figure(tmp_path, capsys, monkeypatch, gff):
     assert gff_cost.main(["--json", str(file)]) == 0
     assert len(json.loads(file.read_text())["verdicts"]) == 6
     assert "PSPNet + GFF + DFP" in capsys.readouterr().out
-
-
-def test_gff_decoder_takes_all_levels():
-    decoder = gff_cost.GFFDecoder(pyramid=True).to("meta").eval()
-    sizes = (17, 9, 9, 9)
-    maps = [
-        torch.empty(2, c, n, n, device="meta")
-        for c, n in zip(gff_cost.IN_CHANNELS, sizes, strict=True)
-    ]
-    assert decoder(*maps).shape == (2, decoder.channels, 17, 17)
 
 
 class TinyNetwork(torch.nn.Module):
@@ -106,3 +97,16 @@ def test_ratios_between_rows():
     (verdict,) = ratio_verdicts("T", "time", papers, "a", result, milliseconds)
     assert verdict.what == "b / a, time"
     assert (verdict.paper, verdict.printed, verdict.ok) == ("2.50", "1.50", None)
+
+
+def test_ann():
+    assert counts(whole_networks.count_verdicts()[1:]) == {"ANN": (62_964_435, False)}
+    assert round(whole_networks.count_verdicts()[0].ours * 1e6) == 63_077_843
+
+
+def test_heads_agree_with_their_eager_twins():
+    case = whole_networks.head_case("DCA", (64, 48), OPTIONS)
+    assert case.output_shape == (1, 19, 8, 6)
+    errors = [e.error for e in check_case(case, OPTIONS.device, OPTIONS.dtype)]
+    assert errors[0] is None
+    assert max(errors[1:]) < 1e-5

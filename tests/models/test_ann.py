@@ -5,7 +5,6 @@ import torch
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from ctxops.nn import AsymmetricNonLocalContext
 from modules import activate, randomise
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from ctxops.models import Encoder, create_model
 
+from ctxops.models import Encoder, create_model
 from networks import images
 
 # Name, output stride, channels and strides of the maps.

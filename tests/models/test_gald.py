@@ -6,7 +6,6 @@ from torch import nn
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from ctxops.nn import ASPP, CGNL, LDv1, LDv2, NonLocal2d, PyramidPooling
 from modules import randomise
 

@@ -7,7 +7,6 @@ from torch import nn
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from ctxops.nn import BoundaryRefinement, GCNBottleneck
 from modules import randomise
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from ctxops.nn import DenseASPP
 from modules import randomise
 

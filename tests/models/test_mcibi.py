@@ -5,7 +5,6 @@ import torch
 pytest.importorskip("timm")
 
 from ctxops.models import create_model
-
 from ctxops.nn import representation_consistency_loss
 from modules import randomise
 

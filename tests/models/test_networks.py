@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from ctxops.models import model_options
 
-from networks import NUM_CLASSES, images, make, network_of, networks
+from ctxops.models import model_options
+from networks import NUM_CLASSES, images, make, network_of, networks, traceable
 from numerics import LAYOUTS, assert_close, random_like
 
 # Parameters that no loss on the logits reaches, by network and beginning of their names.
@@ -91,7 +91,7 @@ def test_state_dict_copies_and_pickles(name):
 @networks
 def test_compiles_once_for_all_sizes(name):
     torch._dynamo.reset()
-    network = network_of(name).double()
+    network = traceable(name).double()
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in [(65, 41), (37, 53)]:
@@ -101,7 +101,7 @@ def test_compiles_once_for_all_sizes(name):
 
 @networks
 def test_exports_with_dynamic_sizes(name):
-    network = network_of(name).double()
+    network = traceable(name).double()
     sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(network, (images(65, 41).double(),), dynamic_shapes=[sizes])
     for size in SIZES:

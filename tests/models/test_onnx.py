@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ctxops
-from networks import images, network_of, networks
+from networks import images, networks, traceable
 
 pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
@@ -23,7 +23,7 @@ class Logits(torch.nn.Module):
 @networks
 def test_onnx_with_dynamic_sizes(name, tmp_path):
     path = tmp_path / "network.onnx"
-    module = Logits(network_of(name)).eval()
+    module = Logits(traceable(name)).eval()
     dynamic = [{2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}]
     with ctxops.use_reference(), torch.no_grad():
         torch.onnx.export(

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("timm")
 
 import timm
+
 from ctxops.models import create_model
 
 TABLES = {"ANN": 9, "GALD": 11, "GFF": 10, "GCN": 11, "MCIBI": 9}

@@ -3,9 +3,9 @@ import inspect
 
 import pytest
 import torch
-from ctxops.models import SegmentationOutput, create_model, list_models, model_options
 from torch import nn
 
+from ctxops.models import SegmentationOutput, create_model, list_models, model_options
 from networks import images, networks
 
 
@@ -45,6 +45,19 @@ def test_count_of_pspnet_101():
 
 # What create_model explains.
 COMMON = {"auxiliary_channels", "auxiliary_bias", "dropout", "align_corners"}
+
+
+def test_counts_of_ann_table_2():
+    """Zhu et al. (ICCV 2019) count the running statistics, and PSANet's auxiliary head."""
+
+    def count(name, **options):
+        with torch.device("meta"):
+            network = create_model(name, **options)
+        tensors = [*network.parameters(), *network.buffers()]
+        return sum(x.numel() for x in tensors if x.is_floating_point())
+
+    assert count("psanet", mask_size=(129, 257)) == 102_664_678
+    assert count("denseaspp") == 35_634_083
 
 
 @networks

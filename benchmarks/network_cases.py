@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from harness import Case, Contender, Options, Verdict, both_formats
-from harness.measure import Result, Row
+from harness import Case, Contender, Options, both_formats
 from released import randomize
 
 # What a network holds at most in evaluation, in values for each pixel: three of a ResNet's widest
@@ -69,35 +68,3 @@ def network_case(
         (1, classes, height, width),
         tuple(contender for each in rows for contender in both_formats(each)),
     )
-
-
-def milliseconds(row: Row) -> float:
-    return row.timing.median * 1e3
-
-
-def megabytes(row: Row) -> float:
-    return row.memory / 2**20
-
-
-def ratio_verdicts(
-    table: str,
-    what: str,
-    papers: Mapping[str, float],
-    reference: str,
-    result: Result,
-    figure: Callable[[Row], float],
-) -> list[Verdict]:
-    """Each row's figure over that of the reference row, the paper's ratio beside ours.
-
-    Every row in its faster memory format; rows that did not fit are left out.
-    """
-    base = result.fastest(reference)
-    verdicts = []
-    for name, paper in papers.items():
-        row = result.fastest(name)
-        if name == reference or base is None or row is None:
-            continue
-        printed, ratio = f"{paper / papers[reference]:.2f}", figure(row) / figure(base)
-        title = f"{name} / {reference}, {what}"
-        verdicts.append(Verdict(table, title, printed, ratio, "x", result.case.title, True))
-    return verdicts

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every published parameter and operation count beside ours, and every published time and memory
+figure as a ratio between rows beside the ratio on this machine, on one page.
+
+    python benchmarks/paper_tables.py --output tables.md
+
+It runs the scripts of the papers' tables, each with --quick: small images and few samples. What
+they measure at full size they print when they are called by themselves.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from harness import Verdict, markdown, output_file
+from harness.machine import describe_machine, machine_line
+
+# Each with its arguments. Those that only count have no smaller form.
+SCRIPTS = {
+    "nonlocal_vs_apnb": ["--quick"],
+    "whole_networks": ["--quick"],
+    "context_modules": ["--quick"],
+    "gff_cost": [],
+    "gald_efficiency": ["--quick"],
+    "gcn_parameters": [],
+}
+
+
+def run_script(name: str, arguments: Sequence[str]) -> list[Verdict]:
+    """The verdicts of a benchmark, run as a program of its own; raises where it fails."""
+    script = Path(__file__).with_name(f"{name}.py")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, str(script), *arguments, "--json", str(file)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        records = json.loads(file.read_text())["verdicts"]
+    return [read_verdict(record) for record in records]
+
+
+def read_verdict(record: dict[str, object]) -> Verdict:
+    return Verdict(**{field.name: record[field.name] for field in dataclasses.fields(Verdict)})
+
+
+def page(verdicts: Sequence[Verdict], machine: str) -> str:
+    judged = [v for v in verdicts if v.ok is not None]
+    exact = sum(v.ok for v in judged)
+    return "\n".join(
+        [
+            "# The papers' tables",
+            "",
+            f"Of {len(judged)} published parameter and operation counts {exact} come out to the "
+            "last printed digit; the others show by how much they differ. Times and memory are "
+            "ratios between two rows, at the size that the last column names: measured on",
+            machine + ".",
+            "",
+            markdown(verdicts),
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--output", type=output_file, metavar="FILE.md", help="default: print it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args(arguments)
+    verdicts = []
+    for name, flags in SCRIPTS.items():
+        start = time.perf_counter()
+        device = ["--device", chosen.device] if flags else []
+        verdicts += run_script(name, [*flags, *device])
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    text = page(verdicts, machine_line(describe_machine(torch.device(chosen.device))))
+    if chosen.output:
+        chosen.output.write_text(text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

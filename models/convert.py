@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of other code as networks of this package: names, options, files."""
+
+import dataclasses
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ctxops.models._checks import check_known
+from ctxops.models.base import SegmentationNetwork
+from ctxops.models.encoder import Encoder
+from ctxops.models.recipes import RECIPES, STEM, MissingKeyError, Recipe, Shapes
+from ctxops.models.registry import create_model
+
+# How many names an error spells out.
+_SPELLED = 5
+
+# What a state dict is wrapped in, and what training puts before its names.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+_LEAVES = r"(?:\.(?:weight|bias|running_mean|running_var|num_batches_tracked))?"
+
+
+@dataclasses.dataclass
+class ImportedModel:
+    """A network of this package with the weights of another's checkpoint.
+
+    Attributes:
+        source: whose names the checkpoint had.
+        model: what :func:`create_model` calls the network.
+        arguments: further arguments of :func:`create_model`.
+        state_dict: the network's, complete.
+        zeros: its names that the checkpoint has no counterpart of, and that are zero without a
+            change to what is computed: biases before a norm, counts of batches.
+    """
+
+    source: str
+    model: str
+    arguments: dict[str, object]
+    state_dict: dict[str, Tensor]
+    zeros: list[str]
+
+    def build(self) -> SegmentationNetwork:
+        """The network with these weights, in evaluation mode."""
+        network = create_model(self.model, **self.arguments)
+        network.load_state_dict(self.state_dict)
+        return network.eval()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what :func:`load_model` reads."""
+        saved = dataclasses.asdict(self) | {"state_dict": self.state_dict}
+        torch.save({name: saved[name] for name in ("model", "arguments", "state_dict")}, path)
+
+
+def import_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str | None = None,
+    model: str | None = None,
+    **options,
+) -> ImportedModel:
+    """Maps a checkpoint of other code onto a network of this package, strictly.
+
+    Every key of the checkpoint is used and every key of the network filled, or it raises. The
+    imported network computes what the original does; images are normalised as there.
+
+    Args:
+        state_dict: as the other code saved it: ``load_checkpoint(path)``.
+        source: whose code: ``"mmsegmentation"`` (1.x, ResNet backbones; the checkpoints of 0.x have
+            the same names), ``"torchvision"``, ``"ann"``, ``"gald"`` (the code released with these
+            papers). None: told from the names.
+        model: what the network is called here. None: told from the names.
+        options: arguments of :func:`create_model` that shapes do not tell, such as
+            ``output_stride=16``, in the place of the source's usual ones.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: an unknown source, model or option, or a checkpoint of another architecture: the
+            message names the first keys that are missing and that nothing takes.
+    """
+    state_dict = _strip_prefixes(state_dict)
+    recipe = _choose_recipe(state_dict, source, model)
+    renamed, unexpected = _rename(state_dict, recipe)
+    try:
+        arguments = recipe.arguments(Shapes(state_dict)) | options
+    except MissingKeyError as error:
+        raise _misfit(recipe, missing=[error.name], unexpected=unexpected) from None
+    with torch.device("meta"):
+        expected = create_model(recipe.model, **arguments).state_dict()
+    zeros = [
+        name
+        for name in expected.keys() - renamed.keys()
+        if name.endswith(".num_batches_tracked") or _matches(name, recipe.zeros)
+    ]
+    renamed |= {name: torch.zeros_like(expected[name], device="cpu") for name in zeros}
+    extra = renamed.keys() - expected.keys()
+    unexpected += [theirs for theirs, ours in _renamings(state_dict, recipe) if ours in extra]
+    missing = [name for name in expected if name not in renamed]
+    shapes = [
+        f"{name} {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in renamed and not _fits(renamed[name], tensor)
+    ]
+    if missing or unexpected or shapes:
+        raise _misfit(recipe, missing, unexpected, shapes)
+    filled = {name: renamed[name].reshape(tensor.shape) for name, tensor in expected.items()}
+    return ImportedModel(recipe.source, recipe.model, arguments, filled, sorted(zeros))
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a file, without what frameworks wrap it in. Nothing in the file runs.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file that holds more than tensors and plain values, or no state dict.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no file of tensors and plain values; save its state dict "
+            f"alone by torch.save: {str(error).splitlines()[0]}"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not _tensors(loaded):
+        raise ValueError(f"{os.fspath(path)!r} holds no state dict: names, each with a tensor")
+    return _tensors(loaded)
+
+
+def convert_checkpoint(
+    path: str | os.PathLike, converted: str | os.PathLike, **arguments
+) -> ImportedModel:
+    """Reads other code's checkpoint and writes a file for :func:`load_model`.
+
+    Args:
+        path: the checkpoint.
+        converted: the file to write.
+        arguments: of :func:`import_checkpoint`.
+
+    Raises:
+        OSError, ValueError: as :func:`load_checkpoint` and :func:`import_checkpoint`; then nothing
+            is written.
+    """
+    imported = import_checkpoint(load_checkpoint(path), **arguments)
+    imported.save(converted)
+    return imported
+
+
+def load_model(path: str | os.PathLike) -> SegmentationNetwork:
+    """The network in a file that :func:`convert_checkpoint` wrote, in evaluation mode.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a file of another kind.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, Mapping) or not {"model", "arguments", "state_dict"} <= saved.keys():
+        raise ValueError(
+            f"{os.fspath(path)!r} is no saved network; checkpoints of other code: ctxops convert"
+        )
+    network = create_model(saved["model"], **saved["arguments"])
+    network.load_state_dict(saved["state_dict"])
+    return network.eval()
+
+
+def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Loads a classifier's weights, by the names of timm, torchvision or mmsegmentation.
+
+    Args:
+        encoder: of a network: ``create_model("ann", "resnet50").encoder``.
+        state_dict: of the classifier, or of a network whose backbone it is:
+            ``load_checkpoint(path)``.
+
+    Returns:
+        The names that were not used, all of them outside the backbone's part that makes the
+        encoder's maps: those of the classifier.
+
+    Raises:
+        ValueError: a checkpoint of another backbone; then nothing is loaded.
+    """
+    expected = encoder.body.state_dict()
+    tensors = _strip_prefixes(state_dict)
+    outside = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
+    if len(outside) < len(tensors):
+        theirs = {n.removeprefix("backbone."): x for n, x in tensors.items() if n not in outside}
+    else:
+        theirs, outside = outside, {}
+    names = {ours: _backbone_name(ours, theirs) for ours in expected}
+    missing = [
+        ours
+        for ours, name in names.items()
+        if name is None and not ours.endswith(".num_batches_tracked")
+    ]
+    loaded = {ours: theirs[name] for ours, name in names.items() if name is not None}
+    taken = set(names.values()) - {None}
+    unused = [name for name in theirs if name not in taken]
+    parts = {name.split(".")[0] for name in taken}
+    unexpected = [name for name in unused if name.split(".")[0] in parts]
+    shapes = [
+        f"{ours} {tuple(tensor.shape)} instead of {tuple(expected[ours].shape)}"
+        for ours, tensor in loaded.items()
+        if tensor.shape != expected[ours].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the checkpoint does not fit backbone {encoder.name!r}: "
+            + _differences(missing, unexpected, shapes)
+        )
+    encoder.body.load_state_dict(expected | loaded)
+    return [*unused, *outside]
+
+
+_NUMBERED_STEM = {ours: theirs for theirs, ours in STEM.items()}
+
+
+def _backbone_name(ours: str, theirs: Mapping[str, Tensor]) -> str | None:
+    """The checkpoint's name for a tensor of timm's feature extractor, if there is one."""
+    module, _, leaf = ours.rpartition(".")
+    candidates = (
+        ours,
+        # timm flattens one level, "stages.0" to "stages_0", or wraps the model.
+        re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", ours),
+        ours.removeprefix("model."),
+        f"{_NUMBERED_STEM.get(module, module)}.{leaf}",
+    )
+    return next((name for name in candidates if name in theirs), None)
+
+
+def _choose_recipe(
+    state_dict: Mapping[str, Tensor], source: str | None, model: str | None
+) -> Recipe:
+    recipes = RECIPES
+    if source is not None:
+        check_known("source", source, {recipe.source for recipe in recipes})
+        recipes = [recipe for recipe in recipes if recipe.source == source]
+    if model is not None:
+        check_known("imported model", model, {recipe.model for recipe in recipes})
+        recipes = [recipe for recipe in recipes if recipe.model == model]
+    marked = [recipe for recipe in recipes if _has_markers(state_dict, recipe)]
+    if marked:
+        return marked[0]
+    if len(recipes) == 1:
+        return recipes[0]
+    known = ", ".join(f"{recipe.source} {recipe.model}" for recipe in recipes)
+    raise ValueError(
+        f"the checkpoint is of no known architecture ({known}): it has {_spell(list(state_dict))}"
+    )
+
+
+def _has_markers(state_dict: Mapping[str, Tensor], recipe: Recipe) -> bool:
+    return all(any(name.startswith(marker) for name in state_dict) for marker in recipe.markers)
+
+
+def _rename(
+    state_dict: Mapping[str, Tensor], recipe: Recipe
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by our names, and the names that are none of the recipe's."""
+    renamed, unexpected = {}, []
+    for theirs, ours in _renamings(state_dict, recipe):
+        if ours is None:
+            unexpected.append(theirs)
+        else:
+            renamed[ours] = state_dict[theirs]
+    return renamed, unexpected
+
+
+def _renamings(names: Iterable[str], recipe: Recipe) -> Iterable[tuple[str, str | None]]:
+    patterns = [(re.compile(_pattern(theirs)), ours) for theirs, ours in recipe.modules.items()]
+    for name in names:
+        for pattern, ours in patterns:
+            match = pattern.fullmatch(name)
+            if match:
+                yield name, ours.format(*match.groups()[1:]) + name[match.end("module") :]
+                break
+        else:
+            yield name, None
+
+
+def _pattern(template: str) -> str:
+    """What matches a module's tensors: ``{}`` stands for a number."""
+    return "(?P<module>" + re.escape(template).replace(r"\{\}", r"(\d+)") + ")" + _LEAVES
+
+
+def _matches(name: str, templates: Iterable[str]) -> bool:
+    return any(re.fullmatch(_pattern(template), name) for template in templates)
+
+
+def _fits(tensor: Tensor, expected: Tensor) -> bool:
+    """Equal shapes; a single number may have any."""
+    return tensor.shape == expected.shape or tensor.numel() == expected.numel() == 1
+
+
+def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names without what training puts before all of them."""
+    tensors = _tensors(state_dict)
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
+    return {name: x for name, x in state_dict.items() if isinstance(x, Tensor)}
+
+
+def _misfit(
+    recipe: Recipe,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[str] = (),
+) -> ValueError:
+    return ValueError(
+        f"the checkpoint does not fit {recipe.source}'s {recipe.model}: "
+        + _differences(missing, unexpected, shapes)
+    )
+
+
+def _differences(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+    parts = {"missing": missing, "unexpected": unexpected, "shapes": shapes}
+    return "; ".join(f"{what} {_spell(names)}" for what, names in parts.items() if names)
+
+
+def _spell(names: list[str]) -> str:
+    more = f" and {len(names) - _SPELLED} more" if len(names) > _SPELLED else ""
+    return ", ".join(names[:_SPELLED]) + more

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+import paper_tables
+from harness import Verdict
+
+RATIO = Verdict("ANN, Table 1", "NB / APNB, time", "1.57", 1.3, "x", "48 x 48", measured=True)
+EXACT = Verdict("GCN, Table 4", "GCN, parameters", "608", 608.286, "K")
+OFF = Verdict("GCN, Table 2", "GCN, k = 3, parameters", "260", 260.694, "K")
+
+
+def test_a_verdict_survives_the_file():
+    for verdict in (RATIO, EXACT, OFF):
+        assert paper_tables.read_verdict(verdict.record()) == verdict
+
+
+def test_page():
+    text = paper_tables.page([RATIO, EXACT, OFF], "a machine")
+    assert "Of 2 published parameter and operation counts 1 come out" in text
+    assert "| NB / APNB, time | 1.57 | 1.30 | x | measured here | 48 x 48 |" in text
+    assert "a machine." in text
+
+
+def test_runs_a_script_and_writes_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_tables, "SCRIPTS", {"gcn_parameters": []})
+    file = tmp_path / "tables.md"
+    assert paper_tables.main(["--output", str(file)]) == 0
+    text = file.read_text()
+    assert "## GCN, Table 11" in text
+    assert "Of 16 published parameter and operation counts 11 come out" in text
+
+
+def test_a_script_that_fails_is_named():
+    with pytest.raises(RuntimeError, match=r"(?s)py --quick.*unrecognized arguments"):
+        paper_tables.run_script("gcn_parameters", ["--quick"])
+
+
+def test_every_script_is_there():
+    folder = paper_tables.Path(paper_tables.__file__).parent
+    assert all((folder / f"{name}.py").exists() for name in paper_tables.SCRIPTS)

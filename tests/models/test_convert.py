@@ -1,0 +1,683 @@
+"""Checkpoints of other code compute here what they computed there.
+
+The other code's networks are written out from their checkpoints' names, which are the originals':
+``mmsegmentation_r50.txt``, and the lists below for the code released with ANN and GALD.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checkpoints import listing, random_state_dict, read_listings
+
+pytest.importorskip("timm")
+
+from ctxops.__main__ import main
+from ctxops.models import (
+    Encoder,
+    convert_checkpoint,
+    import_checkpoint,
+    load_backbone,
+    load_checkpoint,
+    load_model,
+)
+
+LISTINGS = read_listings(Path(__file__).with_name("mmsegmentation_r50.txt"))
+SIZE = (33, 41)
+
+
+# Their networks, written out ----------------------------------------------------------------------
+
+
+class Original:
+    """Layers by the names of a checkpoint, and the ways in which it names a convolution's norm."""
+
+    def __init__(self, state_dict, *, conv="{}.conv", norm="{}.bn", align_corners=False):
+        self.tensors = state_dict
+        self.names = conv, norm
+        self.align_corners = align_corners
+
+    def conv(self, name, x, *, stride=1, padding=0, dilation=1):
+        weight = self.tensors[f"{name}.weight"]
+        groups = x.shape[1] // weight.shape[1]
+        bias = self.tensors.get(f"{name}.bias")
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def norm(self, name, x):
+        t = self.tensors
+        statistics = t[f"{name}.running_mean"], t[f"{name}.running_var"]
+        return F.batch_norm(x, *statistics, t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def cb(self, name, x, dilation=1):
+        conv, norm = (pattern.format(name) for pattern in self.names)
+        padding = dilation * (self.tensors[f"{conv}.weight"].shape[2] // 2)
+        return self.norm(norm, self.conv(conv, x, padding=padding, dilation=dilation))
+
+    def cbr(self, name, x, dilation=1):
+        return self.cb(name, x, dilation).relu()
+
+    def resize(self, x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
+
+    def stages(self, prefix, x, dilations):
+        """ResNet-50 behind its stem; ``dilations`` of each block's 3 x 3 convolution, by stage."""
+        maps = []
+        for stage, rates in enumerate(dilations, 1):
+            for i, rate in enumerate(rates):
+                name = f"{prefix}layer{stage}.{i}"
+                stride = 2 if stage == 2 and i == 0 else 1
+                y = self.norm(f"{name}.bn1", self.conv(f"{name}.conv1", x)).relu()
+                y = self.conv(f"{name}.conv2", y, stride=stride, padding=rate, dilation=rate)
+                y = self.norm(f"{name}.bn2", y).relu()
+                y = self.norm(f"{name}.bn3", self.conv(f"{name}.conv3", y))
+                if i == 0:
+                    x = self.conv(f"{name}.downsample.0", x, stride=stride)
+                    x = self.norm(f"{name}.downsample.1", x)
+                x = (x + y).relu()
+            maps.append(x)
+        return maps
+
+    def stem(self, convs, norms, x):
+        for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+            x = self.norm(norm, self.conv(conv, x, stride=2 if i == 0 else 1, padding=1)).relu()
+        return x
+
+
+def attention(query, key, value, scale=1.0):
+    """Softmax over the keys' positions; maps or sequences of anchors."""
+    weights = (scale * query.flatten(2).mT @ key.flatten(2)).softmax(2)
+    return (value.flatten(2) @ weights.mT).unflatten(2, query.shape[2:])
+
+
+def anchors(x, sizes=(1, 3, 6, 8)):
+    return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in sizes], 2)
+
+
+def mmseg_backbone(o, image):
+    numbers = (0, 3, 6), (1, 4, 7)
+    x = o.stem(*([f"backbone.stem.{i}" for i in part] for part in numbers), image)
+    x = F.max_pool2d(x, 3, 2, 1)
+    dilations = [1] * 3, [1] * 4, [1] + [2] * 5, [2] + [4] * 2
+    return o.stages("backbone.", x, dilations)[2:]
+
+
+def mmseg_asymmetric(o, name, low, high, scale):
+    block = f"{name}.stages.0"
+    query = o.cbr(f"{block}.query_project", high)
+    key = anchors(o.cbr(f"{block}.key_project", low))
+    value = anchors(o.conv(f"{block}.value_project", low))
+    context = o.conv(f"{block}.out_project", attention(query, key, value, scale))
+    return o.cb(f"{name}.bottleneck", torch.cat([context, high], 1))
+
+
+def mmseg_ann(o, low, high):
+    h = "decode_head"
+    x = mmseg_asymmetric(o, f"{h}.fusion", low, high, 256**-0.5)
+    x = o.cbr(f"{h}.bottleneck", x)
+    return mmseg_asymmetric(o, f"{h}.context", x, x, 256**-0.5).relu()
+
+
+def mmseg_apcnet(o, low, x):
+    maps = [x]
+    for i, n in enumerate((1, 2, 3, 6)):
+        name = f"decode_head.acm_modules.{i}"
+        grid = o.cbr(f"{name}.pooled_redu_conv", F.adaptive_avg_pool2d(x, n)).flatten(2)
+        y = o.cbr(f"{name}.input_redu_conv", x)
+        mean = o.cbr(f"{name}.global_info", y.mean((2, 3), keepdim=True))
+        affinity = o.conv(f"{name}.gla", y + mean).sigmoid()
+        z = (grid @ affinity.flatten(2)).unflatten(2, y.shape[2:])
+        z = (o.cbr(f"{name}.residual_conv", z) + y).relu()
+        maps.append(o.cbr(f"{name}.fusion_conv", z))
+    return o.cbr("decode_head.bottleneck", torch.cat(maps, 1))
+
+
+def mmseg_concat(o, x, block):
+    y = o.cbr("decode_head.convs.1", block(o.cbr("decode_head.convs.0", x)))
+    return o.cbr("decode_head.conv_cat", torch.cat([x, y], 1))
+
+
+def mmseg_ccnet(o, low, x):
+    def criss_cross(x):
+        name = "decode_head.cca"
+        q, k, v = (o.conv(f"{name}.{part}_conv", x) for part in ("query", "key", "value"))
+        column = torch.einsum("bchw,bciw->bhwi", q, k)
+        row = torch.einsum("bchw,bchj->bhwj", q, k)
+        height = x.shape[2]
+        itself = torch.eye(height, dtype=torch.bool)[:, None, :]
+        column = column.masked_fill(itself, -torch.inf)  # the row has it
+        weights = torch.cat([column, row], 3).softmax(3)
+        y = torch.einsum("bciw,bhwi->bchw", v, weights[..., :height])
+        y = y + torch.einsum("bchj,bhwj->bchw", v, weights[..., height:])
+        return o.tensors[f"{name}.gamma.scale"] * y + x
+
+    return mmseg_concat(o, x, lambda y: criss_cross(criss_cross(y)))
+
+
+def mmseg_danet(o, low, x):
+    def project(part):
+        return o.conv(f"decode_head.pam.{part}_project", position)
+
+    position = o.cbr("decode_head.pam_in_conv", x)
+    attended = attention(project("query"), project("key"), project("value"))
+    position = o.tensors["decode_head.pam.gamma.scale"] * attended + position
+    channel = o.cbr("decode_head.cam_in_conv", x)
+    rows = channel.flatten(2)
+    energy = rows @ rows.mT
+    weights = (energy.amax(2, keepdim=True) - energy).softmax(2)
+    attended = (weights @ rows).unflatten(2, x.shape[2:])
+    channel = o.tensors["decode_head.cam.gamma.scale"] * attended + channel
+    outs = o.cbr("decode_head.pam_out_conv", position), o.cbr("decode_head.cam_out_conv", channel)
+    return sum(outs)
+
+
+def mmseg_deeplabv3(o, low, x):
+    image = o.cbr("decode_head.image_pool.1", x.mean((2, 3), keepdim=True)).expand_as(x[:, :512])
+    maps = [o.cbr(f"decode_head.aspp_modules.{i}", x, d) for i, d in enumerate((1, 12, 24, 36))]
+    return o.cbr("decode_head.bottleneck", torch.cat([image, *maps], 1))
+
+
+def mmseg_dnlnet(o, low, x):
+    name = "decode_head.dnl_block"
+
+    def block(x):
+        q, k, v = (o.conv(f"{name}.{part}.conv", x) for part in ("theta", "phi", "g"))
+        q, k = (y - y.mean((2, 3), keepdim=True) for y in (q, k))
+        pairwise = attention(q, k, v, 256**-0.5 / 0.05)
+        mask = o.conv(f"{name}.conv_mask", x).flatten(2).softmax(2)
+        return x + o.cb(f"{name}.conv_out", pairwise + (v.flatten(2) @ mask.mT).unsqueeze(3))
+
+    return mmseg_concat(o, x, block)
+
+
+def mmseg_fcn(o, low, x):
+    return mmseg_concat(o, x, lambda y: y)
+
+
+def mmseg_nonlocal(o, low, x):
+    name = "decode_head.nl_block"
+
+    def block(x):
+        q, k, v = (o.conv(f"{name}.{part}.conv", x) for part in ("theta", "phi", "g"))
+        return x + o.cb(f"{name}.conv_out", attention(q, k, v, 256**-0.5))
+
+    return mmseg_concat(o, x, block)
+
+
+def mmseg_ocrnet(o, low, x):
+    regions = o.conv("decode_head.0.conv_seg", o.cbr("decode_head.0.convs.0", low))
+    pixels = o.cbr("decode_head.1.bottleneck", x)
+    objects = (pixels.flatten(2) @ regions.flatten(2).softmax(2).mT).unsqueeze(3)
+    name = "decode_head.1.object_context_block"
+    query = o.cbr(f"{name}.query_project.1", o.cbr(f"{name}.query_project.0", pixels))
+    key = o.cbr(f"{name}.key_project.1", o.cbr(f"{name}.key_project.0", objects))
+    value = o.cbr(f"{name}.value_project", objects)
+    context = o.cbr(f"{name}.out_project", attention(query, key, value, 256**-0.5))
+    return o.cbr(f"{name}.bottleneck", torch.cat([context, pixels], 1))
+
+
+def mmseg_pspnet(o, low, x):
+    maps = [x]
+    for i, n in enumerate((1, 2, 3, 6)):
+        grid = o.cbr(f"decode_head.psp_modules.{i}.1", F.adaptive_avg_pool2d(x, n))
+        maps.append(o.resize(grid, x.shape[2:]))
+    return o.cbr("decode_head.bottleneck", torch.cat(maps, 1))
+
+
+MMSEG_HEADS = {
+    "ann": mmseg_ann,
+    "apcnet": mmseg_apcnet,
+    "ccnet": mmseg_ccnet,
+    "danet": mmseg_danet,
+    "deeplabv3": mmseg_deeplabv3,
+    "dnlnet": mmseg_dnlnet,
+    "fcn": mmseg_fcn,
+    "nonlocal": mmseg_nonlocal,
+    "ocrnet": mmseg_ocrnet,
+    "pspnet": mmseg_pspnet,
+}
+
+
+def released_listing(head, stem):
+    """A head behind ResNet-50 with a stem of 64, 64 and 128 channels, its layers named by pairs."""
+    widths = 3, 64, 64, 128
+    lines = []
+    for (conv, norm), i, o in zip(stem, widths[:-1], widths[1:], strict=True):
+        lines += [f"conv {conv} {o} {i} 3 3", f"norm {norm} {o}"]
+    for line in LISTINGS["ann"]:
+        kind, module, *sizes = line.split()
+        if module.startswith("backbone.layer"):
+            if kind == "conv" and module.startswith("backbone.layer1.0") and sizes[1] == "64":
+                sizes[1] = "128" if module.endswith(("conv1", "downsample.0")) else "64"
+            lines.append(" ".join([kind, module, *sizes]))
+    return lines + head.split("\n")[1:-1]
+
+
+ANN_STEM = [(f"backbone.prefix.conv{i}", f"backbone.prefix.bn{i}") for i in (1, 2, 3)]
+ANN_HEAD = """
+conv fusion.stages.0.f_key.0 256 1024 1 1 bias
+norm fusion.stages.0.f_key.1.0 256
+conv fusion.stages.0.f_query.0 256 2048 1 1 bias
+norm fusion.stages.0.f_query.1.0 256
+conv fusion.stages.0.f_value 256 1024 1 1 bias
+conv fusion.stages.0.W 2048 256 1 1 bias
+conv fusion.conv_bn_dropout.0 2048 4096 1 1 bias
+norm fusion.conv_bn_dropout.1 2048
+conv context.0 512 2048 3 3 bias
+norm context.1.0 512
+conv context.2.stages.0.f_key.0 256 512 1 1 bias
+norm context.2.stages.0.f_key.1.0 256
+conv context.2.stages.0.f_value 256 512 1 1 bias
+conv context.2.stages.0.W 512 256 1 1 bias
+conv context.2.conv_bn_dropout.0 512 1024 1 1 bias
+norm context.2.conv_bn_dropout.1.0 512
+conv cls 19 512 1 1 bias
+conv dsn.0 512 1024 3 3 bias
+norm dsn.1.0 512
+conv dsn.3 19 512 1 1 bias
+"""
+
+GALD_STEM = [("conv1.0", "conv1.1"), ("conv1.3", "conv1.4"), ("conv1.6", "bn1")]
+GALD_HEAD = """
+conv head.conva.0 512 2048 3 3
+norm head.conva.1 512
+conv head.a2block.down.0 512 1 3 3 bias
+norm head.a2block.down.1 512
+conv head.a2block.long_relation.t 256 512 1 1
+conv head.a2block.long_relation.p 256 512 1 1
+conv head.a2block.long_relation.g 256 512 1 1
+conv head.a2block.long_relation.z 512 32 1 1
+affine head.a2block.long_relation.gn 512
+conv head.a2block.local_attention.dconv1.0 512 1 3 3 bias
+norm head.a2block.local_attention.dconv1.1 512
+conv head.a2block.local_attention.dconv2.0 512 1 3 3 bias
+norm head.a2block.local_attention.dconv2.1 512
+conv head.a2block.local_attention.dconv3.0 512 1 3 3 bias
+norm head.a2block.local_attention.dconv3.1 512
+conv head.convb.0 512 512 3 3
+norm head.convb.1 512
+conv head.bottleneck.0 512 2560 3 3
+norm head.bottleneck.1 512
+conv head.bottleneck.3 19 512 1 1 bias
+conv dsn.0 512 1024 3 3 bias
+norm dsn.1 512
+conv dsn.4 19 512 1 1 bias
+"""
+
+
+def released_backbone(o, stem, prefix, image, dilations):
+    x = o.stem(*zip(*stem, strict=True), image)
+    x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+    return o.stages(prefix, x, dilations)[2:]
+
+
+def released_ann_block(o, name, low, high, norms):
+    block = f"{name}.stages.0"
+    query = o.cbr(f"{block}.f_query", high)
+    key, value = anchors(o.cbr(f"{block}.f_key", low)), anchors(o.conv(f"{block}.f_value", low))
+    context = o.conv(f"{block}.W", attention(query, key, value, 256**-0.5))
+    x = o.conv(f"{name}.conv_bn_dropout.0", torch.cat([context, high], 1))
+    return o.norm(f"{name}.conv_bn_dropout.{norms}", x)
+
+
+def released_ann(o, image):
+    dilations = [1] * 3, [1] * 4, [1] + [2] * 5, [2] + [4] * 2
+    low, high = released_backbone(o, ANN_STEM, "backbone.", image, dilations)
+    x = released_ann_block(o, "fusion", low, high, "1")
+    x = o.norm("context.1.0", o.conv("context.0", x, padding=1)).relu()
+    return o.conv("cls", released_ann_block(o, "context.2", x, x, "1.0").relu())
+
+
+def released_gald(o, image):
+    dilations = [1] * 3, [1] * 4, [2] * 6, [4, 8, 16]
+    _, x = released_backbone(o, GALD_STEM, "", image, dilations)
+
+    def halve(name, x):
+        return o.norm(f"{name}.1", o.conv(f"{name}.0", x, stride=2)).relu()
+
+    def at(i):
+        return "{}." + str(i)
+
+    o.names = at(0), at(1)
+    y = o.cbr("head.conva", x)
+    size, name = y.shape[2:], "head.a2block.long_relation"
+    y = halve("head.a2block.down", y)
+    t, p, g = (o.conv(f"{name}.{part}", y).unflatten(1, (8, -1)) for part in "tpg")
+    gain = (p * g).sum((2, 3, 4), keepdim=True)
+    z = o.conv(f"{name}.z", (gain * t).flatten(1, 2))
+    affine = o.tensors[f"{name}.gn.weight"], o.tensors[f"{name}.gn.bias"]
+    y = o.resize(F.group_norm(z, 8, *affine) + y, size)
+    mask = y
+    for i in (1, 2, 3):
+        mask = halve(f"head.a2block.local_attention.dconv{i}", mask)
+    y = 2 * y + y * o.resize(mask, size).sigmoid()
+    y = o.cbr("head.convb", y)
+    return o.conv("head.bottleneck.3", o.cbr("head.bottleneck", torch.cat([x, y], 1)))
+
+
+# What the tests share -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def mmseg_checkpoint(model):
+    state_dict = random_state_dict(LISTINGS[model])
+    # One convolution under two names.
+    for name in [n for n in state_dict if n.startswith("decode_head.context.stages.0.query_proj")]:
+        state_dict[name] = state_dict[name.replace("query_project", "key_project")]
+    return state_dict
+
+
+@torch.no_grad()
+def assert_computes(imported, image, expected):
+    network = imported.build()
+    assert not network.training
+    assert expected.std() > 0.1
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = image.to(memory_format=memory_format)
+        logits = network.to(memory_format=memory_format)(x).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    return network
+
+
+# Networks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", sorted(LISTINGS))
+@torch.no_grad()
+def test_mmsegmentation(model, image):
+    state_dict = mmseg_checkpoint(model)
+    imported = import_checkpoint(state_dict)
+    assert (imported.source, imported.model) == ("mmsegmentation", model)
+    o = Original(state_dict)
+    low, high = mmseg_backbone(o, image)
+    head = "decode_head.1" if model == "ocrnet" else "decode_head"
+    logits = o.conv(f"{head}.conv_seg", MMSEG_HEADS[model](o, low, high))
+    network = assert_computes(imported, image, o.resize(logits, SIZE))
+    if model != "ocrnet":
+        expected = o.conv("auxiliary_head.conv_seg", o.cbr("auxiliary_head.convs.0", low))
+        torch.testing.assert_close(network.auxiliary(low), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_released_ann(image):
+    state_dict = random_state_dict(released_listing(ANN_HEAD, ANN_STEM))
+    shared = "context.2.stages.0.f_key"
+    for name in [n for n in state_dict if n.startswith(shared)]:
+        state_dict[name.replace("f_key", "f_query")] = state_dict[name]
+    imported = import_checkpoint({f"module.{name}": x for name, x in state_dict.items()})
+    assert (imported.source, imported.model) == ("ann", "ann")
+    o = Original(state_dict, conv="{}.0", norm="{}.1.0", align_corners=True)
+    assert_computes(imported, image, o.resize(released_ann(o, image), SIZE))
+
+
+@torch.no_grad()
+def test_released_gald():
+    # The released code's mask needs maps of at least 15 x 15.
+    image = torch.randn(1, 3, 121, 129, generator=torch.Generator().manual_seed(1))
+    state_dict = random_state_dict(released_listing(GALD_HEAD, GALD_STEM))
+    state_dict = {name.removeprefix("backbone."): x for name, x in state_dict.items()}
+    imported = import_checkpoint(state_dict)
+    assert (imported.source, imported.model) == ("gald", "gald")
+    o = Original(state_dict, align_corners=True)
+    assert_computes(imported, image, o.resize(released_gald(o, image), image.shape[2:]))
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+@torch.no_grad()
+def test_torchvision_fcn(auxiliary, image):
+    segmentation = pytest.importorskip("torchvision.models.segmentation")
+    original = segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=auxiliary)
+    original.load_state_dict(random_state_dict(listing(original.state_dict())))
+    imported = import_checkpoint(original.state_dict())
+    assert (imported.source, imported.model) == ("torchvision", "fcn")
+    expected = original.eval()(image)
+    network = assert_computes(imported, image, expected["out"])
+    if auxiliary:
+        logits = network.auxiliary(network.encoder(image)[-2])
+        logits = F.interpolate(logits, SIZE, mode="bilinear")
+        torch.testing.assert_close(logits, expected["aux"], rtol=0, atol=1e-4)
+
+
+# Backbones ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@torch.no_grad()
+def test_torchvision_backbone(name, image):
+    models = pytest.importorskip("torchvision.models")
+    original = models.get_model(name, weights=None)
+    original.load_state_dict(random_state_dict(listing(original.state_dict())), strict=False)
+    encoder = Encoder(name, 32)
+    unused = load_backbone(encoder, original.state_dict())
+    assert unused == ["fc.weight", "fc.bias"]
+    x = original.eval().maxpool(original.relu(original.bn1(original.conv1(image))))
+    for stage, actual in enumerate(encoder.eval()(image)[-4:], 1):
+        x = getattr(original, f"layer{stage}")(x)
+        torch.testing.assert_close(actual, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "unused"),
+    [
+        ("test_resnet", 32, {"fc"}),
+        ("test_convnext", 32, {"head"}),
+        ("test_efficientnet", 32, {"conv_head", "bn2", "classifier"}),
+        ("test_vit", 16, {"norm", "head"}),
+    ],
+)
+@torch.no_grad()
+def test_timm_backbone(name, stride, unused):
+    """A classifier's file fits the feature extractor, whose names timm makes different."""
+    timm = pytest.importorskip("timm")
+    original = timm.create_model(name).eval()
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    encoder = Encoder(name, stride).eval()
+    left = load_backbone(encoder, original.state_dict())
+    assert {name.split(".")[0] for name in left} == unused
+    image = torch.randn(1, 3, 160, 160)
+    expected = original.forward_intermediates(image, intermediates_only=True)[-1]
+    torch.testing.assert_close(encoder(image)[-1], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mmsegmentation_backbone():
+    """mmsegmentation numbers the stem; the network's file serves as the backbone's too."""
+    state_dict = mmseg_checkpoint("fcn")
+    encoder = Encoder("resnet50c", 8)
+    unused = load_backbone(encoder, state_dict)
+    assert unused == [name for name in state_dict if not name.startswith("backbone.")]
+    loaded = encoder.body.state_dict()
+    assert loaded["conv1.3.weight"].equal(state_dict["backbone.stem.3.weight"])
+    assert loaded["bn1.running_var"].equal(state_dict["backbone.stem.7.running_var"])
+
+
+def test_another_backbone():
+    """The message names the keys, and nothing is loaded."""
+    encoder = Encoder("resnet18", 32)
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not fit backbone 'resnet18'.*layer1\.0\.conv3"):
+        load_backbone(encoder, Encoder("resnet50", 32).body.state_dict())
+    with pytest.raises(
+        ValueError, match=r"missing conv1\.weight; unexpected layer1\.0.* more; shapes"
+    ):
+        load_backbone(encoder, Encoder("resnet50c", 32).body.state_dict())
+    assert all(x.equal(before[name]) for name, x in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("test_convnext", {"contract_dilation": False}, "contract_dilation is for ResNets"),
+        ("test_convnext", {"dilate_both": False}, "dilate_both is for ResNets"),
+        ("resnet50", {"dilate_both": False}, "dilate_both is for basic blocks"),
+        ("resnet18", {"bilinear_branches": True}, "bilinear_branches is for HRNets"),
+    ],
+)
+def test_options_for_other_backbones(name, option, message):
+    with pytest.raises(ValueError, match=message):
+        Encoder(name, 32, **option)
+
+
+def test_dilations():
+    """timm dilates both convolutions of a basic block, and the first block of a stage by half."""
+
+    def dilations(**options):
+        stage = Encoder("resnet18", 8, **options).body["layer4"]
+        return [(block.conv1.dilation[0], block.conv2.dilation[0]) for block in stage]
+
+    assert dilations() == [(2, 4), (4, 4)]
+    assert dilations(contract_dilation=False) == [(4, 4), (4, 4)]
+    assert dilations(dilate_both=False) == [(2, 1), (4, 1)]
+
+
+# Checkpoints that do not fit ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pspnet():
+    return mmseg_checkpoint("pspnet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s.pop("decode_head.bottleneck.bn.running_mean"),
+            r"mmsegmentation's pspnet: missing decoder\.fuse\.1\.running_mean$",
+        ),
+        (
+            lambda s: s.pop("decode_head.bottleneck.conv.weight"),
+            r"mmsegmentation's pspnet: missing decode_head\.bottleneck\.conv\.weight$",
+        ),
+        (
+            lambda s: s.update({"decode_head.extra.conv.weight": torch.zeros(1)}),
+            r"mmsegmentation's pspnet: unexpected decode_head\.extra\.conv\.weight$",
+        ),
+        (
+            lambda s: s.update({"backbone.layer4.2.conv4.weight": torch.zeros(1)}),
+            r"unexpected backbone\.layer4\.2\.conv4\.weight$",
+        ),
+        (
+            lambda s: s.update({"decode_head.conv_seg.bias": torch.zeros(18)}),
+            r"shapes classifier\.1\.bias \(18,\) instead of \(19,\)$",
+        ),
+        (
+            lambda s: [s.pop(n) for n in list(s) if n.startswith("backbone.layer4.2.")],
+            r"missing backbone\.layer4 of a ResNet: its stages have \[3, 4, 6, 2\] blocks$",
+        ),
+        (
+            lambda s: s.update({"backbone.layer2.0.downsample.1.weight": torch.zeros(1, 1, 1, 1)}),
+            "^ResNets with average pooling on their shortcuts are not imported$",
+        ),
+    ],
+    ids=["missing", "missing-width", "unexpected", "unexpected-ours", "shape", "depth", "pooled"],
+)
+def test_changed_checkpoint(change, message, pspnet):
+    state_dict = dict(pspnet)
+    change(state_dict)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(state_dict)
+
+
+def test_another_architecture(pspnet):
+    with pytest.raises(ValueError, match=r"danet: missing .*; unexpected decode_head\.psp_modules"):
+        import_checkpoint(pspnet, model="danet")
+    with pytest.raises(ValueError, match=r"no known architecture \(mmsegmentation pspnet, .*uper"):
+        import_checkpoint({"backbone.norm0.weight": torch.zeros(1), "uper.x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="unknown source 'mmsegmentaton', the closest is 'mmseg"):
+        import_checkpoint(pspnet, source="mmsegmentaton")
+    with pytest.raises(
+        ValueError, match="unknown imported model 'pspent', the closest is 'pspnet'"
+    ):
+        import_checkpoint(pspnet, model="pspent")
+    with pytest.raises(ValueError, match=r"unknown option .*'output_strides'"):
+        import_checkpoint(pspnet, output_strides=16)
+
+
+def test_twins_that_differ():
+    """ANN's query and key are one convolution: a checkpoint where they differ is another's."""
+    with pytest.raises(ValueError, match="differs from its twin"):
+        import_checkpoint(random_state_dict(LISTINGS["ann"])).build()
+
+
+def test_options_override(pspnet):
+    imported = import_checkpoint(pspnet, output_stride=16, align_corners=True)
+    network = imported.build()
+    assert network.encoder.strides[-1] == 16
+    assert network.align_corners
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_convert(tmp_path, pspnet, image, capsys):
+    """The command's file holds the network, whatever the checkpoint was wrapped in."""
+    theirs, ours = tmp_path / "pspnet.pth", tmp_path / "pspnet.pt"
+    torch.save({"meta": {"epoch": 80}, "state_dict": pspnet}, theirs)
+    assert main(["convert", str(theirs), str(ours), "--option", "output_stride=16"]) == 0
+    printed = capsys.readouterr().out
+    assert "mmsegmentation's pspnet: create_model('pspnet', backbone='resnet50c'" in printed
+    network = load_model(ours)
+    assert not network.training
+    with torch.no_grad():
+        expected = import_checkpoint(pspnet, output_stride=16).build()(image).logits
+        torch.testing.assert_close(network(image).logits, expected, rtol=0, atol=0)
+
+
+def test_convert_reports_what_is_zero(tmp_path, capsys):
+    theirs, ours = tmp_path / "nonlocal.pth", tmp_path / "nonlocal.pt"
+    torch.save(mmseg_checkpoint("nonlocal"), theirs)
+    assert main(["convert", str(theirs), str(ours)]) == 0
+    assert capsys.readouterr().out.endswith("has none: decoder.context.1.out.bias\n")
+
+
+def test_convert_fails(tmp_path, pspnet, capsys):
+    """One line on stderr, and no file."""
+    theirs, ours = tmp_path / "in.pth", tmp_path / "out.pt"
+    torch.save(pspnet, theirs)
+    assert main(["convert", str(theirs), str(ours), "--model", "ccnet"]) == 1
+    assert capsys.readouterr().err.startswith("ctxops convert: the checkpoint does not fit")
+    assert main(["convert", str(tmp_path / "none"), str(ours)]) == 1
+    assert "No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", str(theirs), str(ours), "--option", "output_stride"])
+    assert "expected NAME=VALUE, got 'output_stride'" in capsys.readouterr().err
+    assert not ours.exists()
+
+
+class _Anything:
+    """What a checkpoint must not bring to life."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}, "hook": _Anything()}, "no file of tensors and plain values"),
+        ([torch.zeros(1)], "holds no state dict"),
+        ({"epoch": 3}, "holds no state dict"),
+    ],
+    ids=["objects", "list", "no-tensors"],
+)
+def test_files_of_another_kind(content, message, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(path, tmp_path / "out.pt")
+
+
+def test_file_of_no_network(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="no saved network; checkpoints of other code: ctxops"):
+        load_model(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="no file of tensors"):
+        load_checkpoint(path)
