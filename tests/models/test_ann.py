@@ -85,6 +85,32 @@ def test_dropout_follows_the_fusion():
     assert 0.2 < dropped.float().mean() < 0.8
 
 
+@pytest.mark.parametrize("blocks", [("afnb", "apnb"), ("fnb", "nb")])
+def test_options_reach_the_blocks(blocks):
+    fusion, attention = blocks
+    options = {"share": None, "fuse": "add", "variant": "paper", "bias": False, "out_norm": True}
+    anchors = {"output_sizes": (2, 4), "sampling": "max", "fold": False}
+    small = {"channels": 12, "key_channels": 8, "value_channels": 12}
+    model = create_model(
+        "ann", "test_resnet", 5, fusion=fusion, attention=attention, **small, **options, **anchors
+    )
+    decoder = model.decoder
+    for block in (decoder.fusion, decoder.context):
+        assert (block.share, block.fuse, block.variant) == (None, "add", "paper")
+        assert block.value.bias is None
+        if attention == "apnb":
+            assert (block.output_sizes, block.sampling, block.fold) == ((2, 4), "max", False)
+    assert decoder.fusion.out_norm is not None
+    assert decoder.context.out_norm is None
+
+
+@pytest.mark.parametrize("attention", ["nb", "apnb"])
+def test_sharing_reaches_the_attention(attention):
+    options = SMALL | {"value_channels": 8}
+    model = create_model("ann", "test_resnet", attention=attention, share="key_value", **options)
+    assert model.decoder.context.share == "key_value"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
