@@ -86,8 +86,9 @@ def gff(
 
     Args:
         context: of the last map. "ppm": :class:`ctxops.nn.PyramidPooling` without ReLU in its
-            branches, as in the authors' PSPNet. "denseaspp": :class:`ctxops.nn.DenseASPP`, with
-            ``backbone="densenet121"`` the paper's other baseline (Table 4).
+            branches, as in the authors' PSPNet. "denseaspp": :class:`ctxops.nn.DenseASPP` behind
+            one more transition, as in the network ``denseaspp``; with ``backbone="densenet121"``
+            the paper's other baseline (Table 4).
         fusion: of all levels of the backbone. "gff": :class:`ctxops.nn.GatedFullyFusion`. What it
             is compared with: "concat", "addition", "fpn" and "gated_fpn",
             :class:`ctxops.nn.ConcatFusion` and the others; the pyramids have the context map on
@@ -119,8 +120,12 @@ def gff(
     if context == "ppm":
         context_module = PyramidPooling(widths[-1], context_channels, activation=False, **options)
     else:
-        context_module = DenseASPP(widths[-1], norm_layer=norm_layer)
-        context_channels = context_module.out_channels
+        reduced = widths[-1] // 2
+        dense = DenseASPP(reduced, norm_layer=norm_layer)
+        context_module = nn.Sequential(
+            cbr(widths[-1], reduced, 1, norm_layer, activation=False), dense
+        )
+        context_channels = dense.out_channels
     fuse_context = fusion in _PYRAMIDS
     fused_widths = (*widths, context_channels) if fuse_context else widths
     gates = {"gate_from": gate_from} if fusion == "gff" else {}

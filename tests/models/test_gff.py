@@ -85,9 +85,9 @@ def test_branches_of_the_context_have_no_relu():
 @pytest.mark.parametrize("dense_pyramid", [False, True])
 def test_dense_aspp_as_context(dense_pyramid):
     decoder = network(context="denseaspp", dense_pyramid=dense_pyramid).decoder
-    assert isinstance(decoder.context, DenseASPP)
+    assert isinstance(decoder.context[1], DenseASPP)
     features = maps()
-    width = 8 if dense_pyramid else WIDTHS[-1] + 5 * 128
+    width = 8 if dense_pyramid else WIDTHS[-1] // 2 + 5 * 128
     assert decoder(*features).shape == (2, width + 4 * 8, 17, 19)
 
 

@@ -75,7 +75,11 @@ GALDV2 = ldv2("aspp", dilation=3, backbone="resnet101s")
 GALDV1 = gald("cgnl", "ldv1", backbone="resnet101s")
 
 ROWS = {
-    ("ANN", "2"): {"Ours": ann()},
+    ("ANN", "2"): {
+        "DenseASPP": net("denseaspp", "densenet161"),
+        "PSANet": net("psanet", "resnet101s", mask_size=(129, 257)),
+        "Ours": ann(),
+    },
     ("ANN", "3"): {"Ours": ann()},
     ("ANN", "4"): {"Ours": ann(num_classes=150)},
     ("ANN", "5"): {"Ours": ann(num_classes=60)},
@@ -175,6 +179,7 @@ ROWS = {
     },
     ("GALD", "VI"): {
         "PSPNet": authors_pspnet(),
+        "DenseASPP": net("denseaspp", "densenet161"),
         "CCNet": net("ccnet", "resnet101s"),
         "DANet": net("danet", "resnet101s"),
         "OCRNet": net("ocrnet", "resnet101s"),
@@ -221,6 +226,7 @@ ROWS = {
         "PSPNet + GFF + DFP": gff(literal=True, ceil_mode=True),
     },
     ("GFF", "4"): {
+        "DenseASPP": net("denseaspp", "densenet121"),
         "DenseASPP+GFF": gff("densenet121", context="denseaspp", dense_pyramid=False),
         "DenseASPP+GFF+DFP": gff("densenet121", context="denseaspp"),
         "PSP": authors_pspnet("resnet18"),
@@ -291,6 +297,7 @@ ROWS = {
     ("MCIBI", "6"): {
         "CCNet": ade("ccnet", "resnet101c"),
         "PSPNet": ade("pspnet", "resnet101c"),
+        "PSANet": ade("psanet", "resnet101c"),
         "APCNet": ade("apcnet", "resnet101c"),
         "OCRNet": ade("ocrnet", "resnet101c"),
         "OCRNet HRNetV2-W48": ade("ocrnet", "hrnet_w48", output_stride=4),
