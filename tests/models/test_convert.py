@@ -617,6 +617,14 @@ def test_twins_that_differ():
         import_checkpoint(random_state_dict(LISTINGS["ann"])).build()
 
 
+def test_counts_of_batches_may_be_missing(pspnet):
+    """Old checkpoints have none."""
+    old = {name: x for name, x in pspnet.items() if not name.endswith("num_batches_tracked")}
+    imported = import_checkpoint(old)
+    assert len(imported.zeros) == len(pspnet) - len(old)
+    assert all(name.endswith("num_batches_tracked") for name in imported.zeros)
+
+
 def test_options_override(pspnet):
     imported = import_checkpoint(pspnet, output_stride=16, align_corners=True)
     network = imported.build()
