@@ -94,6 +94,8 @@ def test_state_dict_copies_and_pickles(name):
 
 @networks
 def test_compiles_once_for_all_sizes(name):
+    if name == "fcn" and torch.__version__ < (2, 9):
+        pytest.skip("torch 2.8 compiles the backbone's pools anew for odd sizes and for even ones")
     torch._dynamo.reset()
     network = traceable(name).double()
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="eager")
