@@ -47,6 +47,13 @@ def test_parameter_count_of_ccnet():
             "kernel_size must be odd and at least 1, got 2",
         ),
         (
+            lambda: ConcatContext(nn.MaxPool2d(1, return_indices=True), 4, 4, 4)(
+                torch.ones(1, 4, 6, 6)
+            ),
+            TypeError,
+            r"context\(x\) must be a torch\.Tensor, got tuple",
+        ),
+        (
             lambda: ConcatContext(nn.AvgPool2d(2), 4, 4, 4)(torch.ones(1, 4, 6, 6)),
             ValueError,
             r"context\(x\) must have shape \(1, 4, 6, 6\), got \(1, 4, 3, 3\)",
