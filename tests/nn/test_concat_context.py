@@ -15,6 +15,7 @@ from modules import assert_same, cbr, count, randomise
 def test_is_its_formula(kernel_size, training):
     module = ConcatContext(nn.Conv2d(5, 3, 1), 5, 3, 4, kernel_size=kernel_size)
     module = randomise(module).double().train(training)
+    assert module.fuse[0].weight.shape[2:] == (kernel_size, kernel_size)
 
     def formula(x):
         return cbr(module.fuse, torch.cat([x, module.context(x)], 1))

@@ -47,7 +47,9 @@ def test_parameter_count():
     """A 3 x 3 reduction, five layers to or in the keys' width, one back, one over both maps."""
     with torch.device("meta"):
         weights = 2048 * 512 * 9 + 3 * 512 * 256 + 2 * 256 * 256 + 256 * 512 + 1024 * 512
-        assert count(ObjectContext(2048)) == weights + 2 * (512 + 5 * 256 + 512 + 512)
+        norms = 2 * (512 + 5 * 256 + 512 + 512)
+        assert count(ObjectContext(2048)) == weights + norms
+        assert count(ObjectContext(2048, kernel_size=1)) == weights - 2048 * 512 * 8 + norms
 
 
 @pytest.mark.parametrize(
