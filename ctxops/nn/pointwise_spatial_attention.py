@@ -99,7 +99,7 @@ class PointwiseSpatialAttention(nn.Module):
         # (B, N, N) of the position that attends and the one that is attended to.
         weights = [collected.mT.softmax(dim=2), distributed.softmax(dim=2)]
         context = [
-            torch.bmm(y.flatten(2), w.to(y.dtype).mT).unflatten(2, size)
+            torch.bmm(y.flatten(2), w.mT).unflatten(2, size)
             for y, w in zip(maps, weights, strict=True)
         ]
         joined = torch.cat(context, dim=1).contiguous(memory_format=_library.memory_format(x))
