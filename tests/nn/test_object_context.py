@@ -43,6 +43,16 @@ def test_uses_the_operator(monkeypatch):
     assert calls == [5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_takes_logits_of_another_dtype_under_autocast(dtype):
+    module = randomise(ObjectContext(4, 4, 2)).eval()
+    x, logits = torch.randn(2, 4, 3, 4), torch.randn(2, 5, 3, 4)
+    expected = module(x, logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x, logits.to(dtype))
+    assert (y - expected).norm() < 0.05 * expected.norm()
+
+
 def test_parameter_count():
     """A 3 x 3 reduction, five layers to or in the keys' width, one back, one over both maps."""
     with torch.device("meta"):
