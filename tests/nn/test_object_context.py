@@ -68,6 +68,11 @@ def test_parameter_count():
         (lambda: ObjectContext(4, 4, 0), ValueError, "key_channels must be at least 1, got 0"),
         (lambda: ObjectContext(4, scale=None), TypeError, "scale must be a number, got None"),
         (
+            lambda: ObjectContext(4, 4, 2)(torch.ones(1, 4, 3, 4), None),
+            TypeError,
+            r"logits must be a torch\.Tensor, got NoneType",
+        ),
+        (
             lambda: ObjectContext(4, 4, 2)(torch.ones(1, 4, 3, 4), torch.ones(1, 5, 3, 3)),
             ValueError,
             r"logits must have the height and width of x, \(3, 4\), got \(3, 3\)",
