@@ -118,9 +118,10 @@ class Operator:
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):
-    """Registers the operators' ``flops`` when somebody imports torch's counter.
+    """Registers the operators' ``flops`` whenever somebody imports torch's counter.
 
-    It imports Triton, which takes longer than the import of all of ctxops.
+    It imports Triton, which takes longer than the import of all of ctxops. The finder stays: a
+    module may be looked for before it is imported, and be reloaded after.
     """
 
     def find_spec(
@@ -128,8 +129,9 @@ class _FlopCounterFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _FLOP_COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: types.ModuleType) -> None:
@@ -141,8 +143,7 @@ class _FlopCounterFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if _FLOP_COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _FlopCounterFinder())
+sys.meta_path.insert(0, _FlopCounterFinder())
 
 
 def native_devices(kernel: Callable) -> dict[str, Callable]:

@@ -172,3 +172,27 @@ def test_order_of_the_imports(first):
         "assert len(operators) > 0",
     ]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [
+            "import ctxops",
+            "importlib.util.find_spec('torch.utils.flop_counter')",
+            "import torch.utils.flop_counter",
+        ],
+        ["import ctxops, torch.utils.flop_counter", "importlib.reload(torch.utils.flop_counter)"],
+        ["import torch.utils.flop_counter, ctxops", "importlib.reload(torch.utils.flop_counter)"],
+    ],
+    ids=["looked for", "reloaded", "reloaded, imported before ctxops"],
+)
+def test_formulas_outlast_a_probe_and_a_reload(lines):
+    lines = [
+        "import importlib.util, torch",
+        *lines,
+        "from ctxops._library import operators",
+        "registry = torch.utils.flop_counter.flop_registry",
+        "assert all(getattr(torch.ops.ctxops, name) in registry for name in operators)",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ctxops import _library
 from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 
@@ -30,10 +31,9 @@ class ConcatContext(nn.Module):
     Shape: ``(B, in_channels, h, w)`` -> ``(B, channels, h, w)``, in the same memory format.
 
     Raises:
-        TypeError: a context that is no module, sizes that are no integers, a map that is no
-            floating tensor.
-        ValueError: sizes below 1, an even kernel, a map of another shape, a context of another
-            shape.
+        TypeError: a context that is no module, sizes that are no integers, a map or a result of
+            the context that is no floating tensor.
+        ValueError: sizes below 1, an even kernel, a map or a result of another shape.
 
     Source: the released code of Huang et al., CCNet, ICCV 2019, of which
     ``ConcatContext(RecurrentCrissCrossAttention(2048, 512), 2048, 512, 512)`` is the head: the
@@ -62,6 +62,7 @@ class ConcatContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels))
         context = self.context(x)
+        _library.check_map("context(x)", context)
         expected = (x.shape[0], self.context_channels, *x.shape[2:])
         if tuple(context.shape) != expected:
             raise ValueError(f"context(x) must have shape {expected}, got {tuple(context.shape)}")

@@ -87,7 +87,6 @@ class DisentangledNonLocal(nn.Module):
         key = key - key.mean((2, 3), keepdim=True)
         scale = (self.key_channels**-0.5 if self.use_scale else 1.0) / self.temperature
         pairwise = nonlocal_attention(query, key, value, scale=scale)
-        # Autocast has softmax in float32.
-        weights = self.mask(x).flatten(2).softmax(dim=2).to(value.dtype)
+        weights = self.mask(x).flatten(2).softmax(dim=2)
         unary = torch.bmm(value.flatten(2), weights.mT).unsqueeze(3)
         return x + self.out(pairwise + unary)

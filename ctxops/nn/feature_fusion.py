@@ -20,8 +20,11 @@ def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 
 
 def resize_like(x: Tensor, like: Tensor, align_corners: bool) -> Tensor:
-    """``x`` in the size and memory format of a map: maps of one format concatenate without more."""
-    resized = resize(x, like.shape[2:], align_corners)
+    """``x`` in the size and memory format of a map: maps of one format concatenate without more.
+
+    No shortcut where ``x`` has that size: an exported graph would then refuse maps of that size.
+    """
+    resized = F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=align_corners)
     return resized.contiguous(memory_format=_library.memory_format(like))
 
 

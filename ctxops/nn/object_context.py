@@ -82,7 +82,7 @@ class ObjectContext(nn.Module):
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         self._check(x, logits)
         pixels = self.reduce(x)
-        # Autocast has softmax in float32.
+        # Autocast casts all but float64, which the logits may be.
         weights = (self.scale * logits).flatten(2).softmax(dim=2).to(pixels.dtype)
         regions = torch.bmm(pixels.flatten(2), weights.mT).unsqueeze(3)
         key, value = self.key(regions).squeeze(3), self.value(regions).squeeze(3)

@@ -93,17 +93,18 @@ class PointwiseSpatialAttention(nn.Module):
         index, inside = _offsets(size, self.mask_size, x.device)
         # Of the logits (B, N, N) of two positions the last one has predicted those.
         collected, distributed = (
-            mask(y).flatten(2).gather(1, index.expand(len(y), -1, -1)).masked_fill(~inside, 0)
+            mask(y).flatten(2).gather(1, index.expand(y.shape[0], -1, -1)).masked_fill(~inside, 0)
             for mask, y in zip((self.collect, self.distribute), maps, strict=True)
         )
         # (B, N, N) of the position that attends and the one that is attended to.
         weights = [collected.mT.softmax(dim=2), distributed.softmax(dim=2)]
         context = [
-            torch.bmm(y.flatten(2), w.to(y.dtype).mT).unflatten(2, size)
+            torch.bmm(y.flatten(2), w.mT).unflatten(2, size)
             for y, w in zip(maps, weights, strict=True)
         ]
         joined = torch.cat(context, dim=1).contiguous(memory_format=_library.memory_format(x))
-        return resize_like(self.out(joined), x, self.align_corners)
+        y = self.out(joined)
+        return y if self.shrink_factor == 1 else resize_like(y, x, self.align_corners)
 
 
 def _offsets(

@@ -15,6 +15,7 @@ from modules import assert_same, cbr, count, randomise
 def test_is_its_formula(kernel_size, training):
     module = ConcatContext(nn.Conv2d(5, 3, 1), 5, 3, 4, kernel_size=kernel_size)
     module = randomise(module).double().train(training)
+    assert module.fuse[0].weight.shape[2:] == (kernel_size, kernel_size)
 
     def formula(x):
         return cbr(module.fuse, torch.cat([x, module.context(x)], 1))
@@ -45,6 +46,13 @@ def test_parameter_count_of_ccnet():
             lambda: ConcatContext(nn.Identity(), 4, 4, 4, kernel_size=2),
             ValueError,
             "kernel_size must be odd and at least 1, got 2",
+        ),
+        (
+            lambda: ConcatContext(nn.MaxPool2d(1, return_indices=True), 4, 4, 4)(
+                torch.ones(1, 4, 6, 6)
+            ),
+            TypeError,
+            r"context\(x\) must be a torch\.Tensor, got tuple",
         ),
         (
             lambda: ConcatContext(nn.AvgPool2d(2), 4, 4, 4)(torch.ones(1, 4, 6, 6)),

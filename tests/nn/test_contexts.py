@@ -81,9 +81,21 @@ def test_compiles_once_for_all_sizes(name, device):
     module, _ = make(name, device=device)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in ((12, 10), (17, 9)):
+        for size in ((12, 10), (17, 9), (3, 3)):
             _, inputs = make(name, size, device=device)
             torch.testing.assert_close(compiled(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@contexts
+def test_exports_with_open_sizes(name, device):
+    """Those of the pyramids' grids and a batch of one are like any other."""
+    module, inputs = make(name, (12, 10), device=device)
+    sizes = [dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)] * len(inputs)
+    exported = torch.export.export(module, tuple(inputs), dynamic_shapes=sizes).module()
+    for size, batch in (((17, 9), 3), ((3, 3), 2), ((6, 5), 1)):
+        _, inputs = make(name, size, batch, device)
+        torch.testing.assert_close(exported(*inputs), module(*inputs), rtol=1e-4, atol=1e-4)
 
 
 @contexts

@@ -40,7 +40,7 @@ def test_starts_as_the_identity():
     block, x = DisentangledNonLocal(16), torch.randn(2, 16, 5, 4)
     assert torch.equal(block(x), x)
     assert "the norm's gain starts at zero" in repr(block)
-    assert block.key_channels == 8
+    assert (block.key_channels, block.temperature, block.use_scale) == (8, 0.05, True)
 
 
 def test_parameter_count():

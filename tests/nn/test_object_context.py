@@ -43,11 +43,23 @@ def test_uses_the_operator(monkeypatch):
     assert calls == [5]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_takes_logits_of_another_dtype_under_autocast(dtype):
+    module = randomise(ObjectContext(4, 4, 2)).eval()
+    x, logits = torch.randn(2, 4, 3, 4), torch.randn(2, 5, 3, 4)
+    expected = module(x, logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x, logits.to(dtype))
+    assert (y - expected).norm() < 0.05 * expected.norm()
+
+
 def test_parameter_count():
     """A 3 x 3 reduction, five layers to or in the keys' width, one back, one over both maps."""
     with torch.device("meta"):
         weights = 2048 * 512 * 9 + 3 * 512 * 256 + 2 * 256 * 256 + 256 * 512 + 1024 * 512
-        assert count(ObjectContext(2048)) == weights + 2 * (512 + 5 * 256 + 512 + 512)
+        norms = 2 * (512 + 5 * 256 + 512 + 512)
+        assert count(ObjectContext(2048)) == weights + norms
+        assert count(ObjectContext(2048, kernel_size=1)) == weights - 2048 * 512 * 8 + norms
 
 
 @pytest.mark.parametrize(
@@ -55,6 +67,11 @@ def test_parameter_count():
     [
         (lambda: ObjectContext(4, 4, 0), ValueError, "key_channels must be at least 1, got 0"),
         (lambda: ObjectContext(4, scale=None), TypeError, "scale must be a number, got None"),
+        (
+            lambda: ObjectContext(4, 4, 2)(torch.ones(1, 4, 3, 4), None),
+            TypeError,
+            r"logits must be a torch\.Tensor, got NoneType",
+        ),
         (
             lambda: ObjectContext(4, 4, 2)(torch.ones(1, 4, 3, 4), torch.ones(1, 5, 3, 3)),
             ValueError,

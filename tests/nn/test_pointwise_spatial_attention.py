@@ -68,6 +68,8 @@ def test_parameter_count():
 
 
 def test_says_what_it_is():
+    """The masks of the released networks reach all of a map of 97 x 97, halved to 49 x 49."""
+    assert "mask_size=(97, 97)" in repr(PointwiseSpatialAttention(4, 4))
     text = repr(PointwiseSpatialAttention(4, 4, (3, 5)))
     assert "mask_size=(3, 5), shrink_factor=2, align_corners=True" in text
 

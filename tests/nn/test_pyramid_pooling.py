@@ -46,6 +46,7 @@ def test_parameter_counts():
     with torch.device("meta"):
         assert count(PyramidPooling(2048)) == 23_073_792
         assert count(PyramidPooling(2048, activation=False)) == 23_073_792
+        assert count(PyramidPooling(2048, kernel_size=1)) == 23_073_792 - 4096 * 512 * 8
 
 
 def test_says_what_it_is():
