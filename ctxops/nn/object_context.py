@@ -45,7 +45,7 @@ class ObjectContext(nn.Module):
         ValueError: sizes below 1, an even kernel, maps of another shape.
 
     Source: Yuan et al., Object-Contextual Representations for Semantic Segmentation, ECCV 2020,
-    eq. 2-5, with the layers of the released code.
+    section 3, with the layers of the released code.
     """
 
     def __init__(
