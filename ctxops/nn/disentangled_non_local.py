@@ -41,9 +41,9 @@ class DisentangledNonLocal(nn.Module):
             floating tensor.
         ValueError: sizes below 1, a temperature that is not positive, a map of another shape.
 
-    Source: Yin et al., Disentangled Non-Local Neural Networks, ECCV 2020, its disentangled block. In
-    ``ConcatContext`` between two 3 x 3 CBR of 512 channels it is Table 3's DNL of Jin et al. (ICCV
-    2021): 24,122,625 parameters.
+    Source: Yin et al., Disentangled Non-Local Neural Networks, ECCV 2020, its disentangled block.
+    In ``ConcatContext`` between two 3 x 3 CBR of 512 channels it is Table 3's DNL of Jin et al.
+    (ICCV 2021): 24,122,625 parameters.
     """
 
     def __init__(
