@@ -71,11 +71,10 @@ CTXOPS_INLINE double sum_of(const V* runs) {
 }
 
 // A part walks down its rows of cells in tiles of N - 1 cells a row. Of a tile it keeps the two
-// rows of positions that its cells lie between; a row goes to slot (number of the row) % 2.
-template <typename T>
+// rows of positions that its cells lie between; a row goes to slot (number of the row) % 2. It does
+// not know the features' type, only S, in which their vectors are kept.
+template <typename S>
 class Part {
-  using S = Kept<T>;
-
   struct Row {
     int64_t number;      // through all images; -1: none
     S* vector;           // (N, C): f
@@ -178,11 +177,18 @@ class Part {
   void load_row(Row& row, int64_t number) {
     finish(row);
     row.number = number;
+    dispatch_floating(p_.features.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      if constexpr (std::is_same_v<Kept<T>, S>) load_vectors<T>(row.vector, number);
+    });
+  }
+
+  template <typename T>
+  void load_vectors(S* to, int64_t number) const {
     const int64_t b = number / p_.height, y = number % p_.height;
     const int64_t* stride = p_.features.stride;
     const T* from = static_cast<const T*>(p_.features.data) + b * stride[0] + y * stride[2] +
                     first_ * stride[3];
-    S* to = row.vector;
     if (unit_stride(p_.features, 1)) {
       for (int64_t i = 0; i < positions_; ++i) {
         for (int64_t c = 0; c < C_; ++c) to[i * C_ + c] = load(from[i * stride[3] + c]);
@@ -419,16 +425,17 @@ const char* category_statistics(const TensorView& features, const TensorView& la
   }
   int64_t* found = static_cast<int64_t*>(outside.data);
   found[0] = found[1] = 0;
-  dispatch_floating(features.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  const auto walk = [&](auto kept) {
+    using S = decltype(kept);
     parallel_for(p.parts, element_count(features), threads,
-                 [&](int64_t part) { Part<T>(p, part).run(); });
+                 [&](int64_t part) { Part<S>(p, part).run(); });
     for (int64_t part = 0; part < p.parts; ++part) {
-      const int64_t* of_part = Part<T>(p, part).outside();
+      const int64_t* of_part = Part<S>(p, part).outside();
       if (found[0] == 0) found[1] = of_part[1];
       found[0] += of_part[0];
     }
-  });
+  };
+  features.dtype == DType::float64 ? walk(double()) : walk(float());
   parallel_for(p.classes, p.parts * p.classes * p.channels, threads, [&](int64_t k) {
     dispatch_floating(accumulator_dtype(features.dtype), [&](auto tag) {
       using A = typename decltype(tag)::type;
