@@ -2,10 +2,11 @@
 """Every published parameter and operation count beside ours, and every published time and memory
 figure as a ratio between rows beside the ratio on this machine, on one page.
 
-    python benchmarks/paper_tables.py --output tables.md
+    python benchmarks/paper_tables.py --quick --output tables.md
+    python benchmarks/paper_tables.py --device cuda --output tables.md
 
-It runs the scripts of the papers' tables, each with --quick: small images and few samples. What
-they measure at full size they print when they are called by themselves.
+It runs the scripts of the papers' tables: with --quick on small images and with few samples, else
+at the papers' sizes, which wants a GPU or patience.
 """
 
 import argparse
@@ -23,14 +24,14 @@ import torch
 from harness import Verdict, markdown, output_file
 from harness.machine import describe_machine, machine_line
 
-# Each with its arguments. Those that only count have no smaller form.
+# Does the script measure on a device, or only count?
 SCRIPTS = {
-    "nonlocal_vs_apnb": ["--quick"],
-    "whole_networks": ["--quick"],
-    "context_modules": ["--quick"],
-    "gff_cost": [],
-    "gald_efficiency": ["--quick"],
-    "gcn_parameters": [],
+    "nonlocal_vs_apnb": True,
+    "whole_networks": True,
+    "context_modules": True,
+    "gff_cost": False,
+    "gald_efficiency": True,
+    "gcn_parameters": False,
 }
 
 
@@ -70,14 +71,15 @@ def page(verdicts: Sequence[Verdict], machine: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small cases, within ten minutes")
     parser.add_argument("--output", type=output_file, metavar="FILE.md", help="default: print it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args(arguments)
     verdicts = []
-    for name, flags in SCRIPTS.items():
+    flags = ["--device", chosen.device, *(["--quick"] if chosen.quick else [])]
+    for name, measures in SCRIPTS.items():
         start = time.perf_counter()
-        device = ["--device", chosen.device] if flags else []
-        verdicts += run_script(name, [*flags, *device])
+        verdicts += run_script(name, flags if measures else [])
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     text = page(verdicts, machine_line(describe_machine(torch.device(chosen.device))))
     if chosen.output:

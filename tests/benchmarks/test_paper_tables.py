@@ -22,12 +22,22 @@ def test_page():
 
 
 def test_runs_a_script_and_writes_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper_tables, "SCRIPTS", {"gcn_parameters": []})
+    monkeypatch.setattr(paper_tables, "SCRIPTS", {"gcn_parameters": False})
     file = tmp_path / "tables.md"
-    assert paper_tables.main(["--output", str(file)]) == 0
+    assert paper_tables.main(["--quick", "--output", str(file)]) == 0
     text = file.read_text()
     assert "## GCN, Table 11" in text
     assert "Of 16 published parameter and operation counts 11 come out" in text
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_scripts_that_measure_get_the_device_and_the_effort(quick, monkeypatch, capsys):
+    ran = {}
+    monkeypatch.setattr(paper_tables, "run_script", lambda *call: ran.update([call]) or [EXACT])
+    paper_tables.main(["--device", "cpu", *(["--quick"] if quick else [])])
+    flags = ["--device", "cpu", *(["--quick"] if quick else [])]
+    assert ran["whole_networks"] == ran["nonlocal_vs_apnb"] == flags
+    assert ran["gcn_parameters"] == ran["gff_cost"] == []
 
 
 def test_a_script_that_fails_is_named():
