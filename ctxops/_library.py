@@ -7,12 +7,10 @@ reference.
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import mmap
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +27,6 @@ from ctxops import _native
 _LIBRARY = Library("ctxops", "DEF")
 
 _FLOP_COUNTER = "torch.utils.flop_counter"
-
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -197,29 +192,7 @@ def empty_map(
 ) -> Tensor:
     """An uninitialised map in the dtype and device of ``like``, in its or another memory format."""
     layout = memory_format(like) if layout is None else layout
-    x = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-    # Tracers' fake tensors have no memory, and must not be asked for their size.
-    if type(x) is Tensor and x.device.type == "cpu" and x.nbytes >= _HUGE_PAGE:
-        _advise_huge_pages(x)
-    return x
-
-
-def _advise_huge_pages(x: Tensor) -> None:
-    """Asks Linux to map the memory of an unwritten tensor in pages of 2 MiB where it can.
-
-    Whoever first writes a fresh map pays for each of its pages: 18,000 faults of 4 KiB for 75 MB,
-    up to a third of the time of attention to anchors. torch asks only if its environment says so.
-    """
-    begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    size = (x.data_ptr() + x.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE
-    if size > 0 and _MADV_HUGEPAGE is not None:
-        # A refusal changes nothing but the speed.
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_HUGEPAGE)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

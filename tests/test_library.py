@@ -1,7 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,25 +14,6 @@ def test_empty_map_takes_the_memory_format(layout):
     like = LAYOUTS[layout](torch.randn(2, 3, 4, 5))
     empty = _library.empty_map((2, 7, 4, 5), like)
     assert empty.stride() == LAYOUTS[layout](torch.randn(2, 7, 4, 5)).stride()
-
-
-def mapping_flags(address: int) -> list[str]:
-    """What Linux keeps of the advice for the mapping around an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(span[1], 16) <= address < int(span[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise AssertionError(f"no mapping around {address:#x}")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
-)
-def test_a_large_map_is_put_into_huge_pages():
-    x = _library.empty_map((1, 1024, 128, 128), torch.empty(0))  # 64 MiB
-    assert "hg" in mapping_flags(x.data_ptr() + x.nbytes // 2)
 
 
 def test_memory_format_of_an_ambiguous_map_is_contiguous():
