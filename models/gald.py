@@ -63,11 +63,13 @@ def gald(
         auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
             the logits.
 
-    The defaults are GALDNet as released, the paper's GALDv1: 66,664,915 parameters for 19 classes
-    without auxiliary head. Of GALDv2, whose default is ``global_aggregation="aspp"``,
-    ``local_distribution="ldv2"``, no code is released, and no widths reproduce the counts of Tables
-    IV and VI; its widths here are those of GALDv1. Source: Li et al., Global Aggregation then Local
-    Distribution for Scene Parsing, TIP 2021, Figures 4 to 6, Tables I to IV.
+    The defaults are the head of GALDNet as released, the paper's GALDv1: 66,664,915 parameters for
+    19 classes without auxiliary head. Its backbone has ``ceil_mode=True``,
+    ``contract_dilation=False`` and ``multi_grid=(1, 2, 4)`` besides. Of GALDv2, whose default is
+    ``global_aggregation="aspp"``, ``local_distribution="ldv2"``, no code is released, and no widths
+    reproduce the counts of Tables IV and VI; its widths here are those of GALDv1. Source: Li et
+    al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021, Figures 4 to 6,
+    Tables I to IV.
     """
     check_choice("global_aggregation", global_aggregation, _AGGREGATIONS)
     check_choice("local_distribution", local_distribution, _DISTRIBUTIONS)
