@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
+from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import resize
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
@@ -130,6 +130,7 @@ def ann(
     """
     check_choice("fusion", fusion, _FUSIONS)
     check_choice("attention", attention, _ATTENTIONS)
+    check_sizes(channels=channels)
     levels = [] if fusion is None else _levels(encoder, fuse_stages)
     high = encoder.channels[-1]
     block = {"fuse": fuse, "variant": variant, "bias": bias, "norm_layer": norm_layer}

@@ -9,7 +9,7 @@ from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
+from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
@@ -73,6 +73,7 @@ def gald(
     """
     check_choice("global_aggregation", global_aggregation, _AGGREGATIONS)
     check_choice("local_distribution", local_distribution, _DISTRIBUTIONS)
+    check_sizes(channels=channels)
     # What LD sees: with "gald" the result of GA beside the map.
     after = arrangement == "gald" and global_aggregation is not None
 

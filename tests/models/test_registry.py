@@ -61,6 +61,14 @@ def test_counts_of_ann_table_2():
 
 
 @networks
+@pytest.mark.parametrize(("width", "error"), [("x", TypeError), (-1, ValueError)])
+def test_widths_are_checked(name, width, error):
+    for option in {"channels", "key_channels"} & model_options(name).keys():
+        with pytest.raises(error, match=f"{option} must be "):
+            create_model(name, "test_resnet", **{option: width})
+
+
+@networks
 def test_options_are_known_and_explained(name):
     options = model_options(name)
     assert not {"encoder", "num_classes", "norm_layer", "common"} & options.keys()
