@@ -3,6 +3,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ctxops.models import SegmentationOutput, create_model, list_models, model_options
@@ -114,6 +115,7 @@ REACHED = [
     ("fcn", {"convolutions": 3}, lambda n: len(n.decoder), 3),
     ("fcn", {"kernel_size": 1}, lambda n: n.decoder[0].kernel_size, (1, 1)),
     ("fcn", {"kernel_size": 1, "concat": True}, lambda n: n.decoder.fuse[0].kernel_size, (1, 1)),
+    ("pspnet", {}, lambda n: n.auxiliary[0][0].out_channels, 256),
     ("pspnet", {"output_sizes": (1, 4)}, lambda n: n.decoder.output_sizes, (1, 4)),
     ("pspnet", {"branch_activation": False}, lambda n: len(n.decoder.branches[0]), 2),
     ("deeplabv3", {"dilations": (2, 3)}, lambda n: n.decoder.dilations, (2, 3)),
@@ -126,6 +128,7 @@ REACHED = [
     ("dnlnet", {"key_channels": 24}, lambda n: n.decoder.context[1].key_channels, 24),
     ("nonlocal", {}, lambda n: n.decoder.context[1].scale, 256**-0.5),
     ("nonlocal", {}, lambda n: n.decoder.context[1].variant, "paper"),
+    ("nonlocal", {}, lambda n: n.decoder.context[1].fuse, "add"),
     ("nonlocal", {"use_scale": False}, lambda n: n.decoder.context[1].scale, 1.0),
     ("nonlocal", {"key_channels": 24}, lambda n: n.decoder.context[1].value.out_channels, 24),
     ("psanet", {"mask_size": (5, 7)}, lambda n: n.decoder.context.mask_size, (5, 7)),
@@ -142,6 +145,8 @@ REACHED = [
     ("ocrnet", {"align_corners": False}, lambda n: n.align_corners, False),
     ("ocrnet", {"key_channels": 24}, lambda n: n.decoder.key_channels, 24),
     ("ocrnet", {"region_bias": True}, lambda n: n.regions[0][0].bias is None, False),
+    ("denseaspp", {}, lambda n: len(n.decoder[0]), 2),
+    ("gff", {"context": "denseaspp"}, lambda n: len(n.decoder.context[0]), 2),
     ("denseaspp", {"dilations": (2, 3)}, lambda n: n.decoder[1].dilations, (2, 3)),
     ("denseaspp", {"reduced_channels": 24}, lambda n: n.decoder[1].in_channels, 24),
     ("ann", {"bias": False}, lambda n: n.decoder.reduce[0].bias, None),
@@ -193,9 +198,10 @@ def test_danet_classifies_the_sum_and_in_training_both_summands():
         torch.testing.assert_close(output.auxiliary[name], head(branch))
 
 
-def test_classifiers_start_small():
+def test_classifiers_drop_channels_and_start_small():
     network = create_model("fcn", "test_resnet", 50)
-    for convolution in (network.classifier[1], network.auxiliary[1][1]):
+    for dropout, convolution in (network.classifier, network.auxiliary[1]):
+        assert isinstance(dropout, nn.Dropout2d)
         assert 0.009 < convolution.weight.std() < 0.011
         assert not convolution.bias.any()
 
@@ -206,6 +212,17 @@ def test_defaults_of_the_common_options():
     network = create_model("fcn", "test_resnet")
     assert str(explicit) == str(network)
     assert explicit.align_corners is network.align_corners is True
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_ocrnet_attends_to_the_regions_of_its_first_head(align_corners):
+    network = make("ocrnet", output_stride=32, align_corners=align_corners).double()
+    *_, low, high = network.encoder(images(97, 129).double())
+    regions = F.interpolate(
+        network.regions(low), high.shape[2:], mode="bilinear", align_corners=align_corners
+    )
+    expected = network.classifier(network.decoder(high, regions))
+    torch.testing.assert_close(network.predict((low, high)).logits, expected)
 
 
 def test_ocrnet_on_one_map_and_on_maps_of_two_sizes():
