@@ -42,7 +42,6 @@ def network_case(
     options: Options,
     *,
     classes: int = 19,
-    ours: str = "",
 ) -> Case:
     """Networks in evaluation on one image, each compared with nothing but its other format."""
     height, width = size
@@ -58,7 +57,6 @@ def network_case(
             lambda: Logits(randomize(build())).to(options.dtype).eval(),
             peak_bytes=options.dtype.itemsize * VALUES_PER_PIXEL * height * width,
             family=name,
-            ours=name == ours,
         )
 
     rows = [row(name, build) for name, build in builders.items()]

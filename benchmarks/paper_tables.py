@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every published parameter and operation count beside ours, and every published time and memory
-figure as a ratio between rows beside the ratio on this machine, on one page.
+"""The published parameter and operation counts of all that is here beside ours, and the published
+times and memory as ratios between rows beside the ratios on this machine, on one page.
 
     python benchmarks/paper_tables.py --quick --output tables.md
     python benchmarks/paper_tables.py --device cuda --output tables.md

@@ -21,6 +21,8 @@ def check_known(what: str, name: str, choices: Iterable[str], listed: str | None
 
     ``listed``: the call that lists them, for more than one would read.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{what} must be a string, got {name!r}")
     choices = sorted(choices)
     if name in choices:
         return

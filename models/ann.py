@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
+from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import resize
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
@@ -23,13 +23,19 @@ class _CommonFusion(nn.Module):
     """``high + CBR(low)``."""
 
     def __init__(
-        self, low_channels: int, high_channels: int, bias: bool, norm_layer: Callable
+        self,
+        low_channels: int,
+        high_channels: int,
+        bias: bool,
+        align_corners: bool,
+        norm_layer: Callable[[int], nn.Module],
     ) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.convolution = cbr(low_channels, high_channels, 1, norm_layer, bias=bias)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return high + resize(self.convolution(low), high.shape[2:], align_corners=True)
+        return high + resize(self.convolution(low), high.shape[2:], self.align_corners)
 
 
 class _SummedFusions(nn.ModuleList):
@@ -94,6 +100,7 @@ def ann(
     bias: bool = True,
     auxiliary_bias: bool = True,
     dropout: float = 0.05,
+    align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     **common,
 ) -> SegmentationNetwork:
@@ -114,13 +121,16 @@ def ann(
         out_norm: of "fnb" and "afnb": the norm after W_o of appendix C.
         bias, auxiliary_bias: biases of all convolutions of the head and of the auxiliary head.
         dropout: of the classifiers, and after the fusion.
+        align_corners: of the resize of all logits, and of that in "common".
 
-    The defaults are the released code's network: 62,964,435 parameters for 19 classes without
-    auxiliary head, where the paper's Table 2 has 63.17 M. Source: Zhu et al., Asymmetric Non-local
-    Neural Networks for Semantic Segmentation, ICCV 2019, Figure 3, Tables 6, 7 and 9.
+    The defaults are the released code's head, whose backbone has ``ceil_mode=True``: 62,964,435
+    parameters for 19 classes without auxiliary head, where the paper's Table 2 has 63.17 M. Source:
+    Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019, Figure 3,
+    Tables 6, 7 and 9.
     """
     check_choice("fusion", fusion, _FUSIONS)
     check_choice("attention", attention, _ATTENTIONS)
+    check_sizes(channels=channels)
     levels = [] if fusion is None else _levels(encoder, fuse_stages)
     high = encoder.channels[-1]
     block = {"fuse": fuse, "variant": variant, "bias": bias, "norm_layer": norm_layer}
@@ -128,7 +138,7 @@ def ann(
 
     def fusion_block(low: int) -> nn.Module:
         if fusion == "common":
-            return _CommonFusion(low, high, bias, norm_layer)
+            return _CommonFusion(low, high, bias, align_corners, norm_layer)
         widths = (low, high, key_channels, value_channels)
         if fusion == "fnb":
             return FusionNonLocal2d(*widths, out_norm=out_norm, **block)
@@ -161,6 +171,7 @@ def ann(
         levels=(*levels, -1),
         auxiliary_bias=auxiliary_bias,
         dropout=dropout,
+        align_corners=align_corners,
         norm_layer=norm_layer,
         **common,
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones: any encoder of timm, as a list of maps."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops.models._checks import check_known, require_timm
+from ctxops.nn._checks import check_sizes
 from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
@@ -35,8 +37,8 @@ class Encoder(nn.Module):
         in_channels: channels of the image.
         multi_grid: factors of the dilations in the last stage, one per block and over again:
             ``(1, 2, 4)``. ResNets alone.
-        ceil_mode: the stem's max pooling rounds sizes up, as in the code released with ANN, GALD
-            and GFF: 512 -> 129 instead of 128. ResNets alone.
+        ceil_mode: the stem's pooling rounds sizes up, as in the code released with ANN and GALD,
+            and as GFF's figures have it: 512 -> 129 instead of 128. ResNets alone.
         contract_dilation: the first block of a dilated stage has half the stage's dilation. False:
             all of it, as in the code released with GALD. ResNets alone.
         dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
@@ -48,7 +50,8 @@ class Encoder(nn.Module):
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
     transformer gives the maps of its last blocks, all at the stride of its patches. Images are
-    padded with zeros where these or a Swin need it.
+    padded with zeros where these or a Swin need it. Where timm fixes the size of the image (BEiT,
+    CaiT, CoaT, CoAtNet, MaxViT) it is fixed here too, by ``options={"img_size": (448, 448)}``.
 
     Attributes:
         in_channels: of the image.
@@ -60,6 +63,7 @@ class Encoder(nn.Module):
 
     Raises:
         ImportError: timm is missing.
+        TypeError: a name that is no string, sizes that are no integers.
         ValueError: an unknown backbone, one without this output stride, an argument for ResNets
             alone with another.
     """
@@ -79,8 +83,12 @@ class Encoder(nn.Module):
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(name, str):
+            raise TypeError(f"backbone must be the name of a timm model, got {name!r}")
+        check_sizes(output_stride=output_stride, in_channels=in_channels)
         self.name, self.in_channels = name, in_channels
-        architecture = name.split(".")[0]
+        # Without its hub and the tag of its weights.
+        architecture = name.rpartition("/")[2].split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
         fits = [n for prefix, n in _MULTIPLES.items() if architecture.startswith(prefix)]
         self.multiple = max(fits, default=1)
@@ -106,16 +114,24 @@ class Encoder(nn.Module):
             if not self.concatenates:
                 raise ValueError(f"bilinear_branches is for HRNets, not for backbone {name!r}")
             _resize_bilinearly(self.body)
+        stages = ("layer2", "layer3", "layer4")
         if not contract_dilation:
-            for stage in ("layer2", "layer3", "layer4"):
-                _spread_dilation(self.part(stage, "contract_dilation"))
-        if not dilate_both:
-            for stage in ("layer2", "layer3", "layer4"):
-                _undilate_second(self.part(stage, "dilate_both"))
+            for blocks in (self._windows(stage, "contract_dilation") for stage in stages):
+                _dilate(blocks[0][0], blocks[-1][-1].dilation[0])
         if multi_grid is not None:
-            _set_multi_grid(self.part("layer4", "multi_grid"), multi_grid)
+            _set_multi_grid(self._windows("layer4", "multi_grid"), multi_grid)
+        if not dilate_both:
+            for block in (b for stage in stages for b in self._windows(stage, "dilate_both")):
+                if len(block) == 1:
+                    raise ValueError(
+                        f"dilate_both is for basic blocks: backbone {name!r} has bottlenecks"
+                    )
+                _dilate(block[1], 1)
         if ceil_mode:
-            self.part("maxpool", "ceil_mode").ceil_mode = True
+            pool = self.part("maxpool", "ceil_mode")
+            if not hasattr(pool, "ceil_mode"):
+                raise ValueError(f"ceil_mode is for a stem's pooling: backbone {name!r} has layers")
+            pool.ceil_mode = True
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, channels={self.channels}, strides={self.strides}"
@@ -133,6 +149,21 @@ class Encoder(nn.Module):
         y = torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)
         # What the padding added goes: the map begins where the image does and ends with it.
         return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]
+
+    def _windows(self, stage: str, argument: str) -> list[list[nn.Conv2d]]:
+        """The 3 x 3 convolutions of each block of a ResNet's stage."""
+        blocks = []
+        for block in self.part(stage, argument):
+            names = ("conv2",) if hasattr(block, "conv3") else ("conv1", "conv2")
+            parts = [getattr(block, name, None) for name in names]
+            # That of a ResNeSt stands inside its split attention.
+            blocks.append([getattr(part, "conv", part) for part in parts])
+            if not all(isinstance(window, nn.Conv2d) for window in blocks[-1]):
+                raise ValueError(
+                    f"{argument} is for ResNets of 3 x 3 convolutions: "
+                    f"backbone {self.name!r} has other blocks"
+                )
+        return blocks
 
     def part(self, part: str, argument: str) -> nn.Module:
         """A part that ResNets have, for the sake of an argument that others refuse."""
@@ -178,23 +209,17 @@ def _resize_bilinearly(body: nn.Module) -> None:
             module.mode, module.align_corners = "bilinear", False
 
 
-def _spread_dilation(stage: nn.Module) -> None:
-    """Gives the first block's dilated convolution the dilation of the other blocks."""
-    (first, last) = (b.conv2 if hasattr(b, "conv3") else b.conv1 for b in (stage[0], stage[-1]))
-    first.dilation = first.padding = last.dilation
+def _dilate(convolution: nn.Conv2d, dilation: int) -> None:
+    """Dilates a 3 x 3 convolution that keeps the size."""
+    convolution.dilation = convolution.padding = (dilation, dilation)
 
 
-def _undilate_second(stage: nn.Module) -> None:
-    """Leaves the dilation of basic blocks to their first convolution."""
-    for block in stage:
-        if hasattr(block, "conv3"):
-            raise ValueError("dilate_both is for basic blocks: these are bottlenecks")
-        block.conv2.dilation = block.conv2.padding = (1, 1)
-
-
-def _set_multi_grid(stage: nn.Module, factors: Sequence[int]) -> None:
+def _set_multi_grid(stage: Sequence[Sequence[nn.Conv2d]], factors: Sequence[int]) -> None:
     """Multiplies the dilation of the stage by a factor for each of its blocks."""
-    dilation = stage[-1].conv2.dilation[0]
-    for i, block in enumerate(stage):
-        rate = dilation * factors[i % len(factors)]
-        block.conv2.dilation = block.conv2.padding = (rate, rate)
+    if not isinstance(factors, (list, tuple)) or not factors:
+        raise ValueError(f"multi_grid must be a list or tuple of factors, got {factors!r}")
+    check_sizes(**{f"multi_grid[{i}]": factor for i, factor in enumerate(factors)})
+    dilation = stage[-1][-1].dilation[0]
+    for block, factor in zip(stage, itertools.cycle(factors)):
+        for convolution in block:
+            _dilate(convolution, dilation * factor)

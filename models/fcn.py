@@ -34,7 +34,7 @@ def fcn(
         concat: the map beside what they make of it, and one more of them.
     """
     check_kernel_size(kernel_size)
-    check_sizes(convolutions=convolutions)
+    check_sizes(channels=channels, convolutions=convolutions)
     width = encoder.channels[-1]
     first = cbr(width, channels, kernel_size, norm_layer)
     rest = [cbr(channels, channels, kernel_size, norm_layer) for _ in range(convolutions - 1)]

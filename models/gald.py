@@ -9,7 +9,7 @@ from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
+from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
@@ -63,14 +63,17 @@ def gald(
         auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
             the logits.
 
-    The defaults are GALDNet as released, the paper's GALDv1: 66,664,915 parameters for 19 classes
-    without auxiliary head. Of GALDv2, whose default is ``global_aggregation="aspp"``,
-    ``local_distribution="ldv2"``, no code is released, and no widths reproduce the counts of Tables
-    IV and VI; its widths here are those of GALDv1. Source: Li et al., Global Aggregation then Local
-    Distribution for Scene Parsing, TIP 2021, Figures 4 to 6, Tables I to IV.
+    The defaults are the head of GALDNet as released, the paper's GALDv1: 66,664,915 parameters for
+    19 classes without auxiliary head. Its backbone has ``ceil_mode=True``,
+    ``contract_dilation=False`` and ``multi_grid=(1, 2, 4)`` besides. Of GALDv2, whose default is
+    ``global_aggregation="aspp"``, ``local_distribution="ldv2"``, no code is released, and no widths
+    reproduce the counts of Tables IV and VI; its widths here are those of GALDv1. Source: Li et
+    al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021, Figures 4 to 6,
+    Tables I to IV.
     """
     check_choice("global_aggregation", global_aggregation, _AGGREGATIONS)
     check_choice("local_distribution", local_distribution, _DISTRIBUTIONS)
+    check_sizes(channels=channels)
     # What LD sees: with "gald" the result of GA beside the map.
     after = arrangement == "gald" and global_aggregation is not None
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
+from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.dense_aspp import DenseASPP
 from ctxops.nn.feature_fusion import (
@@ -110,6 +110,7 @@ def gff(
     """
     check_choice("context", context, _CONTEXTS)
     check_choice("fusion", fusion, tuple(_FUSIONS))
+    check_sizes(channels=channels)
     widths = encoder.channels
     if len(widths) < 2:
         raise ValueError(

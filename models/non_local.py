@@ -9,6 +9,7 @@ from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
+from ctxops.nn._checks import check_sizes
 from ctxops.nn.non_local import NonLocal2d
 
 
@@ -36,7 +37,9 @@ def non_local(
         use_scale: the attention's scale is ``key_channels ** -0.5``; False: 1, as in the paper.
         auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
+    check_sizes(channels=channels)
     key_channels = max(1, channels // 2) if key_channels is None else key_channels
+    check_sizes(key_channels=key_channels)
     block = NonLocal2d(
         channels,
         key_channels,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ctxops.models._checks import check_known
+from ctxops.models._checks import check_known, require_timm
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.nn._checks import check_sizes
@@ -91,7 +91,7 @@ def create_model(
             :class:`Encoder`.
         backbone_options: further arguments of ``timm.create_model``.
         norm_layer: makes the norms of everything behind the backbone from a number of channels.
-        sync_batchnorm: replaces every batch norm, the backbone's too, by ``nn.SyncBatchNorm``.
+        sync_batchnorm: replaces every batch norm, the backbone's too, by an ``nn.SyncBatchNorm``.
         options: the network's own, and ``auxiliary_channels`` (0: no auxiliary head),
             ``auxiliary_bias``, ``dropout``, ``align_corners`` where it has them. The builder's
             docstring explains them, :func:`model_options` gives their defaults.
@@ -123,5 +123,6 @@ def create_model(
     )
     network = entry.build(encoder, num_classes, norm_layer=norm_layer, **options)
     if sync_batchnorm:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        # That of torch would drop the activations inside timm's norms.
+        network = require_timm().layers.convert_sync_batchnorm(network)
     return network

@@ -38,6 +38,7 @@ def test_gald():
     # CCNet's context has 23,924,353, the backbone 42.624 M; DANet has three classifiers.
     assert table_6["CCNet"] == (66_558_036, False)
     assert table_6["DANet"] == (66_578_555, True)
+    assert table_6["DenseASPP"] == (35_395_427, False)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,14 @@ def test_ann():
     assert counts(verdicts[1::2])["ANN"] == (62_964_435, False)
 
 
-def test_heads_agree_with_their_eager_twins():
-    case = whole_networks.head_case("DCA", (64, 48), OPTIONS)
-    assert case.output_shape == (1, 19, 8, 6)
-    errors = [e.error for e in check_case(case, OPTIONS.device, OPTIONS.dtype)]
-    assert errors[0] is None
-    assert max(errors[1:]) < 1e-5
+@pytest.mark.parametrize("name", whole_networks.HEADS)
+def test_heads_agree_with_their_eager_twins(name):
+    case = whole_networks.head_case(name, (64, 48), OPTIONS)
+    entries = check_case(case, OPTIONS.device, OPTIONS.dtype)
+    assert entries[0].error is None
+    assert max(entry.error for entry in entries[1:]) < 1e-5
+    with torch.profiler.profile() as recorded:
+        for entry in entries[:2]:
+            assert not entry.contender.ours
+            entry.runner()
+    assert not any(event.name.startswith("ctxops::") for event in recorded.events())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("timm")
 
@@ -53,10 +54,16 @@ def test_common_fusion():
     torch.testing.assert_close(fusion(low, high), expected)
 
 
-def test_common_fusion_of_a_finer_map():
-    fusion = network(fusion="common", fuse_stages=(2,)).decoder.fusion
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_common_fusion_of_a_finer_map(align_corners):
+    model = network(fusion="common", fuse_stages=(2,), align_corners=align_corners)
+    fusion = model.decoder.fusion
     low, *_, high = maps()
-    assert fusion(low, high).shape == high.shape
+    added = F.interpolate(
+        fusion.convolution(low), high.shape[2:], mode="bilinear", align_corners=align_corners
+    )
+    torch.testing.assert_close(fusion(low, high), high + added)
+    assert model.align_corners is align_corners
 
 
 @pytest.mark.parametrize("fusion", ["common", "fnb", "afnb"])

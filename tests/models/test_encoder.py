@@ -5,6 +5,11 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
+pytest.importorskip("timm")
+
+import timm
 
 from ctxops.models import Encoder, create_model
 from networks import images
@@ -100,6 +105,58 @@ def test_multi_grid_and_ceil_mode():
         assert [x.shape[2] for x in encoder(images(512, 512))] == [128, 64, 64, 64]
 
 
+def dilations(stage):
+    """Of the 3 x 3 convolutions of every block, whose padding keeps the size."""
+    windows = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert all(m.padding == m.dilation for m in windows)
+    return [m.dilation[0] for m in windows]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer3", "layer4"),
+    [
+        ("resnet18", {}, [1, 2, 2, 2], [2, 4, 4, 4]),
+        ("resnet18", {"contract_dilation": False}, [2, 2, 2, 2], [4, 4, 4, 4]),
+        ("resnet18", {"dilate_both": False}, [1, 1, 2, 1], [2, 1, 4, 1]),
+        ("resnet18", {"multi_grid": (1, 2)}, [1, 2, 2, 2], [4, 4, 8, 8]),
+        ("resnet18", {"multi_grid": (1, 2), "dilate_both": False}, [1, 1, 2, 1], [4, 1, 8, 1]),
+        ("resnet50", {}, [1, 2, 2, 2, 2, 2], [2, 4, 4]),
+        ("resnet50", {"contract_dilation": False}, [2] * 6, [4, 4, 4]),
+        ("resnet50", {"multi_grid": (2, 3)}, [1, 2, 2, 2, 2, 2], [8, 12, 8]),
+        ("resnest26d", {"multi_grid": (3,)}, [1, 2], [12, 12]),
+    ],
+    ids=str,
+)
+def test_dilations_of_resnets(name, options, layer3, layer4):
+    with torch.device("meta"):
+        encoder = Encoder(name, 8, **options)
+    assert dilations(encoder.body["layer3"]) == layer3
+    assert dilations(encoder.body["layer4"]) == layer4
+
+
+def test_a_backbone_of_a_hub(monkeypatch):
+    """Its architecture counts, wherever its weights are."""
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: create(name.rpartition("/")[2], **options)
+    )
+    with torch.device("meta"):
+        assert Encoder("hf-hub:timm/hrnet_w18_small.ms_in1k", 4).channels == (16 + 32 + 64 + 128,)
+
+
+def test_pretrained_reaches_timm(monkeypatch):
+    create, asked = timm.create_model, []
+
+    def record(name, pretrained, **options):
+        asked.append(pretrained)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", record)
+    for pretrained in (False, True):
+        create_model("fcn", "test_resnet", pretrained=pretrained)
+    assert asked == [False, True]
+
+
 def test_other_channels_of_the_image():
     encoder = Encoder("test_resnet", 8, in_channels=5).eval()
     assert encoder(torch.randn(1, 5, 33, 33))[-1].shape[1] == encoder.channels[-1]
@@ -136,6 +193,31 @@ def test_for_resnets_alone(argument):
     (name,) = argument
     with pytest.raises(ValueError, match=f"{name} is for ResNets: backbone 'test_vit' has no"):
         Encoder("test_vit", 16, **argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((nn.Identity(), 8), {}, TypeError, "backbone must be the name of a timm model, got Iden"),
+        (("resnet18", "8"), {}, TypeError, "output_stride must be an integer, got '8'"),
+        (("resnet18", 8), {"in_channels": 0}, ValueError, "in_channels must be at least 1"),
+        (("resnet18", 8), {"multi_grid": 2}, ValueError, "multi_grid must be a list .*, got 2"),
+        (("resnet18", 8), {"multi_grid": ()}, ValueError, r"multi_grid must .*, got \(\)"),
+        (("resnet18", 8), {"multi_grid": (1, 0)}, ValueError, r"multi_grid\[1\] must be at least"),
+        (("resnetrs50", 8), {"ceil_mode": 1}, ValueError, "ceil_mode .*'resnetrs50' has layers"),
+        (("resnet50", 8), {"dilate_both": False}, ValueError, "'resnet50' has bottlenecks"),
+        (
+            ("res2net50_26w_4s", 8),
+            {"multi_grid": (1, 2)},
+            ValueError,
+            "multi_grid .* backbone 'res2net50_26w_4s' has other blocks",
+        ),
+        (("resnet18", 8), {"bilinear_branches": True}, ValueError, "bilinear_branches is for HR"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments, options, error, message):
+    with torch.device("meta"), pytest.raises(error, match=message):
+        Encoder(*arguments, **options)
 
 
 def test_without_timm(monkeypatch):

@@ -59,6 +59,13 @@ def test_resnet50_gcn():
     assert model.encoder.strides == (4, 8, 16, 32)
 
 
+def test_norm_layer_reaches_the_global_stages():
+    with torch.device("meta"):
+        model = create_model("gcn", "resnet50", global_backbone=True, norm_layer=nn.InstanceNorm2d)
+    for stage in ("layer3", "layer4"):
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.encoder.body[stage].modules())
+
+
 def test_resnet_gcn_keeps_the_sizes_of_the_maps():
     x = torch.randn(1, 3, 65, 67)
     plain, with_gcn = (
