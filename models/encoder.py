@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.models._checks import check_known, require_timm
+from ctxops.models._checks import check_flags, check_known, require_timm
+from ctxops.nn._checks import check_sizes
 from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
@@ -60,8 +61,9 @@ class Encoder(nn.Module):
 
     Raises:
         ImportError: timm is missing.
+        TypeError: a flag that is no bool, factors that are no integers.
         ValueError: an unknown backbone, one without this output stride, an argument for ResNets
-            alone with another.
+            alone with another, no factors.
     """
 
     def __init__(
@@ -79,6 +81,13 @@ class Encoder(nn.Module):
         options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
+        check_flags(
+            pretrained=pretrained,
+            ceil_mode=ceil_mode,
+            contract_dilation=contract_dilation,
+            dilate_both=dilate_both,
+            bilinear_branches=bilinear_branches,
+        )
         self.name, self.in_channels = name, in_channels
         architecture = name.split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
@@ -194,6 +203,9 @@ def _undilate_second(stage: nn.Module) -> None:
 
 def _set_multi_grid(stage: nn.Module, factors: Sequence[int]) -> None:
     """Multiplies the dilation of the stage by a factor for each of its blocks."""
+    if not isinstance(factors, (list, tuple)) or not factors:
+        raise ValueError(f"multi_grid must be a list or tuple of factors, got {factors!r}")
+    check_sizes(**{f"multi_grid[{i}]": factor for i, factor in enumerate(factors)})
     dilation = stage[-1].conv2.dilation[0]
     for i, block in enumerate(stage):
         rate = dilation * factors[i % len(factors)]

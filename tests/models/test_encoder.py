@@ -100,6 +100,21 @@ def test_multi_grid_and_ceil_mode():
         assert [x.shape[2] for x in encoder(images(512, 512))] == [128, 64, 64, 64]
 
 
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        ((), ValueError, r"multi_grid must be a list or tuple of factors, got \(\)"),
+        (2, ValueError, "multi_grid must be a list or tuple of factors, got 2"),
+        ((1, 0), ValueError, r"multi_grid\[1\] must be at least 1, got 0"),
+        ((1, 2.0), TypeError, r"multi_grid\[1\] must be an integer, got 2\.0"),
+    ],
+    ids=str,
+)
+def test_bad_multi_grid(factors, error, message):
+    with torch.device("meta"), pytest.raises(error, match=message):
+        Encoder("resnet18", 8, multi_grid=factors)
+
+
 def test_other_channels_of_the_image():
     encoder = Encoder("test_resnet", 8, in_channels=5).eval()
     assert encoder(torch.randn(1, 5, 33, 33))[-1].shape[1] == encoder.channels[-1]
