@@ -51,9 +51,6 @@ _HRNET = {
     for name in (
         "conv{}",
         "bn{}",
-        "layer1.{}.conv{}",
-        "layer1.{}.bn{}",
-        "layer1.{}.downsample.{}",
         "transition{}.{}.{}",
         "transition{}.{}.{}.{}",
         "stage{}.{}.branches.{}.{}.conv{}",
@@ -138,9 +135,10 @@ def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
     if f"{stem}.weight" not in shapes:
         return {"backbone": f"resnet{depth}"}
     width = shapes[f"{stem}.weight"][0]
-    name = f"resnet{depth}{_STEM_LETTERS.get(width, '')}"
-    if name in require_timm().list_models():
-        return {"backbone": name}
+    if width in _STEM_LETTERS:
+        name = f"resnet{depth}{_STEM_LETTERS[width]}"
+        if name in require_timm().list_models():
+            return {"backbone": name}
     options = {"stem_type": "deep", "stem_width": width}
     return {"backbone": f"resnet{depth}", "backbone_options": options}
 

@@ -530,6 +530,25 @@ def test_backbones_of_mmsegmentation(backbone, options):
     assert {"output_stride": 8} | imported.arguments == usual | expected | ours | options
 
 
+def test_stem_of_another_width(pspnet):
+    """Which timm has no name for."""
+    narrow = {"stem.0": 16, "stem.1": 16, "stem.3": 16, "stem.4": 16, "stem.6": 32, "stem.7": 32}
+    state_dict = on_meta(pspnet)
+    for name, x in state_dict.items():
+        module, _, _ = name.removeprefix("backbone.").rpartition(".")
+        sizes = list(x.shape)
+        if module in narrow and sizes:
+            sizes[0] = narrow[module]
+        if module in ("stem.3", "stem.6"):
+            sizes[1] = 16
+        if module in ("layer1.0.conv1", "layer1.0.downsample.0"):
+            sizes[1] = 32
+        state_dict[name] = torch.empty(sizes, device="meta")
+    arguments = import_checkpoint(state_dict).arguments
+    assert arguments["backbone"] == "resnet50"
+    assert arguments["backbone_options"] == {"stem_type": "deep", "stem_width": 16}
+
+
 def test_grids_of_apcnet():
     state_dict = on_meta(mmseg_checkpoint("apcnet"))
     dropped = "decode_head.acm_modules.3."
