@@ -16,6 +16,13 @@ def require_timm() -> types.ModuleType:
     return timm
 
 
+def check_flags(**flags: bool) -> None:
+    """Raises unless each is a bool: the word "false", given by a command, would count as true."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def check_known(what: str, name: str, choices: Iterable[str], listed: str | None = None) -> None:
     """Raises unless ``name`` is one of the choices: it names the closest, and all or where to look.
 

@@ -3,7 +3,6 @@
 
 import dataclasses
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 
@@ -22,6 +21,9 @@ _SPELLED = 5
 # What a state dict is wrapped in, and what training puts before its names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+
+# What our own files hold of an imported network.
+_SAVED = ("model", "arguments", "state_dict")
 
 _LEAVES = r"(?:\.(?:weight|bias|running_mean|running_var|num_batches_tracked))?"
 
@@ -53,8 +55,10 @@ class ImportedModel:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes what :func:`load_model` reads."""
-        saved = dataclasses.asdict(self) | {"state_dict": self.state_dict}
-        torch.save({name: saved[name] for name in ("model", "arguments", "state_dict")}, path)
+        saved = {name: getattr(self, name) for name in _SAVED}
+        # torch.save's own error for a folder that does not exist is no OSError.
+        with open(path, "wb") as file:
+            torch.save(saved, file)
 
 
 def import_checkpoint(
@@ -71,9 +75,9 @@ def import_checkpoint(
 
     Args:
         state_dict: as the other code saved it: ``load_checkpoint(path)``.
-        source: whose code: ``"mmsegmentation"`` (1.x, ResNet backbones; the checkpoints of 0.x have
-            the same names), ``"torchvision"``, ``"ann"``, ``"gald"`` (the code released with these
-            papers). None: told from the names.
+        source: whose code: ``"mmsegmentation"`` (1.x, ResNet backbones, ``fcn`` and ``ocrnet`` also
+            HRNets; the checkpoints of 0.x have the same names), ``"torchvision"``, ``"ann"``,
+            ``"gald"`` (the code released with these papers). None: told from the names.
         model: what the network is called here. None: told from the names.
         options: arguments of :func:`create_model` that shapes do not tell, such as
             ``output_stride=16``, in the place of the source's usual ones.
@@ -91,11 +95,12 @@ def import_checkpoint(
     except MissingKeyError as error:
         raise _misfit(recipe, missing=[error.name], unexpected=unexpected) from None
     with torch.device("meta"):
-        expected = create_model(recipe.model, **arguments).state_dict()
+        network = create_model(recipe.model, **arguments)
+    expected = network.state_dict()
     zeros = [
         name
         for name in expected.keys() - renamed.keys()
-        if name.endswith(".num_batches_tracked") or _matches(name, recipe.zeros)
+        if name.endswith(".num_batches_tracked") or name in recipe.zeros
     ]
     renamed |= {name: torch.zeros_like(expected[name], device="cpu") for name in zeros}
     extra = renamed.keys() - expected.keys()
@@ -108,7 +113,9 @@ def import_checkpoint(
     ]
     if missing or unexpected or shapes:
         raise _misfit(recipe, missing, unexpected, shapes)
-    filled = {name: renamed[name].reshape(tensor.shape) for name, tensor in expected.items()}
+    filled = {n: renamed[n].detach().reshape(tensor.shape) for n, tensor in expected.items()}
+    # What its modules refuse, such as weights that differ where one is shared, is no import either.
+    network.load_state_dict(filled, assign=True)
     return ImportedModel(recipe.source, recipe.model, arguments, filled, sorted(zeros))
 
 
@@ -119,19 +126,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         OSError: no such file.
         ValueError: a file that holds more than tensors and plain values, or no state dict.
     """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{os.fspath(path)!r} is no file of tensors and plain values; save its state dict "
-            f"alone by torch.save: {str(error).splitlines()[0]}"
-        ) from error
+    loaded = _load(path)
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not _tensors(loaded):
+    tensors = _tensors(loaded) if isinstance(loaded, Mapping) else {}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{os.fspath(path)!r} holds no state dict: names, each with a tensor")
-    return _tensors(loaded)
+    return tensors
 
 
 def convert_checkpoint(
@@ -145,9 +147,11 @@ def convert_checkpoint(
         arguments: of :func:`import_checkpoint`.
 
     Raises:
-        OSError, ValueError: as :func:`load_checkpoint` and :func:`import_checkpoint`; then nothing
-            is written.
+        OSError, ValueError: as :func:`load_checkpoint` and :func:`import_checkpoint`, and where
+            both are one file; then nothing is written.
     """
+    if os.path.exists(converted) and os.path.samefile(path, converted):
+        raise ValueError(f"{os.fspath(converted)!r} is the checkpoint itself: name another file")
     imported = import_checkpoint(load_checkpoint(path), **arguments)
     imported.save(converted)
     return imported
@@ -160,8 +164,8 @@ def load_model(path: str | os.PathLike) -> SegmentationNetwork:
         OSError: no such file.
         ValueError: a file of another kind.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping) or not {"model", "arguments", "state_dict"} <= saved.keys():
+    saved = _load(path)
+    if not isinstance(saved, Mapping) or not saved.keys() >= set(_SAVED):
         raise ValueError(
             f"{os.fspath(path)!r} is no saved network; checkpoints of other code: ctxops convert"
         )
@@ -217,6 +221,19 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
     return [*unused, *outside]
 
 
+def _load(path: str | os.PathLike) -> object:
+    """What is in a file of tensors and plain values; raises ValueError for any other."""
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has one for each way in which bytes can be wrong
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{os.fspath(path)!r} is no file of tensors and plain values; save its state dict "
+                f"alone by torch.save: {reason}"
+            ) from error
+
+
 _NUMBERED_STEM = {ours: theirs for theirs, ours in STEM.items()}
 
 
@@ -264,7 +281,7 @@ def _rename(
     """The tensors by our names, and the names that are none of the recipe's."""
     renamed, unexpected = {}, []
     for theirs, ours in _renamings(state_dict, recipe):
-        if ours is None:
+        if ours is None or ours in renamed:  # a second name for the same
             unexpected.append(theirs)
         else:
             renamed[ours] = state_dict[theirs]
@@ -288,10 +305,6 @@ def _pattern(template: str) -> str:
     return "(?P<module>" + re.escape(template).replace(r"\{\}", r"(\d+)") + ")" + _LEAVES
 
 
-def _matches(name: str, templates: Iterable[str]) -> bool:
-    return any(re.fullmatch(_pattern(template), name) for template in templates)
-
-
 def _fits(tensor: Tensor, expected: Tensor) -> bool:
     """Equal shapes; a single number may have any."""
     return tensor.shape == expected.shape or tensor.numel() == expected.numel() == 1
@@ -300,9 +313,12 @@ def _fits(tensor: Tensor, expected: Tensor) -> bool:
 def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by their names without what training puts before all of them."""
     tensors = _tensors(state_dict)
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    while tensors:
+        common = (p for p in _PREFIXES if all(name.startswith(p) for name in tensors))
+        prefix = next(common, None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.models._checks import check_known, require_timm
+from ctxops.models._checks import check_flags, check_known, require_timm
 from ctxops.nn._checks import check_sizes
 from ctxops.nn.feature_fusion import resize
 
@@ -63,9 +63,9 @@ class Encoder(nn.Module):
 
     Raises:
         ImportError: timm is missing.
-        TypeError: a name that is no string, sizes that are no integers.
+        TypeError: a name that is no string, a flag that is no bool, sizes that are no integers.
         ValueError: an unknown backbone, one without this output stride, an argument for ResNets
-            alone with another.
+            alone with another, no factors.
     """
 
     def __init__(
@@ -86,6 +86,13 @@ class Encoder(nn.Module):
         if not isinstance(name, str):
             raise TypeError(f"backbone must be the name of a timm model, got {name!r}")
         check_sizes(output_stride=output_stride, in_channels=in_channels)
+        check_flags(
+            pretrained=pretrained,
+            ceil_mode=ceil_mode,
+            contract_dilation=contract_dilation,
+            dilate_both=dilate_both,
+            bilinear_branches=bilinear_branches,
+        )
         self.name, self.in_channels = name, in_channels
         # Without its hub and the tag of its weights.
         architecture = name.rpartition("/")[2].split(".")[0]

@@ -51,9 +51,6 @@ _HRNET = {
     for name in (
         "conv{}",
         "bn{}",
-        "layer1.{}.conv{}",
-        "layer1.{}.bn{}",
-        "layer1.{}.downsample.{}",
         "transition{}.{}.{}",
         "transition{}.{}.{}.{}",
         "stage{}.{}.branches.{}.{}.conv{}",
@@ -110,7 +107,7 @@ class Recipe:
         markers: beginnings of names that tell the architecture from the source's others.
         modules: from their modules, or single tensors, to ours.
         arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
-        zeros: our modules that the source has none of, and that change nothing at zero.
+        zeros: our tensors that the source has none of, and that change nothing at zero.
     """
 
     source: str
@@ -138,9 +135,10 @@ def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
     if f"{stem}.weight" not in shapes:
         return {"backbone": f"resnet{depth}"}
     width = shapes[f"{stem}.weight"][0]
-    name = f"resnet{depth}{_STEM_LETTERS.get(width, '')}"
-    if name in require_timm().list_models():
-        return {"backbone": name}
+    if width in _STEM_LETTERS:
+        name = f"resnet{depth}{_STEM_LETTERS[width]}"
+        if name in require_timm().list_models():
+            return {"backbone": name}
     options = {"stem_type": "deep", "stem_width": width}
     return {"backbone": f"resnet{depth}", "backbone_options": options}
 
@@ -163,7 +161,7 @@ _MMSEG_COMMON = (
 def _hrnet(shapes: Shapes) -> dict[str, object]:
     """The backbone by timm's name: its width, and the blocks of its first stage."""
     width = shapes["backbone.stage2.0.branches.0.0.conv1.weight"][0]
-    small = {1: "_small", 2: "_small_v2"}.get(shapes.count("backbone.layer1"), "")
+    small = "_small_v2" if shapes.count("backbone.layer1") == 2 else ""
     return {"backbone": f"hrnet_w{width}{small}", "output_stride": 4, "bilinear_branches": True}
 
 
@@ -339,7 +337,7 @@ _MMSEG = [
             "decode_head.conv_cat.conv.weight",
             key_channels=_width("decode_head.nl_block.theta.conv.weight"),
         ),
-        zeros=("decoder.context.1.out",),
+        zeros=("decoder.context.1.out.bias",),
     ),
     _mmseg(
         "danet",
@@ -374,13 +372,13 @@ _MMSEG = [
             value_channels=_width("decode_head.fusion.stages.0.value_project.weight"),
         ),
         zeros=(
-            "decoder.fusion.query.0",
-            "decoder.fusion.key.0",
-            "decoder.fusion.fusion.0",
-            "decoder.reduce.0",
-            "decoder.context.query.0",
-            "decoder.context.key.0",
-            "decoder.context.fusion.0",
+            "decoder.fusion.query.0.bias",
+            "decoder.fusion.key.0.bias",
+            "decoder.fusion.fusion.0.bias",
+            "decoder.reduce.0.bias",
+            "decoder.context.query.0.bias",
+            "decoder.context.key.0.bias",
+            "decoder.context.fusion.0.bias",
         ),
     ),
     _mmseg(

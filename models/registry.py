@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ctxops.models._checks import check_known, require_timm
+from ctxops.models._checks import check_flags, check_known, require_timm
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.nn._checks import check_sizes
@@ -107,6 +107,10 @@ def create_model(
     known = model_options(name)
     for option in options:
         check_known(f"option of model {name!r}:", option, known)
+    check_flags(
+        sync_batchnorm=sync_batchnorm,
+        **{option: x for option, x in options.items() if isinstance(known[option], bool)},
+    )
     check_sizes(num_classes=num_classes)
     entry = _entries[name]
     encoder = Encoder(

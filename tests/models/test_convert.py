@@ -4,6 +4,7 @@ The other code's networks are written out from their checkpoints' names, which a
 ``mmsegmentation_r50.txt``, and the lists below for the code released with ANN and GALD.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ctxops.__main__ import main
 from ctxops.models import (
     Encoder,
     convert_checkpoint,
+    create_model,
     import_checkpoint,
     load_backbone,
     load_checkpoint,
@@ -414,16 +416,35 @@ def test_classifiers_of_danet():
             assert imported[f"{ours}_classifier.1.{leaf}"].equal(expected)
 
 
-@torch.no_grad()
-def test_released_ann(image):
+def ann_checkpoint():
     state_dict = random_state_dict(released_listing(ANN_HEAD, ANN_STEM))
     shared = "context.2.stages.0.f_key"
     for name in [n for n in state_dict if n.startswith(shared)]:
         state_dict[name.replace("f_key", "f_query")] = state_dict[name]
+    return state_dict
+
+
+@torch.no_grad()
+def test_released_ann(image):
+    state_dict = ann_checkpoint()
     imported = import_checkpoint({f"module.{name}": x for name, x in state_dict.items()})
     assert (imported.source, imported.model) == ("ann", "ann")
     o = Original(state_dict, conv="{}.0", norm="{}.1.0", align_corners=True)
     assert_computes(imported, image, o.resize(released_ann(o, image), SIZE))
+
+
+def test_released_ann_by_its_other_names():
+    """The stem's second name, and norms that are one module with their ReLU."""
+    state_dict = ann_checkpoint()
+    expected = import_checkpoint(state_dict).state_dict
+    renamed = {
+        name.replace("backbone.prefix.", "backbone.resinit.").replace(".1.0.", ".1."): x
+        for name, x in state_dict.items()
+    }
+    assert len(renamed.keys() - state_dict.keys()) == 3 + 5 * 3 + 5 * 7
+    actual = import_checkpoint(renamed).state_dict
+    assert actual.keys() == expected.keys()
+    assert all(x.equal(expected[name]) for name, x in actual.items())
 
 
 @torch.no_grad()
@@ -452,6 +473,130 @@ def test_torchvision_fcn(auxiliary, image):
         logits = network.auxiliary(network.encoder(image)[-2])
         logits = F.interpolate(logits, SIZE, mode="bilinear")
         torch.testing.assert_close(logits, expected["aux"], rtol=0, atol=1e-4)
+
+
+# Options that shapes tell -------------------------------------------------------------------------
+
+
+def on_meta(state_dict):
+    return {name: x.to("meta") for name, x in state_dict.items()}
+
+
+@pytest.mark.parametrize("model", ["pspnet", "ann"])
+def test_without_auxiliary_head(model):
+    state_dict = mmseg_checkpoint(model)
+    without = {n: x for n, x in state_dict.items() if not n.startswith("auxiliary_head.")}
+    assert import_checkpoint(without).arguments["auxiliary_channels"] == 0
+    assert import_checkpoint(state_dict).arguments["auxiliary_channels"] == 256
+
+
+def test_released_without_auxiliary_head():
+    without = {n: x for n, x in ann_checkpoint().items() if not n.startswith("dsn.")}
+    assert import_checkpoint(without).arguments["auxiliary_channels"] == 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("resnet18", {"output_stride": 8, "dilate_both": False}),
+        ("resnet34", {"output_stride": 8, "dilate_both": False}),
+        ("resnet101", {"output_stride": 8}),
+        ("resnet152", {"output_stride": 8}),
+        ("hrnet_w18_small_v2", {"output_stride": 4, "bilinear_branches": True}),
+        ("hrnet_w18", {"output_stride": 4, "bilinear_branches": True}),
+        ("hrnet_w48", {"output_stride": 4, "bilinear_branches": True}),
+    ],
+)
+def test_backbones_of_mmsegmentation(backbone, options):
+    """Their names are timm's, behind a prefix; here an FCN of one convolution on each."""
+    ours = {"channels": 270, "kernel_size": 1, "auxiliary_channels": 0}
+    with torch.device("meta"):
+        network = create_model("fcn", backbone, 11, **ours, **options)
+    names = {
+        "encoder.body.": "backbone.",
+        "decoder.0.": "decode_head.convs.0.conv.",
+        "decoder.1.": "decode_head.convs.0.bn.",
+        "classifier.1.": "decode_head.conv_seg.",
+    }
+
+    def theirs(name):
+        (ours,) = (prefix for prefix in names if name.startswith(prefix))
+        return names[ours] + name.removeprefix(ours)
+
+    imported = import_checkpoint({theirs(n): x for n, x in network.state_dict().items()})
+    assert (imported.source, imported.model) == ("mmsegmentation", "fcn")
+    expected = {"backbone": backbone, "num_classes": 11, "align_corners": False}
+    usual = {"auxiliary_bias": False, "output_stride": 8}
+    assert {"output_stride": 8} | imported.arguments == usual | expected | ours | options
+
+
+def test_stem_of_another_width(pspnet):
+    """Which timm has no name for."""
+    narrow = {"stem.0": 16, "stem.1": 16, "stem.3": 16, "stem.4": 16, "stem.6": 32, "stem.7": 32}
+    state_dict = on_meta(pspnet)
+    for name, x in state_dict.items():
+        module, _, _ = name.removeprefix("backbone.").rpartition(".")
+        sizes = list(x.shape)
+        if module in narrow and sizes:
+            sizes[0] = narrow[module]
+        if module in ("stem.3", "stem.6"):
+            sizes[1] = 16
+        if module in ("layer1.0.conv1", "layer1.0.downsample.0"):
+            sizes[1] = 32
+        state_dict[name] = torch.empty(sizes, device="meta")
+    arguments = import_checkpoint(state_dict).arguments
+    assert arguments["backbone"] == "resnet50"
+    assert arguments["backbone_options"] == {"stem_type": "deep", "stem_width": 16}
+
+
+def test_grids_of_apcnet():
+    state_dict = on_meta(mmseg_checkpoint("apcnet"))
+    dropped = "decode_head.acm_modules.3."
+    smaller = {
+        n: x for n, x in state_dict.items() if not n.startswith(dropped) and "fusion_conv" not in n
+    }
+    smaller["decode_head.bottleneck.conv.weight"] = torch.empty(512, 3584, 3, 3, device="meta")
+    arguments = import_checkpoint(smaller).arguments
+    assert (arguments["output_sizes"], arguments["fusion"]) == ((1, 2, 3), False)
+    arguments = import_checkpoint(state_dict).arguments
+    assert (arguments["output_sizes"], arguments["fusion"]) == ((1, 2, 3, 6), True)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes(prefix, pspnet):
+    """Of data-parallel and compiled networks, in either order."""
+    state_dict = {prefix + name: x for name, x in on_meta(pspnet).items()}
+    assert import_checkpoint(state_dict).model == "pspnet"
+    encoder = Encoder("resnet50c", 8)
+    load_backbone(encoder, {prefix + name: x for name, x in pspnet.items()})
+    expected = pspnet["backbone.layer4.2.bn3.running_var"]
+    assert encoder.state_dict()["body.layer4.2.bn3.running_var"].equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes(dtype, pspnet, tmp_path):
+    """A file keeps its dtype, a network has torch's default one."""
+    half = {n: x.to(dtype) if x.is_floating_point() else x for n, x in pspnet.items()}
+    imported = import_checkpoint(half)
+    assert imported.state_dict["classifier.1.weight"].dtype == dtype
+    imported.save(tmp_path / "out.pt")
+    weight = load_model(tmp_path / "out.pt").classifier[1].weight
+    assert weight.dtype == torch.float32
+    assert weight.equal(half["decode_head.conv_seg.weight"].float())
+
+
+def test_parameters_are_tensors_too(tmp_path):
+    """What a network's ``named_parameters`` give, or what was computed from them."""
+    state_dict = mmseg_checkpoint("danet")
+    parameters = {
+        n: torch.nn.Parameter(x) * 1 if x.is_floating_point() else x for n, x in state_dict.items()
+    }
+    imported = import_checkpoint(parameters)
+    assert not any(x.requires_grad for x in imported.state_dict.values())
+    imported.save(tmp_path / "out.pt")
+    assert load_model(tmp_path / "out.pt").decoder.position[1].gamma.requires_grad
 
 
 # Backbones ----------------------------------------------------------------------------------------
@@ -596,6 +741,28 @@ def test_changed_checkpoint(change, message, pspnet):
         import_checkpoint(state_dict)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("nonlocal", "decode_head.nl_block.conv_out.conv.weight"),
+        ("ann", "decode_head.fusion.stages.0.query_project.conv.weight"),
+        ("ann", "decode_head.context.bottleneck.conv.weight"),
+    ],
+)
+def test_only_biases_may_be_missing(model, name):
+    """The convolutions whose bias is zero have a weight all the same."""
+    state_dict = on_meta(mmseg_checkpoint(model))
+    del state_dict[name]
+    with pytest.raises(ValueError, match=rf"does not fit mmsegmentation's {model}: missing \S+$"):
+        import_checkpoint(state_dict)
+
+
+@pytest.mark.parametrize("name", ["backbone.bn1.weight", "backbone.conv1.6.weight"])
+def test_two_names_for_one_tensor(name, pspnet):
+    with pytest.raises(ValueError, match=f"pspnet: unexpected {re.escape(name)}$"):
+        import_checkpoint(pspnet | {name: torch.zeros(64)})
+
+
 def test_another_architecture(pspnet):
     with pytest.raises(ValueError, match=r"danet: missing .*; unexpected decode_head\.psp_modules"):
         import_checkpoint(pspnet, model="danet")
@@ -614,7 +781,7 @@ def test_another_architecture(pspnet):
 def test_twins_that_differ():
     """ANN's query and key are one convolution: a checkpoint where they differ is another's."""
     with pytest.raises(ValueError, match="differs from its twin"):
-        import_checkpoint(random_state_dict(LISTINGS["ann"])).build()
+        import_checkpoint(random_state_dict(LISTINGS["ann"]))
 
 
 def test_counts_of_batches_may_be_missing(pspnet):
@@ -667,7 +834,29 @@ def test_convert_fails(tmp_path, pspnet, capsys):
     with pytest.raises(SystemExit):
         main(["convert", str(theirs), str(ours), "--option", "output_stride"])
     assert "expected NAME=VALUE, got 'output_stride'" in capsys.readouterr().err
+    assert main(["convert", str(theirs), str(ours), "--option", "align_corners=false"]) == 1
+    assert "align_corners must be True or False, got 'false'" in capsys.readouterr().err
     assert not ours.exists()
+    assert main(["convert", str(theirs), str(tmp_path / "none" / "out.pt")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_checkpoint_is_not_overwritten(tmp_path, pspnet, capsys):
+    path, link = tmp_path / "in.pth", tmp_path / "link.pth"
+    torch.save(pspnet, path)
+    link.symlink_to(path)
+    content = path.read_bytes()
+    for converted in path, link:
+        assert main(["convert", str(path), str(converted)]) == 1
+        assert "is the checkpoint itself" in capsys.readouterr().err
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
+def test_wrappers(wrapper, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({wrapper: {"a": torch.ones(2), "epoch": 3}, "optimizer": {"state": {}}}, path)
+    assert load_checkpoint(path).keys() == {"a"}
 
 
 class _Anything:
@@ -680,8 +869,9 @@ class _Anything:
         ({"state_dict": {}, "hook": _Anything()}, "no file of tensors and plain values"),
         ([torch.zeros(1)], "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
+        ({0: torch.zeros(1)}, "holds no state dict"),
     ],
-    ids=["objects", "list", "no-tensors"],
+    ids=["objects", "list", "no-tensors", "numbers"],
 )
 def test_files_of_another_kind(content, message, tmp_path):
     path = tmp_path / "checkpoint.pth"
@@ -697,6 +887,20 @@ def test_file_of_no_network(tmp_path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="no saved network; checkpoints of other code: ctxops"):
         load_model(path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="no file of tensors"):
-        load_checkpoint(path)
+    torch.save({"model": "fcn", "arguments": _Anything(), "state_dict": {}}, path)
+    with pytest.raises(ValueError, match="no file of tensors and plain values"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, load_model])
+@pytest.mark.parametrize("new_format", [True, False])
+def test_bytes_that_are_no_file_of_tensors(load, new_format, tmp_path):
+    """Torn anywhere: torch's reader has an error of its own for most places."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"a": torch.arange(1999.0)}, path, _use_new_zipfile_serialization=new_format)
+    content = path.read_bytes()
+    torn = [content[:length] for length in range(0, len(content) - 1, 61)]
+    for wrong in [b"not a checkpoint", *torn]:
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"no file of tensors and plain values; save .*: \S"):
+            load(path)

@@ -157,6 +157,21 @@ def test_pretrained_reaches_timm(monkeypatch):
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        ((), ValueError, r"multi_grid must be a list or tuple of factors, got \(\)"),
+        (2, ValueError, "multi_grid must be a list or tuple of factors, got 2"),
+        ((1, 0), ValueError, r"multi_grid\[1\] must be at least 1, got 0"),
+        ((1, 2.0), TypeError, r"multi_grid\[1\] must be an integer, got 2\.0"),
+    ],
+    ids=str,
+)
+def test_bad_multi_grid(factors, error, message):
+    with torch.device("meta"), pytest.raises(error, match=message):
+        Encoder("resnet18", 8, multi_grid=factors)
+
+
 def test_other_channels_of_the_image():
     encoder = Encoder("test_resnet", 8, in_channels=5).eval()
     assert encoder(torch.randn(1, 5, 33, 33))[-1].shape[1] == encoder.channels[-1]
@@ -204,7 +219,7 @@ def test_for_resnets_alone(argument):
         (("resnet18", 8), {"multi_grid": 2}, ValueError, "multi_grid must be a list .*, got 2"),
         (("resnet18", 8), {"multi_grid": ()}, ValueError, r"multi_grid must .*, got \(\)"),
         (("resnet18", 8), {"multi_grid": (1, 0)}, ValueError, r"multi_grid\[1\] must be at least"),
-        (("resnetrs50", 8), {"ceil_mode": 1}, ValueError, "ceil_mode .*'resnetrs50' has layers"),
+        (("resnetrs50", 8), {"ceil_mode": True}, ValueError, "ceil_mode .*'resnetrs50' has layers"),
         (("resnet50", 8), {"dilate_both": False}, ValueError, "'resnet50' has bottlenecks"),
         (
             ("res2net50_26w_4s", 8),

@@ -310,19 +310,25 @@ ROWS = {
     },
     ("MCIBI", "7"): {
         "DeepLabV3+MCIBI ResNet-50": mcibi("aspp", num_classes=20),
+        "DeepLabV3+MCIBI ResNet-101": mcibi("aspp", "resnet101c", 20),
+        "DeepLabV3+MCIBI ResNeSt-101": mcibi("aspp", "resnest101e", 20),
         "DeepLabV3+MCIBI HRNetV2-W48": mcibi("aspp", "hrnet_w48", 20, output_stride=4),
     },
     ("MCIBI", "8"): {
+        "DeepLabV3+MCIBI ResNet-50": mcibi("aspp", num_classes=19),
         "DeepLabV3+MCIBI ResNet-101": mcibi("aspp", "resnet101c", 19),
+        "DeepLabV3+MCIBI ResNeSt-101": mcibi("aspp", "resnest101e", 19),
         "DeepLabV3+MCIBI HRNetV2-W48": mcibi("aspp", "hrnet_w48", 19, output_stride=4),
     },
     ("MCIBI", "9"): {
+        "DeepLabV3+MCIBI ResNet-50": mcibi("aspp", num_classes=171),
         "DeepLabV3+MCIBI ResNet-101": mcibi("aspp", "resnet101c", 171),
+        "DeepLabV3+MCIBI ResNeSt-101": mcibi("aspp", "resnest101e", 171),
         "DeepLabV3+MCIBI ViT-Large": mcibi("aspp", "vit_large_patch16_224", 171, output_stride=16),
     },
 }
 
-QUOTED = "figures of other papers' networks, which this package does not have"
+QUOTED = "figures quoted from other papers, of networks as these built and trained them"
 SCALES = "the network of the row before, evaluated at several scales"
 TRAINING = "the same network, trained on other data or in another phase"
 
@@ -334,16 +340,21 @@ LEFT_OUT = {
     ("ANN", "5", "the other methods"): QUOTED,
     ("ANN", "8", "the other methods"): QUOTED,
     ("GALD", "III", "ResNet101 MG MS"): SCALES,
-    ("GALD", "V"): "F-scores of the boundaries of GALDv1 and GALDv2, evaluated class by class",
+    ("GALD", "V"): "F-scores of the boundaries of GALDv1 and GALDv2, and quoted ones, by class",
     ("GALD", "VI", "AAF, SPyGR, SPNet, DGCNet, DMNet, HANet, ACNet"): QUOTED,
-    ("GALD", "VII"): TRAINING,
+    ("GALD", "VII"): "GALDv1 and GALDv2 of Table VI, trained on other data, and quoted figures",
     ("GALD", "VIII", "the other methods"): QUOTED,
     ("GALD", "IX", "the other methods"): QUOTED,
     ("GALD", "X", "the other methods"): QUOTED,
+    ("GALD", "X", "pretrained on Cityscapes"): TRAINING,
     ("GALD", "XI", "the other methods"): QUOTED,
     ("GFF", "2", "PSPNet + GFF + DFP + MS"): SCALES,
-    ("GFF", "8"): "DeepLabv3+ with a Wider-ResNet, which timm does not have",
     ("GFF", "5", "the other methods"): QUOTED,
+    ("GFF", "6", "the other methods"): QUOTED,
+    ("GFF", "7", "the other methods"): QUOTED,
+    ("GFF", "8"): "DeepLabv3+ with a Wider-ResNet, which timm does not have, and quoted figures",
+    ("GFF", "9", "the other methods"): QUOTED,
+    ("GFF", "10", "the other methods"): QUOTED,
     ("GCN", "6", "ImageNet cls err"): "classification of images",
     ("GCN", "7", "Stage-1, Stage-2, Stage-3"): TRAINING,
     ("GCN", "7", "Stage-3-MS, Stage-3-MS-CRF"): "evaluation at several scales, and a dense CRF",
@@ -387,6 +398,23 @@ def test_row_is_a_network(arguments):
         logits = network(torch.randn(1, 3, 33, 37)).logits
     assert logits.shape == (1, arguments["num_classes"], 33, 37)
     assert logits.isfinite().all()
+
+
+# One row for each network on each backbone.
+BACKBONES = {
+    (arguments["name"], arguments["backbone"]): arguments
+    for rows in ROWS.values()
+    for arguments in rows.values()
+}
+
+
+@pytest.mark.parametrize("row", BACKBONES, ids=" ".join)
+def test_backbones_have_the_stride(row):
+    with torch.device("meta"):
+        network = create_model(**BACKBONES[row])
+    strides = {"gcn": 32, "hrnet_w48": 4, "vit_large_patch16_224": 16}
+    (expected,) = {strides[part] for part in row if part in strides} or {8}
+    assert network.encoder.strides[-1] == expected
 
 
 @pytest.mark.parametrize("table", ROWS, ids=" ".join)

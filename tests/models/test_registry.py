@@ -277,6 +277,21 @@ def test_output_is_a_pytree_that_exports():
             r"num_classes must be an integer, got 2\.5",
         ),
         (
+            lambda: create_model("fcn", "test_resnet", align_corners="false"),
+            TypeError,
+            "align_corners must be True or False, got 'false'",
+        ),
+        (
+            lambda: create_model("fcn", "test_resnet", sync_batchnorm=1),
+            TypeError,
+            "sync_batchnorm must be True or False, got 1",
+        ),
+        (
+            lambda: create_model("fcn", "test_resnet", ceil_mode="no"),
+            TypeError,
+            "ceil_mode must be True or False, got 'no'",
+        ),
+        (
             lambda: create_model("fcn", "test_vit"),
             ValueError,
             r"'test_vit' has no map of output_stride=8.* choose output_stride=16",
