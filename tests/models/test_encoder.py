@@ -216,9 +216,6 @@ def test_for_resnets_alone(argument):
         ((nn.Identity(), 8), {}, TypeError, "backbone must be the name of a timm model, got Iden"),
         (("resnet18", "8"), {}, TypeError, "output_stride must be an integer, got '8'"),
         (("resnet18", 8), {"in_channels": 0}, ValueError, "in_channels must be at least 1"),
-        (("resnet18", 8), {"multi_grid": 2}, ValueError, "multi_grid must be a list .*, got 2"),
-        (("resnet18", 8), {"multi_grid": ()}, ValueError, r"multi_grid must .*, got \(\)"),
-        (("resnet18", 8), {"multi_grid": (1, 0)}, ValueError, r"multi_grid\[1\] must be at least"),
         (("resnetrs50", 8), {"ceil_mode": True}, ValueError, "ceil_mode .*'resnetrs50' has layers"),
         (("resnet50", 8), {"dilate_both": False}, ValueError, "'resnet50' has bottlenecks"),
         (
