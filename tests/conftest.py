@@ -4,6 +4,10 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Each worker of pytest-xdist has one core. To be set before OpenMP starts, with torch.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -20,8 +24,27 @@ from ctxops import _native
 ROOT = Path(__file__).parents[1]
 
 # The same draws on every run: whether a change may land is no matter of luck.
-hypothesis.settings.register_profile("same_draws", derandomize=True)
-hypothesis.settings.load_profile("same_draws")
+for profile, examples in (("quick", 12), ("all", 60)):
+    hypothesis.settings.register_profile(
+        profile, derandomize=True, deadline=None, max_examples=examples
+    )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A worker for each core, up to eight, where pytest-xdist is installed; -n0: none."""
+    free = getattr(config.option, "numprocesses", 0) is None and not config.getoption("usepdb")
+    if free and not hasattr(config, "workerinput"):  # a worker has none of its own
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        config.option.dist = "worksteal"
+
+
+def pytest_report_header(config):
+    return None if config.getoption("--all") else "without the slow tests; --all runs them as well"
 
 
 def source_hash() -> str:
@@ -45,6 +68,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_configure(config):
+    hypothesis.settings.load_profile("all" if config.getoption("--all") else "quick")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from triton_interpreter import index_with_scalars, widen_bfloat16_dot
 
@@ -54,7 +78,11 @@ def pytest_configure(config):
     torch.use_deterministic_algorithms(True)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if torch.cuda.is_available():
         return
     for item in items:
