@@ -16,16 +16,20 @@ def pairwise(*axes: Sequence) -> list[tuple[int, ...]]:
     every = list(itertools.product(*(range(len(axis)) for axis in axes)))
     if len(axes) < 2:
         return every
-
-    def pairs(combination):
-        return set(itertools.combinations(enumerate(combination), 2))
-
-    missing = set().union(*map(pairs, every)) if every else set()
-    chosen = []
+    # A set of pairs is an integer with a bit for each.
+    bits: dict[tuple, int] = {}
+    pairs = [
+        sum(
+            1 << bits.setdefault(pair, len(bits))
+            for pair in itertools.combinations(enumerate(c), 2)
+        )
+        for c in every
+    ]
+    missing, chosen = (1 << len(bits)) - 1, []
     while missing:
-        best = max(every, key=lambda combination: len(pairs(combination) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
+        best = max(range(len(every)), key=lambda i: (pairs[i] & missing).bit_count())
+        chosen.append(every[best])
+        missing &= ~pairs[best]
     return chosen
 
 
