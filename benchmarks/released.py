@@ -44,14 +44,22 @@ class ReleasedNonLocal2d(nn.Module):
         return x.flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out(self._attend(x).unflatten(2, x.shape[2:]))
+
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The output at some of the H * W positions, (B, C, n): the others' rows of the matrix are
+        not needed."""
+        return self.out(self._attend(x, positions).unsqueeze(3)).squeeze(3)
+
+    def _attend(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         value = self.sample(self.value(x)).transpose(1, 2)
-        query = self.query(x).flatten(2).transpose(1, 2)
+        query = self.query(x).flatten(2)
+        query = (query if positions is None else query[..., positions]).transpose(1, 2)
         key = self.sample(self.key(x))
         similarity = query @ key
         similarity = self.scale * similarity
         similarity = similarity.softmax(dim=-1)
-        context = (similarity @ value).transpose(1, 2).contiguous()
-        return self.out(context.unflatten(2, x.shape[2:]))
+        return (similarity @ value).transpose(1, 2).contiguous()
 
 
 class ReleasedAPNB(ReleasedNonLocal2d):

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Equal results first: every row of a case is run and compared before any is timed."""
 
+import contextlib
 import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.contender import Case, Contender, Oracle, Runner, as_format
-from harness.memory import available_memory, storage_bytes
+from harness.contender import Case, Contender, Function, Oracle, Runner, as_format
+from harness.memory import available_memory, observe_memory, storage_bytes
 
 # The largest relative L2 error, for outputs and for gradients. A wrong operator is off by 0.1 to 1.
 TOLERANCES = {
@@ -27,11 +31,13 @@ class MismatchError(Exception):
 
 @dataclasses.dataclass
 class Entry:
-    """A contender that has passed the check, with what the check learnt; or one that has no room.
+    """A contender that has passed the check, with what the check learnt; or one that did not run.
 
     ``error``: relative L2 error of the output against ``against``. ``flops``: 2 per
-    multiply-accumulate of convolutions and matrix products, as executed. ``needs``: bytes beyond
-    the inputs that a call needs and the machine has not.
+    multiply-accumulate of convolutions and matrix products, as executed. ``memory``: bytes that a
+    call holds at most beyond inputs and results. ``seconds``: of a call of the check. ``needs``:
+    bytes beyond the inputs that a call needs and the machine has not. ``left_out``: why the row
+    does not run in this memory format.
     """
 
     contender: Contender
@@ -40,7 +46,24 @@ class Entry:
     against: str = ""
     flops: int = 0
     traffic: int = 0
+    memory: int | None = None
+    seconds: float = 0.0
     needs: int | None = None
+    left_out: str = ""
+
+
+class _Truth(NamedTuple):
+    """What rows are compared with, at some positions of the map or (None) at all of them."""
+
+    name: str
+    runner: Runner
+    results: tuple[Tensor, ...]
+    positions: Tensor | None = None
+
+    def at_positions(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.positions is None:
+            return results
+        return tuple(x.flatten(2)[..., self.positions] for x in results)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -53,37 +76,90 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Entry]:
     """Binds and runs every contender of a case once; raises MismatchError where results differ."""
+    return list(check_rows(case, device, dtype))
+
+
+def check_rows(
+    case: Case, device: torch.device, dtype: torch.dtype, slow: float = float("inf")
+) -> Iterator[Entry]:
+    """The entries of a case, each as soon as its contender has been run and compared.
+
+    Of a contender whose call takes longer than ``slow`` seconds in the format that is the faster
+    one in ``case.probe``, the other format is left out.
+    """
     inputs = case.inputs()
     upstream = _upstream(case, device, dtype)
     formatted = {}
-    references: dict[str, tuple[str, Runner, tuple[Tensor, ...]]] = {}
-    entries = []
-    for contender in case.contenders:
+    truths: dict[str, list[_Truth]] = {}
+    counted: dict[Callable[[], Function], int] = {}
+    outputs = len(case.output_shapes)
+    probed = _probe(case.probe(), device) if case.probe else {}
+    slow_rows: dict[str, Contender] = {}
+    for contender in sorted_by_format(case.contenders, probed):
         layout = contender.memory_format
         if layout not in formatted:
             formatted[layout] = [
                 tuple(as_format(x, layout) for x in tensors) for tensors in (inputs, upstream)
             ]
         entry = Entry(contender)
-        entries.append(entry)
+        if contender.name in slow_rows:
+            entry.left_out = _why_left_out(contender, slow_rows[contender.name], probed, case)
+            yield entry
+            continue
         if contender.peak_bytes > _USABLE * available_memory(device):
             entry.needs = contender.peak_bytes
+            yield entry
             continue
-        family = contender.family
-        if family not in references and family in case.oracles:
-            truth = _run_oracle(case.oracles[family], inputs, upstream, device)
-            references |= {family: truth} if truth else {}
-        results = _first_run(entry, *formatted[layout], len(case.output_shapes), device)
-        if family not in references:
-            references[family] = (contender.label, entry.runner, results)
-            continue
-        entry.against, reference, expected = references[family]
+        family = truths.setdefault(contender.family, [])
+        if not family and contender.family in case.oracles:
+            family += _run_oracle(case.oracles[contender.family], inputs, upstream, device)
+        results = _first_run(entry, *formatted[layout], outputs, device, counted, slow)
         where = f"{contender.label} at {case.title}"
-        outputs = len(case.output_shapes)
-        entry.error = _compare(
-            where, entry.against, results, expected, outputs, entry.runner, reference
-        )
-    return entries
+        errors = [_compare(where, truth, results, outputs, entry.runner) for truth in family]
+        if errors:
+            entry.error, entry.against = errors[0], family[0].name
+        if all(truth.positions is not None for truth in family):
+            family.append(_Truth(contender.label, entry.runner, results))
+        if entry.seconds > slow and contender.label in probed:
+            slow_rows[contender.name] = contender
+        yield entry
+
+
+def sorted_by_format(
+    contenders: tuple[Contender, ...], probed: dict[str, float]
+) -> list[Contender]:
+    """The contenders in their order, but each in the format first that was faster in the probe."""
+    names = list(dict.fromkeys(c.name for c in contenders))
+    return sorted(contenders, key=lambda c: (names.index(c.name), probed.get(c.label, 0.0)))
+
+
+def _probe(case: Case, device: torch.device) -> dict[str, float]:
+    """Seconds of a call of every contender that is not compiled and has two formats, by label."""
+    inputs = case.inputs()
+    seconds = {}
+    for contender in case.contenders:
+        if contender.compile or sum(c.name == contender.name for c in case.contenders) < 2:
+            continue
+        layout = contender.memory_format
+        runner = Runner(_build(contender, device), tuple(as_format(x, layout) for x in inputs), ())
+        runner()
+        seconds[contender.label] = min(_timed(runner, device)[0] for _ in range(2))
+    return seconds
+
+
+def _why_left_out(
+    contender: Contender, faster: Contender, probed: dict[str, float], case: Case
+) -> str:
+    ratio = probed[contender.label] / probed[faster.label]
+    return f"{ratio:.2f} x as slow as {faster.format_name} in a probe at {case.probe().title}"
+
+
+def _timed(runner: Runner, device: torch.device) -> tuple[float, tuple[Tensor, ...]]:
+    start = time.perf_counter()
+    results = runner()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, results
 
 
 def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -94,68 +170,90 @@ def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
+def _build(contender: Contender, device: torch.device) -> Function:
+    function = contender.build()
+    if isinstance(function, nn.Module):
+        function = function.to(device).to(memory_format=contender.memory_format)
+    return function
+
+
 def _first_run(
     entry: Entry,
     inputs: tuple[Tensor, ...],
     upstream: tuple[Tensor, ...],
     outputs: int,
     device: torch.device,
+    counted: dict[Callable[[], Function], int],
+    slow: float,
 ) -> tuple[Tensor, ...]:
-    """Builds the contender, counts its FLOPs and the bytes that it has to move, compiles it."""
+    """Builds the contender; counts its FLOPs, its memory and the bytes that it has to move.
+
+    ``counted``: FLOPs of what has been built, which memory format and compilation do not change.
+    """
     contender = entry.contender
-    function = contender.build()
-    if isinstance(function, nn.Module):
-        function = function.to(device).to(memory_format=contender.memory_format)
-    entry.runner = runner = Runner(function, inputs, upstream)
-    results = None
-    if contender.flops is None:
-        with FlopCounterMode(display=False) as counter:
-            results = runner()
-        entry.flops = counter.get_total_flops()
-    else:  # it may have no uncompiled form
-        entry.flops = contender.flops
-    if contender.compile:
+    entry.runner = runner = Runner(_build(contender, device), inputs, upstream)
+    flops = contender.flops if contender.flops is not None else counted.get(contender.build)
+    if contender.compile:  # it may have no uncompiled form
+        if flops is None:
+            with FlopCounterMode(display=False) as counter:
+                runner()
+            flops = counter.get_total_flops()
         runner.compile()
-        results = None
-    results = runner() if results is None else results
+        runner()
+    with FlopCounterMode(display=False) if flops is None else contextlib.nullcontext() as counter:
+        results = _observe(entry, device)
+    entry.flops = counter.get_total_flops() if flops is None else flops
+    counted[contender.build] = entry.flops
+    if entry.seconds <= slow:  # once more, warm
+        del results
+        results = _observe(entry, device)
     output_bytes = sum(storage_bytes(results[:outputs]).values())
     entry.traffic = runner.traffic(output_bytes) if contender.traffic is None else contender.traffic
     return results
 
 
+def _observe(entry: Entry, device: torch.device) -> tuple[Tensor, ...]:
+    """Calls the entry's function; notes its memory and its seconds."""
+
+    def call() -> tuple[Tensor, ...]:
+        entry.seconds, results = _timed(entry.runner, device)
+        return results
+
+    entry.memory, results = observe_memory(call, device)
+    return results
+
+
 def _run_oracle(
     oracle: Oracle, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...], device: torch.device
-) -> tuple[str, Runner, tuple[Tensor, ...]] | None:
+) -> list[_Truth]:
+    """The oracle's results, where it has room."""
     if oracle.peak_bytes > _USABLE_BY_ORACLE * available_memory(device):
-        return None
+        return []
     function = oracle.build()
     if isinstance(function, nn.Module):
         function = function.to(device)
     doubled = tuple(x.double() for x in inputs)
     runner = Runner(function, doubled, tuple(x.double() for x in upstream))
-    return "float64", runner, runner()
+    return [_Truth("float64", runner, runner(), oracle.positions)]
 
 
 def _compare(
-    where: str,
-    against: str,
-    results: tuple[Tensor, ...],
-    expected: tuple[Tensor, ...],
-    outputs: int,
-    runner: Runner,
-    reference: Runner,
+    where: str, truth: _Truth, results: tuple[Tensor, ...], outputs: int, runner: Runner
 ) -> float:
     """The largest relative error of an output, once those of the gradients are allowed as well.
 
     The gradients of all parameters are compared as one vector: some are exactly zero, but for
     rounding, such as that of a bias before batch norm.
     """
-    if runner.parameter_names != reference.parameter_names:
+    against, reference, expected, _ = truth
+    results = truth.at_positions(results)
+    with_gradients = len(results) > outputs
+    if with_gradients and runner.parameter_names != reference.parameter_names:
         raise MismatchError(
             f"{where} has the parameters {runner.parameter_names}, "
             f"{against} has {reference.parameter_names}"
         )
-    count = outputs + len(runner.inputs) if len(results) > outputs else outputs
+    count = outputs + len(runner.inputs) if with_gradients else outputs
     names = ["output"] if outputs == 1 else [f"output {i}" for i in range(outputs)]
     names += [f"gradient of input {i}" for i in range(count - outputs)]
     pairs = list(zip(results[:count], expected[:count], strict=True))
@@ -164,12 +262,12 @@ def _compare(
         pairs.append((_one_vector(results[count:]), _one_vector(expected[count:])))
     tolerance = TOLERANCES[results[0].dtype]
     errors = []
-    for name, (result, truth) in zip(names, pairs, strict=True):
-        if result.shape != truth.shape:
+    for name, (result, exact) in zip(names, pairs, strict=True):
+        if result.shape != exact.shape:
             raise MismatchError(
-                f"{where}: {name} has shape {tuple(result.shape)}, {against} {tuple(truth.shape)}"
+                f"{where}: {name} has shape {tuple(result.shape)}, {against} {tuple(exact.shape)}"
             )
-        errors.append(relative_error(result, truth))
+        errors.append(relative_error(result, exact))
         if not errors[-1] <= tolerance:
             raise MismatchError(
                 f"{where}: {name} differs from {against}: relative error {errors[-1]:.3g}, "

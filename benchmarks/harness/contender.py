@@ -54,10 +54,15 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """The result of a family computed in float64: ``build`` makes a function that takes it."""
+    """The result of a family computed in float64: ``build`` makes a function that takes it.
+
+    With ``positions``, indices into the H * W of the map, the function gives the output
+    (B, C, len(positions)) there alone.
+    """
 
     build: Callable[[], Function]
     peak_bytes: int
+    positions: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Case:
     The first contender is the eager reference that ratios refer to. A family without an oracle, or
     with one that does not fit into memory, is compared with its first row. Functions that return
     several tensors have a shape for each of them.
+
+    ``probe`` makes a small case with the same rows, which tells the faster of two memory formats:
+    a row that is slow runs in that one alone.
     """
 
     title: str
@@ -75,6 +83,7 @@ class Case:
     contenders: tuple[Contender, ...]
     oracles: Mapping[str, Oracle] = dataclasses.field(default_factory=dict)
     backward: bool = False
+    probe: Callable[[], "Case"] | None = None
 
     @property
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -67,6 +67,10 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the benchmarks, marked where files differ from it."""
+    """The commit of the benchmarks, marked where files differ from it.
+
+    Results that an earlier run wrote are no such files.
+    """
     commit = _command("git", "rev-parse", "--short=12", "HEAD")
-    return f"{commit} (modified)" if commit and _command("git", "status", "--short") else commit
+    changed = _command("git", "status", "--short", "--", ":/", ":(top,exclude)benchmarks/results")
+    return f"{commit} (modified)" if commit and changed else commit

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measurement: check every case, then memory and interleaved timing of each."""
+"""The measurement: check every case, then interleaved timing of each."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
-import torch
-
-from harness.check import Entry, check_case
+from harness.check import Entry, check_rows
 from harness.contender import Case
 from harness.interference import Interference
-from harness.memory import peak_memory
+from harness.options import Options
 from harness.roofline import Roofline, measure_roofline
-from harness.timing import Effort, Timing, interleave, make_clock
-
-# Called with what is being done and the share of it that is done.
-Progress = Callable[[str, float], None]
+from harness.timing import Timing, interleave, make_clock, plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measured contender; ``timing`` and ``memory`` are None where it does not fit."""
+    """One contender; ``timing`` and ``memory`` are None where it was not measured."""
 
     entry: Entry
     timing: Timing | None = None
@@ -58,7 +54,7 @@ class Result:
         return self.reference.timing.median / row.timing.median
 
     def fastest(self, name: str) -> Row | None:
-        """A contender's row in its faster memory format, None where neither fits."""
+        """A contender's row in its faster memory format, None where neither ran."""
         rows = [row for row in self.rows if row.name == name and row.timing]
         return min(rows, key=lambda row: row.timing.median, default=None)
 
@@ -72,52 +68,94 @@ class Result:
         return list(dict.fromkeys(row.name for row in rows))
 
 
-def check_all(
-    cases: Sequence[Case], device: torch.device, dtype: torch.dtype, progress: Progress
-) -> list[list[Entry]]:
-    """The entries of every case; raises MismatchError before anything has been timed."""
-    checked = []
-    for i, case in enumerate(cases):
-        progress(f"comparing results at {case.title}", i / len(cases))
-        checked.append(check_case(case, device, dtype))
-    return checked
+class Measurement:
+    """All cases of a program; what has been measured so far is there at any time.
 
+    ``watch(measurement, text, case, entry)`` is called whenever something has been learnt of a
+    case, by its number, and perhaps of one of its rows.
+    """
 
-def measure_all(
-    cases: Sequence[Case],
-    checked: Sequence[list[Entry]],
-    device: torch.device,
-    dtype: torch.dtype,
-    effort: Effort,
-    progress: Progress,
-) -> tuple[list[Result], Roofline]:
-    """Memory and time of every checked case, and the roofline measured before and after them."""
-    clock = make_clock(device)
-    roof = measure_roofline(device, dtype, clock)
-    results = []
-    for case, entries in zip(cases, checked, strict=True):
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        options: Options,
+        watch: Callable[["Measurement", str, int, Entry | None], None] = lambda *learnt: None,
+    ) -> None:
+        self.cases, self.options, self.watch = cases, options, watch
+        self.started = time.perf_counter()
+        self.checked: list[list[Entry]] = [[] for _ in cases]
+        self.samples: dict[int, list[float]] = {}
+        self.foreign_cores: list[float | None] = [None for _ in cases]
+        self.roof: Roofline | None = None
+        self.planned: list[list[int]] | None = None
 
-        def tick(share: float, title: str = case.title) -> None:
-            progress(f"measuring {title}", share)
+    def run(self) -> None:
+        """Checks every case, then times each; raises MismatchError before anything is timed."""
+        device, dtype, effort = self.options.device, self.options.dtype, self.options.effort
+        clock = make_clock(device)
+        self.roof = measure_roofline(device, dtype, clock)
+        for i, case in enumerate(self.cases):
+            self.watch(self, f"comparing results at {case.title}", i, None)
+            for entry in check_rows(case, device, dtype, effort.slow):
+                self.checked[i].append(entry)
+                self.checked[i].sort(key=lambda e, c=case: c.contenders.index(e.contender))
+                self.watch(self, "checked", i, entry)
+        self.planned = self._plan()
+        for i, case in enumerate(self.cases):
+            self.watch(self, f"measuring {case.title}", i, None)
+            self._time(i, clock)
+        self.roof = self.roof.better(measure_roofline(device, dtype, clock))
 
-        tick(0.0)
-        results.append(_measure_case(case, entries, device, effort, tick))
-    return results, roof.better(measure_roofline(device, dtype, clock))
+    def _plan(self) -> list[list[int]]:
+        """How often to time each row that runs, case by case."""
+        effort = self.options.effort
+        costs = [[entry.seconds for entry in self._running(i)] for i in range(len(self.cases))]
+        if effort.budget is None:
+            return [plan(each, effort.seconds, effort) for each in costs]
+        left = effort.budget - self.elapsed
+        counts = iter(plan([cost for each in costs for cost in each], left, effort))
+        return [[next(counts) for _ in each] for each in costs]
 
+    def _time(self, i: int, clock: Callable[[Callable[[], object]], float]) -> None:
+        running = self._running(i)
 
-def _measure_case(
-    case: Case,
-    entries: list[Entry],
-    device: torch.device,
-    effort: Effort,
-    tick: Callable[[float], None],
-) -> Result:
-    running = [entry for entry in entries if entry.runner is not None]
-    # The run under the profiler is also the last warm-up: the check was the first.
-    memory = {id(entry): peak_memory(entry.runner, device) for entry in running}
-    interference = Interference()
-    timings = interleave([entry.runner for entry in running], make_clock(device), effort, tick)
-    foreign_cores = interference.cores()
-    timed = {id(entry): timing for entry, timing in zip(running, timings, strict=True)}
-    rows = tuple(Row(entry, timed.get(id(entry)), memory.get(id(entry))) for entry in entries)
-    return Result(case, rows, foreign_cores)
+        def tick(number: int, seconds: float) -> None:
+            entry = running[number]
+            taken = self.samples.setdefault(id(entry), [])
+            taken.append(seconds)
+            last = len(taken) == self.planned[i][number]
+            self.watch(self, "timed" if last else "", i, entry)
+
+        interference = Interference()
+        try:
+            interleave([entry.runner for entry in running], self.planned[i], clock, tick)
+        finally:
+            self.foreign_cores[i] = interference.cores()
+
+    def _running(self, i: int) -> list[Entry]:
+        return [entry for entry in self.checked[i] if entry.runner is not None]
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the rounds that are still to come, by what each row took; None before the plan."""
+        if self.planned is None:
+            return None
+        return sum(
+            (count - len(self.samples.get(id(entry), ()))) * entry.seconds
+            for i, counts in enumerate(self.planned)
+            for entry, count in zip(self._running(i), counts, strict=True)
+        )
+
+    def results(self) -> list[Result]:
+        return [self._result(i) for i in range(len(self.cases))]
+
+    def _result(self, i: int) -> Result:
+        def row(entry: Entry) -> Row:
+            samples = self.samples.get(id(entry))
+            return Row(entry, Timing(tuple(samples)) if samples else None, entry.memory)
+
+        return Result(self.cases[i], tuple(map(row, self.checked[i])), self.foreign_cores[i])

@@ -18,9 +18,16 @@ def peak_memory(call: Callable[[], tuple[Tensor, ...]], device: torch.device) ->
     CPU: the allocation events of torch's profiler (oneDNN's private buffers are not among them).
     CUDA: the caching allocator's maximum.
     """
+    return observe_memory(call, device)[0]
+
+
+def observe_memory(
+    call: Callable[[], tuple[Tensor, ...]], device: torch.device
+) -> tuple[int, tuple[Tensor, ...]]:
+    """The bytes of :func:`peak_memory`, and what the call returned."""
     measure = _peak_cuda if device.type == "cuda" else _peak_cpu
     peak, results = measure(call, device)
-    return max(0, peak - sum(storage_bytes(results).values()))
+    return max(0, peak - sum(storage_bytes(results).values())), results
 
 
 def storage_bytes(tensors: tuple[Tensor, ...]) -> dict[int, int]:

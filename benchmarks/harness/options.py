@@ -14,6 +14,10 @@ from harness.timing import Effort
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+# With a budget: seconds of a call that is timed only twice, and samples that are enough of any row.
+_SLOW, _MOST = 5.0, 20
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     device: torch.device
@@ -24,7 +28,8 @@ class Options:
     quick: bool = False
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, budget: float | None = None) -> None:
+    """``budget``: seconds for the whole program by default, where it has a time to keep."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", default=default, help="cpu or cuda[:index] (default: %(default)s)"
@@ -35,6 +40,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=_count, default=100, help="at most so many samples per row"
     )
     parser.add_argument("--seconds", type=_duration, help="time to spend on the rounds of a case")
+    if budget is not None:
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument(
+            "--budget",
+            type=_duration,
+            metavar="SECONDS",
+            help=f"time for the whole program (default: {budget:g})",
+        )
+        which.add_argument(
+            "--thorough",
+            action="store_true",
+            help="time every row in both memory formats at least five times, however long it takes",
+        )
+    parser.set_defaults(default_budget=budget)
     parser.add_argument("--quick", action="store_true", help="a small case, within a minute")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every number")
     parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw time and memory")
@@ -53,11 +72,23 @@ def read_options(arguments: argparse.Namespace) -> Options:
         if not torch.cuda.is_available():
             raise SystemExit(f"--device {arguments.device}: torch sees no CUDA device")
         torch.cuda.set_device(device)
-    seconds = arguments.seconds or (4.0 if arguments.quick else 60.0)
-    fewest = min(arguments.rounds, 3 if arguments.quick else 5)
-    effort = Effort(seconds, fewest, arguments.rounds)
+    effort = _read_effort(arguments)
     dtype = DTYPES[arguments.dtype]
     return Options(device, dtype, effort, arguments.json, arguments.plot, arguments.quick)
+
+
+def _read_effort(arguments: argparse.Namespace) -> Effort:
+    seconds = arguments.seconds or (4.0 if arguments.quick else 60.0)
+    budget = getattr(arguments, "budget", None)
+    if budget is None and not (
+        arguments.quick or arguments.seconds or getattr(arguments, "thorough", False)
+    ):
+        budget = arguments.default_budget
+    if budget is None:
+        fewest = min(arguments.rounds, 3 if arguments.quick else 5)
+        return Effort(seconds, fewest, arguments.rounds)
+    fewest = min(arguments.rounds, 3)
+    return Effort(seconds, fewest, min(arguments.rounds, _MOST), budget, _SLOW)
 
 
 def require(name: str) -> types.ModuleType:
@@ -78,7 +109,10 @@ def _count(text: str) -> int:
 
 
 def _duration(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
     return value

@@ -21,11 +21,21 @@ MIB = 2**20
 _LAYOUTS = {torch.contiguous_format: "NCHW", torch.channels_last: "NHWC"}
 
 LEGEND = (
-    "NCHW: contiguous; NHWC: channels_last. ms: median. MiB: peak memory beyond inputs and "
-    "results. GFLOP: 2 per multiply-accumulate of convolutions and matrix products, as executed. "
-    "GB/s: inputs, parameters and results moved once, over the median. roof: shortest time for "
-    "the row's own GFLOP and bytes, over the median. error: relative L2."
+    "NCHW: contiguous; NHWC: channels_last. ms: median of so many runs. MiB: peak memory beyond "
+    "inputs and results. GFLOP: 2 per multiply-accumulate of convolutions and matrix products, as "
+    "executed. GB/s: inputs, parameters and results moved once, over the median. roof: shortest "
+    "time for the row's own GFLOP and bytes, over the median. error: relative L2."
 )
+
+# Below so many runs, a row says so.
+FEW_RUNS = 5
+
+# The columns, and which of them a narrow terminal gives up: those of the largest number first.
+_COLUMNS = {
+    "ms": 0, "p20": 8, "p80": 8, "runs": 4, "faster": 1, "MiB": 2, "GFLOP": 5, "GB/s": 7,
+    "roof": 6, "error": 3,
+}  # fmt: skip
+_PAPER_COLUMNS = {"GFLOPs": 9, "MB": 9, "ms": 9}
 
 
 @dataclasses.dataclass
@@ -44,10 +54,9 @@ class Report:
 
 
 def summarize(result: Result) -> list[str]:
-    """Ours against every rival, each in its faster memory format; then who does not fit."""
-    names = dict.fromkeys(row.name for row in result.rows)
-    absent = [name for name in names if result.fastest(name) is None]
-    lines = [f"{name} does not fit (needs {_needs(result, name)})." for name in absent]
+    """Ours against every rival, each in its faster memory format; then what is to be known of rows
+    that were measured seldom or not at all."""
+    lines = _remarks(result)
     ours = result.fastest(result.ours) if result.ours else None
     rivals = [rival for name in result.rivals if (rival := result.fastest(name))]
     if ours is None or not rivals:
@@ -63,9 +72,24 @@ def summarize(result: Result) -> list[str]:
     return compared + lines
 
 
-def _needs(result: Result, name: str) -> str:
-    needs = next(row.entry.needs for row in result.rows if row.name == name)
-    return f"{needs / 2**30:.1f} GiB"
+def _remarks(result: Result) -> list[str]:
+    few = [r for r in result.rows if r.timing and len(r.timing.samples) < FEW_RUNS]
+    seldom = [f"{_title(row)} ({len(row.timing.samples)} runs)" for row in few]
+    lines = [f"Measured fewer than {FEW_RUNS} times: {', '.join(seldom)}."] if seldom else []
+    lines += [
+        f"{_title(row)} is not measured: {row.entry.left_out}."
+        for row in result.rows
+        if row.entry.left_out
+    ]
+    absent = {r.name: r for r in result.rows if r.entry.needs and not result.fastest(r.name)}
+    return lines + [
+        f"{name} does not fit (needs {row.entry.needs / 2**30:.1f} GiB)."
+        for name, row in absent.items()
+    ]
+
+
+def _title(row: Row) -> str:
+    return f"{row.name} {_LAYOUTS[row.entry.contender.memory_format]}"
 
 
 def _share(part: int, whole: int) -> str:
@@ -77,21 +101,18 @@ def _share(part: int, whole: int) -> str:
 def print_report(report: Report) -> None:
     rich_console = require("rich.console")
     console = rich_console.Console(highlight=False)
-    tables = [_table(result, report.roofline) for result in report.results]
-    # A cropped number is worse than a broken line, so a narrow terminal breaks lines.
-    unbounded = console.options.update(max_width=1000)
     details = {t: _breakdown_table(t, rows) for t, rows in report.breakdown.items()}
-    every = [*tables, *details.values()]
-    needed = max(console.measure(table, options=unbounded).maximum for table in every)
-    console.width = max(console.width, needed)
+    if not console.is_terminal:  # a pipe or a file has no width
+        every = [*(result_table(r, report.roofline) for r in report.results), *details.values()]
+        console.width = max([console.width, *(_width(table, console) for table in every)])
     console.print(machine_line(report.machine))
     roof = report.roofline
     console.print(
         f"roofline, measured in this run: {roof.bandwidth / 1e9:.1f} GB/s (copy), "
         f"{roof.arithmetic / 1e9:.0f} GFLOP/s ({roof.product})"
     )
-    for result, table in zip(report.results, tables, strict=True):
-        console.print(table)
+    for result in report.results:
+        console.print(result_table(result, roof, console))
         if (result.foreign_cores or 0.0) > NOTEWORTHY_CORES:
             console.print(
                 f"DISTURBED: other programs kept {result.foreign_cores:.2f} cores busy meanwhile.",
@@ -106,23 +127,38 @@ def print_report(report: Report) -> None:
     print_verdicts(report.verdicts)
 
 
-def _table(result: Result, roof: Roofline):
+def result_table(result: Result, roof: Roofline, console=None):
+    """The table of a case; on a console, with as many columns as it has room for."""
     papers = any(row.entry.contender.paper for row in result.rows)
+    offered = list(_COLUMNS.items()) + list(_PAPER_COLUMNS.items()) * papers
+    kept = list(range(len(offered)))
+    table = _table(result, roof, offered, kept)
+    while console is not None and len(kept) > 1 and _width(table, console) > console.width:
+        kept.remove(max(reversed(kept), key=lambda i: offered[i][1]))
+        table = _table(result, roof, offered, kept)
+    return table
+
+
+def _width(table, console) -> int:
+    return console.measure(table, options=console.options.update(max_width=1000)).maximum
+
+
+def _table(result: Result, roof: Roofline, offered: list[tuple[str, int]], kept: list[int]):
     reference = result.reference.name if result.reference else "-"
     table = _empty_table(result.case.title)
-    names = ["ms", "p20", "p80", "faster", "MiB", "GFLOP", "GB/s", "roof", "error"]
-    names += ["GFLOPs", "MB", "ms"] if papers else []
-    for name in ["", "", *names]:
+    for name in ["", "", *(offered[i][0] for i in kept)]:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.caption = f"faster: than {reference} in its first row."
+    papers = [i for i in kept if i >= len(_COLUMNS)]
     if papers:
         table.caption += " Last three columns: the paper's."
+    if len(kept) < len(offered):
+        table.caption += " A wider terminal shows more columns."
     for row in result.rows:
         contender = row.entry.contender
-        layout = _LAYOUTS[contender.memory_format]
-        cells = [contender.name, layout, *_figures(row, result, roof)]
-        cells += _paper(contender.paper) if papers else []
-        table.add_row(*cells, style="bold" if contender.ours else None)
+        cells = [*_figures(row, result, roof), *_paper(contender.paper)]
+        shown = [contender.name, _LAYOUTS[contender.memory_format], *(cells[i] for i in kept)]
+        table.add_row(*shown, style="bold" if contender.ours else None)
     return table
 
 
@@ -134,19 +170,27 @@ def _empty_table(title: str):
 
 
 def _figures(row: Row, result: Result, roof: Roofline) -> list[str]:
-    if row.timing is None:
-        return ["no room", "", "", "", f"needs {row.entry.needs / MIB:.0f}", *[""] * 4]
+    """The cells of _COLUMNS."""
     t, entry = row.timing, row.entry
+    if entry.needs or entry.left_out:
+        needs = f"needs {entry.needs / MIB:.0f}" if entry.needs else ""
+        why = "no room" if entry.needs else "not run"
+        return [why, "", "", "", "", needs, "", "", "", ""]
+    error = "" if entry.error is None else f"{entry.error:.1e}"
+    memory, flops = f"{row.memory / MIB:.1f}", _significant(entry.flops / 1e9, 3)
+    if t is None:
+        return ["", "", "", "0", "", memory, flops, "", "", error]
     return [
         _significant(t.median * 1e3),
         _significant(t.p20 * 1e3),
         _significant(t.p80 * 1e3),
+        str(len(t.samples)),
         f"{result.ratio(row):.2f} x",
-        f"{row.memory / MIB:.1f}",
-        _significant(entry.flops / 1e9, 3),
+        memory,
+        flops,
         _significant(row.bytes_per_second() / 1e9, 3),
         f"{row.roofline_share(roof):.0%}",
-        "" if entry.error is None else f"{entry.error:.1e}",
+        error,
     ]
 
 
@@ -191,7 +235,10 @@ def write_json(report: Report, path: Path) -> None:
         "cases": [_case_record(result, report) for result in report.results],
         "verdicts": [verdict.record() for verdict in report.verdicts],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    # Whole or not at all, whatever stops the program meanwhile.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _case_record(result: Result, report: Report) -> dict[str, object]:
@@ -213,6 +260,7 @@ def _row_record(row: Row, result: Result, roof: Roofline) -> dict[str, object]:
         "format": contender.format_name,
         "ours": contender.ours,
         "needs_bytes": entry.needs,
+        "left_out": entry.left_out or None,
         "paper": dataclasses.asdict(contender.paper) if contender.paper else None,
     }
     if row.timing is None:

@@ -41,11 +41,42 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How long to measure a case: rounds until ``seconds`` are over, within these bounds."""
+    """How often each row is timed: as often as the time suffices for, from ``fewest`` to ``most``.
+
+    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
+    A call that takes longer than ``slow`` seconds is timed only twice.
+    """
 
     seconds: float = 60.0
     fewest: int = 5
     most: int = 100
+    budget: float | None = None
+    slow: float = float("inf")
+
+    def least(self, cost: float) -> int:
+        """How often a call of ``cost`` seconds is timed at the least."""
+        return 2 if cost > self.slow else self.fewest
+
+
+def plan(costs: Sequence[float], seconds: float, effort: Effort) -> list[int]:
+    """How often to time calls that take ``costs`` seconds each, in ``seconds`` altogether.
+
+    All calls get the same share of the time, within the bounds of ``effort``.
+    """
+
+    def counts(share: float) -> list[int]:
+        return [min(max(int(share / cost), effort.least(cost)), effort.most) for cost in costs]
+
+    def fits(share: float) -> bool:
+        return sum(n * cost for n, cost in zip(counts(share), costs, strict=True)) <= seconds
+
+    low, high = 0.0, effort.most * max(costs, default=0.0)
+    if fits(high):
+        return counts(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return counts(low)
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -82,26 +113,22 @@ class _CudaClock:
 
 def interleave(
     calls: Sequence[Callable[[], object]],
+    counts: Sequence[int],
     clock: Clock,
-    effort: Effort,
-    tick: Callable[[float], None] = lambda share: None,
+    tick: Callable[[int, float], None],
     seed: int = 0,
-) -> list[Timing]:
-    """Times the calls in rounds. Each round runs each of them once, in a new random order.
+) -> None:
+    """Times each call so many times, in rounds; each round has a new random order.
 
-    ``tick`` learns which share of the measurement is done.
+    A call that is timed less often takes part in rounds that lie evenly among all of them. ``tick``
+    learns each sample: the number of the call, and its seconds.
     """
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
+    rounds: list[list[int]] = [[] for _ in range(max(counts, default=0))]
+    for i, count in enumerate(counts):
+        for k in range(count):
+            rounds[(2 * k + 1) * len(rounds) // (2 * count)].append(i)
     shuffle = random.Random(seed).shuffle
-    start = time.perf_counter()
-    for done in range(effort.most):
-        spent = (time.perf_counter() - start) / effort.seconds
-        if done >= effort.fewest and spent >= 1:
-            break
-        tick(max(min(spent, done / effort.fewest), done / effort.most))
-        shuffle(order)
-        for i in order:
-            samples[i].append(clock(calls[i]))
-    tick(1.0)
-    return [Timing(tuple(s)) for s in samples]
+    for members in rounds:
+        shuffle(members)
+        for i in members:
+            tick(i, clock(calls[i]))

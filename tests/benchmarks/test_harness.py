@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import io
 import json
+import re
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from harness import (
     MismatchError,
     Options,
     Oracle,
+    Paper,
     both_formats,
     check_case,
     peak_memory,
@@ -21,14 +25,14 @@ from harness import (
     time_by_operation,
 )
 from harness import options as harness_options
-from harness.check import Entry
+from harness.check import Entry, check_rows
 from harness.contender import Runner
 from harness.interference import Interference
 from harness.measure import Result, Row
 from harness.memory import available_memory
-from harness.report import _significant, summarize
+from harness.report import _significant, result_table, summarize
 from harness.roofline import Roofline
-from harness.timing import Timing, interleave, percentile
+from harness.timing import Timing, interleave, percentile, plan
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 6, 5)
@@ -97,28 +101,40 @@ class TestTiming:
     def test_percentile_of_one_sample(self):
         assert percentile([7.0], 80) == 7.0
 
-    def test_rounds_are_interleaved(self):
-        calls = []
-        members = [lambda i=i: calls.append(i) for i in range(4)]
+    @pytest.mark.parametrize("counts", [(6, 6, 6, 6), (6, 2, 3, 1)])
+    def test_rounds_are_interleaved(self, counts):
+        order, seconds = [], []
+        members = [lambda i=i: order.append(i) for i in range(4)]
 
         def clock(call):
             call()
-            return float(calls[-1])
+            return float(order[-1])
 
-        timings = interleave(members, clock, Effort(seconds=1e-9, fewest=6, most=9))
-        rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
-        assert len(rounds) == 6
-        assert all(sorted(r) == [0, 1, 2, 3] for r in rounds)
-        assert len({tuple(r) for r in rounds}) > 1
-        assert [t.samples for t in timings] == [(float(i),) * 6 for i in range(4)]
+        interleave(members, counts, clock, lambda i, s: seconds.append((i, s)))
+        assert [order.count(i) for i in range(4)] == list(counts)
+        assert seconds == [(i, float(i)) for i in order]
+        if counts == (6, 6, 6, 6):
+            rounds = [order[i : i + 4] for i in range(0, 24, 4)]
+            assert all(sorted(r) == [0, 1, 2, 3] for r in rounds)
+            assert len({tuple(r) for r in rounds}) > 1
+        else:  # the two samples of the second call lie in the second and in the fifth round
+            first, second = (i for i, call in enumerate(order) if call == 1)
+            assert order[:first].count(0) in (1, 2)
+            assert order[:second].count(0) in (4, 5)
 
-    def test_rounds_end_at_the_most(self):
-        shares = []
-        effort = Effort(seconds=1000.0, fewest=2, most=3)
-        (timing,) = interleave([lambda: None], lambda call: 1.0, effort, shares.append)
-        assert len(timing.samples) == 3
-        assert shares == sorted(shares)
-        assert shares[-1] == 1.0
+    def test_every_call_gets_the_same_share_of_the_time(self):
+        effort = Effort(fewest=3, most=50)
+        counts = plan([1.0, 0.1, 0.01], 30.0, effort)
+        assert counts[1:] == [50, 50]
+        assert 20 <= counts[0] <= 25
+        assert plan([1.0, 0.1, 0.01], 0.001, effort) == [3, 3, 3]
+        assert plan([1.0, 0.1, 0.01], 1e9, effort) == [50, 50, 50]
+        assert plan([], 10.0, effort) == []
+
+    def test_a_slow_call_is_timed_twice(self):
+        effort = Effort(fewest=3, most=20, slow=5.0)
+        assert plan([19.0, 5.0, 0.1], 1.0, effort) == [2, 3, 3]
+        assert plan([19.0, 5.0, 0.1], 56.0, effort) == [2, 3, 20]
 
     def test_other_programs(self):
         cores = Interference().cores()
@@ -151,6 +167,56 @@ class TestCheck:
         (entry,) = check_case(case(contender("a"), oracles={"": oracle}), CPU, torch.float32)
         assert entry.against == ""
 
+    def test_an_oracle_at_some_positions(self):
+        """They are judged against it, all positions against the first row."""
+        positions = torch.tensor([3, 17])
+
+        def at(x):
+            return x.exp().flatten(2)[..., positions]
+
+        def wrong_elsewhere(x):
+            y = x.exp()
+            y.flatten(2)[..., 5] += 1
+            return y
+
+        oracles = {"": Oracle(lambda: at, 1000, positions)}
+        rows = contender("a", torch.exp), contender("b", torch.exp)
+        entries = check_case(case(*rows, oracles=oracles), CPU, torch.float32)
+        assert [entry.against for entry in entries] == ["float64", "float64"]
+        rows = contender("a", torch.exp), contender("b", wrong_elsewhere)
+        with pytest.raises(MismatchError, match=r"differs from a \(contiguous\)"):
+            check_case(case(*rows, oracles=oracles), CPU, torch.float32)
+        with pytest.raises(MismatchError, match="differs from float64"):
+            check_case(case(contender("a", wrong), oracles=oracles), CPU, torch.float32)
+
+    def test_a_slow_row_runs_in_its_faster_format_alone(self):
+        def sleep(x):
+            time.sleep(0.05 if x.is_contiguous() else 0.03)
+            return x * 1
+
+        rows = *both_formats(contender("slow", sleep)), *both_formats(contender("fast", torch.relu))
+        probed = case(*both_formats(contender("slow", sleep)))
+        whole = case(*rows, probe=lambda: dataclasses.replace(probed, title="1 x 1"))
+        whole = dataclasses.replace(whole, contenders=tuple(
+            dataclasses.replace(row, family=row.name) for row in rows))  # fmt: skip
+        entries = {e.contender.label: e for e in check_rows(whole, CPU, torch.float32, slow=0.02)}
+        assert entries["slow (channels_last)"].runner is not None
+        assert entries["slow (contiguous)"].runner is None
+        reason = r"1\.\d\d x as slow as channels_last in a probe at 1 x 1"
+        assert re.fullmatch(reason, entries["slow (contiguous)"].left_out)
+        assert all(entries[f"fast ({layout})"].runner for layout in ("contiguous", "channels_last"))
+        entries = check_rows(whole, CPU, torch.float32, slow=1.0)
+        assert all(entry.runner is not None for entry in entries)
+
+    def test_a_row_that_is_compiled_has_the_flops_of_its_eager_form(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        layer = torch.nn.Conv2d(4, 8, 1)
+        eager = contender("a", layer)
+        rows = eager, dataclasses.replace(eager, name="b", compile=True)
+        for chosen in (rows, rows[1:]):
+            entries = check_case(case(*chosen), CPU, torch.float32)
+            assert {entry.flops for entry in entries} == {2 * 4 * 8 * 30}
+
     def test_families_are_apart(self):
         rows = contender("a", family="x"), contender("b", torch.exp, family="y")
         assert len(check_case(case(*rows), CPU, torch.float32)) == 2
@@ -163,7 +229,7 @@ class TestCheck:
             return x * 1
 
         check_case(case(*both_formats(contender("a", look))), CPU, torch.float32)
-        assert seen == [False, True]
+        assert list(dict.fromkeys(seen)) == [False, True]
 
     @pytest.mark.parametrize(
         "function", [wrong, lambda x: x.relu() / 0.0, lambda x: x.relu()[..., :1]]
@@ -207,7 +273,8 @@ def row(name: str, seconds: float, memory: int, channels_last: bool = False, **f
     layout = torch.channels_last if channels_last else torch.contiguous_format
     made = contender(name, memory_format=layout, **fields)
     entry = Entry(made, flops=6 * 10**9, traffic=10**9)
-    return Row(entry, Timing((seconds, 2 * seconds, 0.1 * seconds)), memory)
+    samples = (seconds, 2 * seconds, 0.1 * seconds, seconds, seconds)
+    return Row(entry, Timing(samples), memory)
 
 
 class TestResult:
@@ -236,6 +303,9 @@ class TestResult:
             "its memory is 1/12.0 of a, 2.0 x that of c.",
             "b does not fit (needs 3.0 GiB).",
         ]
+        entry = Entry(contender("a"), left_out="2 x as slow")
+        lines = summarize(Result(case(), (*rows, Row(entry))))
+        assert lines[2] == "a NCHW is not measured: 2 x as slow."
 
     def test_summary_of_no_memory(self):
         rows = (row("a", 8.0, 60_000), row("ours", 2.0, 16, ours=True))
@@ -259,6 +329,12 @@ def test_significant_digits(value, text):
 
 
 class TestProgram:
+    @pytest.fixture(autouse=True)
+    def _roofline(self, monkeypatch):
+        """A measurement of it takes seconds; test_nonlocal_vs_apnb.py makes one."""
+        roof = Roofline(1e10, 1e11, "matrix product")
+        monkeypatch.setattr("harness.measure.measure_roofline", lambda *measured: roof)
+
     def test_a_mismatch_prints_no_timing(self, capsys, tmp_path):
         file = tmp_path / "out.json"
         rows = contender("a"), contender("b", wrong)
@@ -294,6 +370,88 @@ class TestProgram:
         assert "median_ms" not in large
         assert small["ratio"] == 1.0
         assert files[1].stat().st_size > 1000
+
+    def test_a_row_of_few_runs_says_so(self, capsys):
+        rows = contender("a"), contender("ours", ours=True)
+        assert run_benchmark("test", [case(*rows)], options(), {}) == 0
+        printed = capsys.readouterr()
+        few = r"Measured fewer than 5 times: a NCHW \(\d runs\), ours NCHW \(\d runs\)\."
+        assert re.search(few, printed.out)
+        assert "checked a (contiguous)" in printed.err
+        assert re.search(r"timed ours \(contiguous\): .* ms, median of \d .* left\]", printed.err)
+
+    def test_interrupted(self, capsys, tmp_path):
+        """What has been measured is printed; no file is written."""
+        calls = []
+
+        def interrupt(x):
+            calls.append(x)
+            if len(calls) == 5:  # two of the check, then it is timed
+                raise KeyboardInterrupt
+            return x.relu()
+
+        file = tmp_path / "out.json"
+        rows = contender("a"), contender("ours", interrupt, ours=True)
+        assert run_benchmark("test", [case(*rows)], options(json=file), {}) == 130
+        printed = capsys.readouterr()
+        assert "ours is" in printed.out
+        assert "interrupted: the rows above" in printed.err
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("at", [1, 2])
+    def test_interrupted_before_anything_is_timed(self, at, capsys):
+        calls = []
+
+        def interrupt(x):
+            calls.append(x)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return x.relu()
+
+        rows = contender("a"), contender("b", interrupt)
+        assert run_benchmark("test", [case(*rows), case(*rows)], options(), {}) == 130
+        assert "a  " in capsys.readouterr().out
+        assert run_benchmark("test", [case(contender("a", interrupt))], options(), {}) in (0, 130)
+
+    def test_a_budget_that_is_too_small_is_told(self, capsys):
+        def sleep(x):
+            time.sleep(0.02)
+            return x * 1
+
+        chosen = dataclasses.replace(options(), effort=Effort(fewest=2, most=3, budget=0.01))
+        assert run_benchmark("test", [case(contender("a", sleep))], chosen, {}) == 0
+        assert "a budget of 0.01 s is too small for the fewest samples" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("width", [60, 250])
+    def test_a_terminal_gets_the_columns_that_it_has_room_for(self, width):
+        rich_console = pytest.importorskip("rich.console")
+        page = io.StringIO()
+        terminal = {"force_terminal": True, "color_system": None}
+        console = rich_console.Console(file=page, width=width, **terminal)
+        papers = dataclasses.replace(contender("a"), paper=Paper(1.0, 2, 3.0))
+        entry = Entry(papers, flops=6 * 10**9, traffic=10**9)
+        result = Result(case(), (Row(entry, Timing((6.0,)), 1), row("b", 2.0, 1)))
+        console.print(result_table(result, Roofline(1e9, 1e9, ""), console))
+        lines = page.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        header = next(line for line in lines if "MiB" in line)
+        assert {"ms", "faster", "MiB", "error"} <= set(header.split())
+        assert ("GB/s" in header) == (width > 60)
+        assert ("A wider terminal" in page.getvalue()) == (width == 60)
+
+    def test_a_terminal_shows_the_table_while_it_grows(self, monkeypatch):
+        rich_console = pytest.importorskip("rich.console")
+        page, make = io.StringIO(), rich_console.Console
+
+        def terminal(**fields):
+            fields.pop("stderr", None)
+            return make(file=page, width=120, force_terminal=True, **fields)
+
+        monkeypatch.setattr(rich_console, "Console", terminal)
+        rows = contender("a"), contender("ours", ours=True)
+        assert run_benchmark("test", [case(*rows)], options(), {}) == 0
+        assert "timed ours (contiguous)" in page.getvalue()
+        assert "about 0 s left" in page.getvalue()
 
     def test_a_missing_extra_names_the_install_line(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "rich", None)

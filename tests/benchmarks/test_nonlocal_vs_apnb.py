@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import argparse
+import dataclasses
 import functools
 import json
 
@@ -10,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nonlocal_vs_apnb
 from ctxops.nn import APNB
-from harness import relative_error
+from harness import check_case, relative_error
 from nonlocal_vs_apnb import Block
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 
 TINY = ["--size", "9x7", "--channels", "24", "--key-channels", "8", "--seconds", "0.1"]
 ROW_KEYS = {
     "name", "format", "ours", "paper", "needs_bytes", "median_ms", "p20_ms", "p80_ms",
-    "samples_ms", "ratio", "memory_bytes", "flops", "bytes", "bytes_per_second",
+    "samples_ms", "ratio", "left_out", "memory_bytes", "flops", "bytes", "bytes_per_second",
     "flops_per_second", "roofline_share", "relative_error", "error_against",
 }  # fmt: skip
 NAMES = [
@@ -143,7 +144,65 @@ def test_quick_writes_every_number(tmp_path, capsys, monkeypatch):
     assert set(case["breakdown_seconds"]) == {"NB as released", "APNB as released", "ctxops APNB"}
 
 
-@pytest.mark.parametrize("arguments", [["--size", "96"], ["--size", "0x9"], ["--json", "/no/x"]])
+BAD = [
+    ["--size", "96"], ["--size", "0x9"], ["--json", "/no/x"], ["--budget", "x"], ["--budget", "-1"],
+    ["--budget", "inf"], ["--budget", "9", "--thorough"], ["--rounds", "0"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budget", "fewest"),
+    [
+        ([], 150.0, 3),
+        (["--budget", "1"], 1.0, 3),
+        (["--budget", "9", "--quick"], 9.0, 3),
+        (["--thorough"], None, 5),
+        (["--seconds", "9"], None, 5),
+        (["--quick"], None, 3),
+        (["--rounds", "2"], 150.0, 2),
+    ],
+    ids=str,
+)
+def test_effort(arguments, budget, fewest, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        nonlocal_vs_apnb,
+        "run_benchmark",
+        lambda name, cases, options, *more: seen.update(o=options),
+    )
+    nonlocal_vs_apnb.main([*arguments, "--device", "cpu"])
+    effort = seen["o"].effort
+    assert (effort.budget, effort.fewest) == (budget, fewest)
+    assert (effort.slow == 5.0) == (budget is not None)
+
+
+class TestOracle:
+    @pytest.mark.parametrize("kind", [ReleasedNonLocal2d, ReleasedAPNB])
+    @pytest.mark.parametrize("train", [False, True])
+    def test_the_output_at_some_positions(self, kind, train):
+        module, positions = block(kind, train), torch.tensor([0, 62, 17, 17])
+        x = torch.randn(2, 12, 9, 7, dtype=torch.double)
+        expected = module(x).flatten(2)[..., positions]
+        torch.testing.assert_close(module.at(x, positions), expected)
+
+    def test_every_row_is_judged_by_float64(self):
+        options = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32)
+        case = nonlocal_vs_apnb.build_case(Block(1, 24, 8, 30, 25), options, False, False)
+        case = dataclasses.replace(
+            case, contenders=tuple(c for c in case.contenders if not c.compile)
+        )
+        for entry in check_case(case, options.device, options.dtype):
+            assert entry.against == "float64"
+            assert 0 < entry.error < 5e-6
+
+    def test_large_maps_have_a_probe(self):
+        options = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32)
+        for size, title in (((96, 96), None), ((256, 128), "64 x 64")):
+            case = nonlocal_vs_apnb.build_case(Block(1, 24, 8, *size), options, False, False)
+            assert (case.probe and case.probe().title) == title
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=str)
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         nonlocal_vs_apnb.main(arguments)
