@@ -98,6 +98,8 @@ class Measurement:
             self.watch(self, f"comparing results at {case.title}", i, None)
             for entry in check_rows(case, device, dtype, effort.slow):
                 self.checked[i].append(entry)
+                if entry.warm:
+                    self.samples[id(entry)] = [entry.seconds]
                 self.checked[i].sort(key=lambda e, c=case: c.contenders.index(e.contender))
                 self.watch(self, "checked", i, entry)
         self.planned = self._plan()
@@ -108,11 +110,13 @@ class Measurement:
 
     def _plan(self) -> list[list[int]]:
         """How often to time each row that runs, case by case."""
+        # What the check has timed is a sample that is not to be taken again.
         effort = self.options.effort
         costs = [[entry.seconds for entry in self._running(i)] for i in range(len(self.cases))]
         if effort.budget is None:
             return [plan(each, effort.seconds, effort) for each in costs]
         left = effort.budget - self.elapsed
+        left += sum(sum(samples) for samples in self.samples.values())
         counts = iter(plan([cost for each in costs for cost in each], left, effort))
         return [[next(counts) for _ in each] for each in costs]
 
@@ -127,8 +131,12 @@ class Measurement:
             self.watch(self, "timed" if last else "", i, entry)
 
         interference = Interference()
+        todo = [
+            count - len(self.samples.get(id(entry), ()))
+            for entry, count in zip(running, self.planned[i], strict=True)
+        ]
         try:
-            interleave([entry.runner for entry in running], self.planned[i], clock, tick)
+            interleave([entry.runner for entry in running], todo, clock, tick)
         finally:
             self.foreign_cores[i] = interference.cores()
 

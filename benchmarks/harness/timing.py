@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+# Seconds of a call beside which a first call's own costs do not count: the check times it as well.
+NEEDS_NO_WARM_UP = 1.0
+
 Clock = Callable[[Callable[[], object]], float]
 
 
@@ -43,8 +46,9 @@ class Timing:
 class Effort:
     """How often each row is timed: as often as the time suffices for, from ``fewest`` to ``most``.
 
-    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
-    A call that takes longer than ``slow`` seconds is timed only twice.
+    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead,
+    and then a call of more than a second is timed twice at the least. Of a row whose call takes
+    longer than ``slow`` seconds, only the faster memory format is run.
     """
 
     seconds: float = 60.0
@@ -55,7 +59,7 @@ class Effort:
 
     def least(self, cost: float) -> int:
         """How often a call of ``cost`` seconds is timed at the least."""
-        return 2 if cost > self.slow else self.fewest
+        return 2 if self.budget is not None and cost > NEEDS_NO_WARM_UP else self.fewest
 
 
 def plan(costs: Sequence[float], seconds: float, effort: Effort) -> list[int]:

@@ -131,10 +131,11 @@ class TestTiming:
         assert plan([1.0, 0.1, 0.01], 1e9, effort) == [50, 50, 50]
         assert plan([], 10.0, effort) == []
 
-    def test_a_slow_call_is_timed_twice(self):
-        effort = Effort(fewest=3, most=20, slow=5.0)
-        assert plan([19.0, 5.0, 0.1], 1.0, effort) == [2, 3, 3]
+    def test_with_a_budget_a_call_of_more_than_a_second_is_timed_twice(self):
+        effort = Effort(fewest=3, most=20, budget=60.0)
+        assert plan([19.0, 1.1, 0.1], 1.0, effort) == [2, 2, 3]
         assert plan([19.0, 5.0, 0.1], 56.0, effort) == [2, 3, 20]
+        assert plan([19.0, 1.1, 0.1], 1.0, Effort(fewest=3)) == [3, 3, 3]
 
     def test_other_programs(self):
         cores = Interference().cores()
@@ -379,6 +380,23 @@ class TestProgram:
         assert re.search(few, printed.out)
         assert "checked a (contiguous)" in printed.err
         assert re.search(r"timed ours \(contiguous\): .* ms, median of \d .* left\]", printed.err)
+
+    def test_a_long_call_of_the_check_is_a_sample(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr("harness.check.NEEDS_NO_WARM_UP", 0.02)
+        calls = []
+
+        def sleep(x):
+            calls.append(x)
+            time.sleep(0.03)
+            return x.relu()
+
+        file = tmp_path / "out.json"
+        rows = contender("a", sleep), contender("b")
+        chosen = dataclasses.replace(options(json=file), effort=Effort(0.01, 4, 4))
+        assert run_benchmark("test", [case(*rows)], chosen, {}) == 0
+        slow, fast = json.loads(file.read_text())["cases"][0]["rows"]
+        assert len(calls) == len(slow["samples_ms"]) == len(fast["samples_ms"]) == 4
+        assert min(slow["samples_ms"]) > 29
 
     def test_interrupted(self, capsys, tmp_path):
         """What has been measured is printed; no file is written."""
