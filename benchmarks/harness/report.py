@@ -151,7 +151,7 @@ def _table(result: Result, roof: Roofline, offered: list[tuple[str, int]], kept:
     table.caption = f"faster: than {reference} in its first row."
     papers = [i for i in kept if i >= len(_COLUMNS)]
     if papers:
-        table.caption += " Last three columns: the paper's."
+        table.caption += " From GFLOPs on: the paper's."
     if len(kept) < len(offered):
         table.caption += " A wider terminal shows more columns."
     for row in result.rows:
@@ -212,8 +212,9 @@ def _breakdown_table(title: str, rows: dict[str, dict[str, float]]):
     times_of = list(rows.values())
     groups = [g for g in times_of[0] if any(times.get(g) for times in times_of)]
     table = _empty_table(f"{title}: ms by operation, each row in its faster format")
+    # A cropped number is worse than a broken one.
     for name in ["", *groups, "sum"]:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
     for label, times in rows.items():
         values = [times.get(group, 0.0) for group in groups]
         table.add_row(label, *(f"{1e3 * v:.2f}" for v in [*values, sum(values)]))

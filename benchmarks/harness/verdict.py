@@ -69,13 +69,13 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     for title, rows in by_table(verdicts).items():
         table = rich_table.Table(title=title, title_justify="left", title_style="bold", box=box)
         for heading in HEADINGS:
-            right = heading in ("paper", "ours", "verdict")
-            table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+            number = heading in ("paper", "ours", "verdict")
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number)
         for row in rows:
             table.add_row(*row.cells(), style="yellow" if row.ok is False else None)
-        # A cropped number is worse than a broken line, so a narrow terminal breaks lines.
-        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        console.width = max(console.width, needed)
+        if not console.is_terminal:  # a pipe or a file has no width
+            unbounded = console.options.update(max_width=1000)
+            console.width = max(console.width, console.measure(table, options=unbounded).maximum)
         console.print(table)
 
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+
 import pytest
 
 from harness import Verdict, markdown, print_verdicts
@@ -29,3 +31,18 @@ def test_tables_by_paper(capsys):
     assert "| ASPP, parameters | 42.21 | 42.21 | M | exact |  |" in page
     print_verdicts([OFF, EXACT, MEASURED])
     assert "convention S" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_narrow_terminal_breaks_words_and_no_numbers(width, monkeypatch):
+    rich_console = pytest.importorskip("rich.console")
+    page, make = io.StringIO(), rich_console.Console
+    terminal = {"force_terminal": True, "color_system": None}
+    monkeypatch.setattr(
+        rich_console, "Console", lambda **fields: make(file=page, width=width, **terminal, **fields)
+    )
+    print_verdicts(
+        [Verdict("ANN", "NB as released / APNB, time", "601.4", 601.404, "G", "S " * 40)]
+    )
+    assert max(map(len, page.getvalue().splitlines())) <= width
+    assert page.getvalue().count("601.4") == 2
