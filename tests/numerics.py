@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How close is close enough, and the inputs that operators are tried on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -63,18 +63,26 @@ def check_operator(
     operator: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
+    constants: Collection[int] = (),
 ) -> None:
-    """Values and gradients of ``operator(*inputs)`` against its reference in float64."""
+    """Values and gradients of ``operator(*inputs)`` against its reference in float64.
+
+    ``constants`` are the positions of the inputs that have no gradient.
+    """
 
     def run(function: Callable[..., Tensor], convert: Callable[[Tensor], Tensor]):
-        leaves = [None if x is None else convert(x).detach().requires_grad_() for x in inputs]
-        output = function(*leaves)
-        return output, [x for x in leaves if x is not None]
+        tensors = [None if x is None else convert(x).detach() for x in inputs]
+        leaves = [x for i, x in enumerate(tensors) if x is not None and i not in constants]
+        for x in leaves:
+            x.requires_grad_()
+        return function(*tensors), leaves
 
     output, leaves = run(operator, lambda x: x)
     same_dtype, same_leaves = run(reference, lambda x: x)
     exact, exact_leaves = run(reference, lambda x: x.double())
     assert_close(output, same_dtype, exact)
+    if not leaves:
+        return
     upstream = random_like(exact)
     gradients = zip(
         torch.autograd.grad(output, leaves, upstream.to(output)),

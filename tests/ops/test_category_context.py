@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF012 (nobody writes to what a contract declares)
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import ctxops
 from ctxops.ops.category_context.reference import reference
 from numerics import DTYPES, LAYOUTS, check_operator, random_like
+from ops.contract import OperatorContract
 
 # logits (B, K, h, w), memory's C
 CASES = [
@@ -21,6 +24,65 @@ CASES = [
 def make(shape, channels, dtype=torch.float32, device="cpu"):
     logits = 2 * torch.randn(shape, dtype=dtype, device=device)
     return logits, torch.randn(shape[1], channels, dtype=dtype, device=device)
+
+
+class TestCategoryContext(OperatorContract):
+    name = "category_context"
+    cases = CASES
+    modes = {"soft": False}
+    native = False
+    autocast = "down"
+    derivatives = "all"
+    drawn = st.tuples(
+        st.tuples(st.tuples(*(st.integers(1, n) for n in (3, 20, 12, 12))), st.integers(1, 40)),
+        st.just(False),
+    )
+    valid = {"logits": torch.ones(1, 4, 3, 3), "memory": torch.ones(4, 2)}
+    errors = (
+        ({"logits": torch.ones(4, 3, 3)}, ValueError, r"logits must have shape \(B, C, H, W"),
+        ({"logits": torch.ones(1, 4, 0, 3)}, ValueError, "logits must have C, H and W of"),
+        ({"logits": torch.ones(1, 4, 3, 3).long()}, TypeError, "logits must be float32"),
+        (
+            {"memory": torch.ones(5, 2)},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(4, any\), got \(5, 2\)",
+        ),
+        ({"memory": torch.ones(4)}, ValueError, r"memory must have shape \(K, C\) ="),
+        ({"memory": [1.0]}, TypeError, r"memory must be a torch\.Tensor, got list"),
+        (
+            {"memory": torch.ones(4, 2).double()},
+            TypeError,
+            r"memory must have the dtype of logits, torch\.float32, got torch\.float64",
+        ),
+        (
+            {"memory": torch.ones(4, 2, device="meta")},
+            ValueError,
+            "memory must be on the device cpu, got meta",
+        ),
+    )
+    without = {
+        "test_maps_of_different_layouts": "it takes one map",
+        "test_opcheck": "it is not registered",
+        "test_backward_under_autocast": "plain torch's products are cast down there",
+    }
+
+    def case(self, *shape):
+        return shape, 5
+
+    def make(self, case, hard, **options):
+        return list(make(*case, **options))
+
+    def functions(self, case, hard):
+        return partial(ctxops.category_context, hard=hard), partial(reference, hard=hard)
+
+
+class TestHardCategoryContext(TestCategoryContext):
+    modes = {"hard": True}
+    constants = (0,)  # the logits choose a row
+    without = TestCategoryContext.without | {
+        "test_memory_format_of_the_gradients": "the map has none",
+    }
+    drawn = TestCategoryContext.drawn.map(lambda drawn: (drawn[0], True))
 
 
 def formula(logits, memory, hard):
@@ -45,15 +107,6 @@ def formula(logits, memory, hard):
 def test_reference_is_its_formula(shape, hard):
     logits, memory = make(shape, 6, torch.float64)
     torch.testing.assert_close(reference(logits, memory, hard), formula(logits, memory, hard))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(case, layout, dtype, device):
-    logits, memory = make(*case, dtype, device)
-    inputs = LAYOUTS[layout](logits), memory
-    check_operator(ctxops.category_context, partial(reference, hard=False), inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,55 +160,6 @@ def test_confident_logits_are_hard():
     torch.testing.assert_close(y, ctxops.category_context(logits, memory, hard=True))
 
 
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_keeps_the_memory_format(layout, hard, device):
-    logits, memory = make((2, 6, 7, 8), 5, device=device)
-    for reference_is_used in (False, True):
-        if reference_is_used:
-            with ctxops.use_reference():
-                y = ctxops.category_context(LAYOUTS[layout](logits), memory, hard=hard)
-        else:
-            y = ctxops.category_context(LAYOUTS[layout](logits), memory, hard=hard)
-        assert y.stride() == LAYOUTS[layout](torch.empty(2, 5, 7, 8)).stride()
-
-
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_batch_of_zero(layout, hard, device):
-    logits, memory = make((0, 4, 3, 3), 5, device=device)
-    y = ctxops.category_context(LAYOUTS[layout](logits), memory, hard=hard)
-    assert y.shape == (0, 5, 3, 3)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_derivatives_of_higher_order(layout):
-    logits, memory = make((2, 3, 2, 2), 4, torch.float64)
-    inputs = LAYOUTS[layout](logits).requires_grad_(), memory.requires_grad_()
-    assert torch.autograd.gradcheck(ctxops.category_context, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(ctxops.category_context, inputs)
-
-
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiles_once_for_all_sizes(layout, dtype, hard, device):
-    torch._dynamo.reset()
-    operator = partial(ctxops.category_context, hard=hard)
-    compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in ((12, 10), (17, 9), (31, 45)):
-            logits, memory = make((2, 8, *size), 5, dtype, device)
-            logits = LAYOUTS[layout](logits)
-            torch.testing.assert_close(compiled(logits, memory), operator(logits, memory))
-
-
-def test_compiles_by_inductor(device):
-    logits, memory = make((2, 8, 9, 7), 5, device=device)
-    compiled = torch.compile(ctxops.category_context, fullgraph=True)
-    torch.testing.assert_close(compiled(logits, memory), ctxops.category_context(logits, memory))
-
-
 class Context(torch.nn.Module):
     def __init__(self, hard):
         super().__init__()
@@ -175,68 +179,3 @@ def test_exports_with_dynamic_sizes(hard):
     for size in ((17, 23), (2, 40)):
         inputs = make((1, 8, *size), 5)
         torch.testing.assert_close(program.module()(*inputs), module(*inputs))
-
-
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_autocast_casts_down(layout, hard, device):
-    logits, memory = make((2, 8, 7, 8), 5, device=device)
-    logits = LAYOUTS[layout](logits)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        # As under a head: the scores come cast, the memory does not.
-        y = ctxops.category_context(logits.bfloat16(), memory, hard=hard)
-        assert torch.equal(y, ctxops.category_context(logits, memory, hard=hard))
-    assert y.dtype == torch.bfloat16
-    expected = ctxops.category_context(logits.bfloat16(), memory.bfloat16(), hard=hard)
-    torch.testing.assert_close(y, expected)
-
-
-def test_use_reference(monkeypatch):
-    module = __import__("ctxops.ops.category_context.op", fromlist=["op"])
-    calls = []
-    monkeypatch.setattr(module, "reference", lambda *a: calls.append(a) or reference(*a))
-    inputs = make((2, 4, 3, 5), 6)
-    y = ctxops.category_context(*inputs)
-    assert not calls
-    with ctxops.use_reference():
-        torch.testing.assert_close(ctxops.category_context(*inputs), y)
-    assert len(calls) == 1
-
-
-def test_meta_tensors():
-    y = ctxops.category_context(*make((2, 4, 3, 5), 6, device="meta"))
-    assert y.shape == (2, 6, 3, 5)
-
-
-@pytest.mark.parametrize(
-    ("logits", "memory", "error", "message"),
-    [
-        (torch.ones(4, 3, 3), torch.ones(4, 2), ValueError, r"logits must have shape \(B, C, H, W"),
-        (torch.ones(1, 4, 0, 3), torch.ones(4, 2), ValueError, "logits must have C, H and W of"),
-        (torch.ones(1, 4, 3, 3).long(), torch.ones(4, 2), TypeError, "logits must be float32"),
-        (
-            torch.ones(1, 4, 3, 3),
-            torch.ones(5, 2),
-            ValueError,
-            r"memory must have shape \(K, C\) = \(4, any\), got \(5, 2\)",
-        ),
-        (torch.ones(1, 4, 3, 3), torch.ones(4), ValueError, r"memory must have shape \(K, C\) ="),
-        (torch.ones(1, 4, 3, 3), [1.0], TypeError, r"memory must be a torch\.Tensor, got list"),
-        (
-            torch.ones(1, 4, 3, 3),
-            torch.ones(4, 2).double(),
-            TypeError,
-            r"memory must have the dtype of logits, torch\.float32, got torch\.float64",
-        ),
-        (
-            torch.ones(1, 4, 3, 3),
-            torch.ones(4, 2, device="meta"),
-            ValueError,
-            "memory must be on the device cpu, got meta",
-        ),
-    ],
-    ids=lambda x: None,
-)
-def test_bad_input(logits, memory, error, message):
-    with pytest.raises(error, match=message):
-        ctxops.category_context(logits, memory)

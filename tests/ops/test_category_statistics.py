@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF012 (nobody writes to what a contract declares)
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ctxops
-from ctxops import _native
 from ctxops.ops.category_statistics.reference import reference
-from numerics import DTYPES, LAYOUTS, assert_close
+from numerics import LAYOUTS, assert_close
+from ops.contract import OF_GRADIENTS, OperatorContract
 
 # Of the features (B, C, h, w), then of the labels (H, W).
 SHAPES = [
@@ -55,6 +55,102 @@ def check(features, labels, memory, classes=None, ignore_index=IGNORED, align_co
     assert torch.equal(results[2], exact[2])
 
 
+FEATURES, LABEL_MAP = torch.ones(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)
+
+
+class TestCategoryStatistics(OperatorContract):
+    name = "category_statistics"
+    cases = [(*sizes, 5, 3) for sizes in SHAPES]
+    # align_corners, and is there a memory?
+    modes = {
+        f"{name}{'' if memory else '_without_memory'}": (align_corners, memory)
+        for name, align_corners in (("aligned", True), ("not_aligned", False))
+        for memory in (True, False)
+    }
+    constants = (0, 1, 2)
+    drawn = st.tuples(
+        st.tuples(
+            st.tuples(*(st.integers(1, n) for n in (3, 40, 20, 20))),
+            st.tuples(st.integers(1, 60), st.integers(1, 60)),
+            st.integers(1, 40),
+            st.integers(1, 9),
+        ),
+        st.tuples(st.booleans(), st.just(True)),
+    )
+    valid = {"features": FEATURES, "labels": LABEL_MAP, "num_classes": 5}
+    errors = (
+        ({"features": [1.0]}, TypeError, "features must be a torch.Tensor, got list"),
+        ({"features": FEATURES.long()}, TypeError, "features must be float32.*int64"),
+        ({"features": FEATURES[0]}, ValueError, r"features must have shape \(B, C, H, W\)"),
+        ({"labels": [0]}, TypeError, "labels must be a torch.Tensor, got list"),
+        ({"labels": LABEL_MAP.float()}, TypeError, "labels must be .* int64, got .*float32"),
+        ({"labels": LABEL_MAP.bool()}, TypeError, "labels must be .* int64, got .*bool"),
+        ({"labels": LABEL_MAP.to_sparse()}, TypeError, "labels must be strided.*sparse"),
+        (
+            {"labels": LABEL_MAP[:1]},
+            ValueError,
+            r"labels must have shape \(B, H, W\) = \(2, any, any\).* got \(1, 8, 8\)",
+        ),
+        ({"labels": LABEL_MAP[:, :0]}, ValueError, r"labels must have .* got \(2, 0, 8\)"),
+        ({"labels": LABEL_MAP[:, None]}, ValueError, r"labels must have .* got \(2, 1, 8, 8\)"),
+        ({"labels": LABEL_MAP.to("meta")}, ValueError, "labels must be on the device cpu"),
+        ({"num_classes": None}, ValueError, "num_classes must be given without a memory"),
+        ({"num_classes": 0}, ValueError, r"num_classes must be in \[1.*got 0"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an integer"),
+        ({"num_classes": True}, TypeError, "num_classes must be an integer"),
+        (
+            {"memory": torch.ones(5, 4)},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(5, 3\), got \(5, 4\)",
+        ),
+        (
+            {"memory": torch.ones(5, 4), "num_classes": None},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(any, 3\), got \(5, 4\)",
+        ),
+        (
+            {"memory": torch.ones(0, 3), "num_classes": None},
+            ValueError,
+            "memory must have at least one",
+        ),
+        (
+            {"memory": torch.ones(5, 3), "num_classes": 4},
+            ValueError,
+            r"memory must have shape \(K, C\) = \(4, 3\), got \(5, 3\)",
+        ),
+        ({"memory": torch.ones(5, 3).long()}, TypeError, "memory must be float32"),
+        (
+            {"memory": torch.ones(5, 3, device="meta")},
+            ValueError,
+            "memory must be on the device cpu, got meta",
+        ),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    )
+    without = dict.fromkeys(OF_GRADIENTS, "its results are constants") | {
+        "test_transforms_of_torch_func": "the range of the labels is looked at",
+        "test_maps_of_different_layouts": "it takes one map",
+        "test_the_first_map_decides_on_the_memory_format": "it gives no map",
+    }
+
+    def case(self, batch, channels, height, width):
+        return (batch, channels, height, width), (4 * height + 5, 3 * width + 2), 5, 4
+
+    def make(self, case, mode, **options):
+        shape, size, classes, block = case
+        *inputs, memory = make(shape, size, classes, block=block, **options)
+        return [*inputs, memory if mode[1] else None]
+
+    def functions(self, case, mode):
+        options = {"num_classes": case[2], "ignore_index": IGNORED, "align_corners": mode[0]}
+        return partial(ctxops.category_statistics, **options), partial(reference, **options)
+
+    def check(self, inputs, case, mode):
+        check(*inputs, classes=case[2], align_corners=mode[0])
+
+    def opchecks(self, inputs, case, mode):
+        yield "category_statistics", (*inputs, case[2], IGNORED, mode[0])
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_reference_is_the_papers_procedure(align_corners):
     features, labels, memory = make((2, 6, 4, 5), (13, 18), dtype=torch.float64)
@@ -68,23 +164,6 @@ def test_reference_is_the_papers_procedure(align_corners):
         )
         torch.testing.assert_close(weights[k], sum(1 - s for s in cosines))
         assert counts[k] == len(own)
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_values(sizes, layout, dtype, align_corners, device):
-    features, labels, memory = make(*sizes, dtype=dtype, device=device, block=3)
-    features = LAYOUTS[layout](features)
-    check(features, labels, memory, align_corners=align_corners)
-    check(features, labels, None, 5, align_corners=align_corners)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_features(layout, device):
-    features, labels, memory = make((2, 20, 9, 14), (40, 50), device=device)
-    check(LAYOUTS[layout](features), labels, memory)
 
 
 def test_strided_labels_and_memory(device):
@@ -101,34 +180,6 @@ def test_labels_of_every_integer_dtype(dtype, device):
     ignored = 255 if dtype == torch.uint8 else -1
     labels = labels.masked_fill(labels == IGNORED, ignored).to(dtype)
     check(features, labels, memory, ignore_index=ignored)
-
-
-@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS)
-def test_every_instruction_set(isa, monkeypatch):
-    kernels = getattr(_native.extension, isa, None)
-    if kernels is None:
-        pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(_native, "cpu", kernels)
-    for dtype in DTYPES:
-        for layout in ("contiguous", "channels_last"):
-            features, labels, memory = make((2, 37, 10, 12), (45, 50), dtype=dtype, block=4)
-            check(LAYOUTS[layout](features), labels, memory)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 20, 20))),
-    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    classes=st.integers(1, 40),
-    block=st.integers(1, 9),
-    layout=st.sampled_from(list(LAYOUTS)),
-    align_corners=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_drawn_shapes(shape, size, classes, block, layout, align_corners, seed):
-    torch.manual_seed(seed)
-    features, labels, memory = make(shape, size, classes, block=block)
-    check(LAYOUTS[layout](features), labels, memory, align_corners=align_corners)
 
 
 def test_many_classes(device):
@@ -158,13 +209,6 @@ def test_everything_ignored(memory, device):
     )
     assert [x.shape for x in results] == [(5, 8), (5,), (5,)]
     assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
-
-
-def test_batch_of_zero(device):
-    features, labels, memory = make((0, 8, 4, 4), (16, 16), device=device)
-    results = ctxops.category_statistics(features, labels, memory)
-    assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
-    assert results[0].shape == (5, 8)
 
 
 def test_a_row_of_zeros_gives_a_plain_mean(device):
@@ -331,15 +375,6 @@ def test_reference_of_labels_outside(label, device):
     assert torch.equal(found, counts)
 
 
-def test_meta_tensors():
-    features, labels, memory = make((2, 8, 4, 4), (16, 16), device="meta")
-    for context in (torch.no_grad(), ctxops.use_reference()):
-        with context:
-            results = ctxops.category_statistics(features, labels, memory)
-        assert [x.shape for x in results] == [(5, 8), (5,), (5,)]
-        assert all(x.is_meta for x in results)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("label", [5, -1], ids=str)
 def test_labels_outside_on_cuda(label):
@@ -373,44 +408,6 @@ def test_errs_at_most_twice_as_much_as_the_released_procedure(classes, device):
     assert (error <= 2 * (released(torch.float32) - exact).norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("memory", [True, False])
-def test_opcheck(layout, memory, device):
-    features, labels, rows = make((2, 8, 4, 5), (16, 16), device=device)
-    arguments = (LAYOUTS[layout](features), labels, rows if memory else None, 5, IGNORED, False)
-    torch.library.opcheck(torch.ops.ctxops.category_statistics.default, arguments)
-
-
-@pytest.mark.parametrize("memory", [True, False])
-def test_compiles_once_for_all_sizes(memory, device):
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, dynamic=True)
-    def statistics(features, labels, rows):
-        rows = rows.sin() if memory else None
-        sums, weights, _ = ctxops.category_statistics(features.cos(), labels, rows, num_classes=5)
-        return sums / weights[:, None]
-
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in ((12, 10), (17, 9), (31, 45)):
-            features, labels, rows = make((2, 3, *size), (2 * size[0], 50), device=device)
-            sums, weights, _ = ctxops.category_statistics(
-                features.cos(), labels, rows.sin() if memory else None, num_classes=5
-            )
-            torch.testing.assert_close(statistics(features, labels, rows), sums / weights[:, None])
-
-
-def test_exports():
-    class Statistics(torch.nn.Module):
-        def forward(self, features, labels, memory):
-            return ctxops.category_statistics(features, labels, memory)
-
-    inputs = make((2, 8, 4, 5), (16, 16))
-    exported = torch.export.export(Statistics(), inputs).module()
-    for a, b in zip(exported(*inputs), Statistics()(*inputs), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_results_are_constants(device):
     features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
     features.requires_grad_()
@@ -422,97 +419,9 @@ def test_results_are_constants(device):
             assert not result.requires_grad
 
 
-def test_autocast_casts_nothing_down(device):
-    features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
-    expected = ctxops.category_statistics(features, labels, memory)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        results = ctxops.category_statistics(features, labels, memory)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
 def test_features_and_memory_may_differ_in_dtype(device):
     features, labels, memory = make((2, 8, 4, 5), (16, 16), device=device)
     features = features.bfloat16()
     results = ctxops.category_statistics(features, labels, memory)
     expected = ctxops.category_statistics(features.float(), labels, memory)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_deterministic(layout, device):
-    features, labels, memory = make((2, 70, 33, 47), (130, 190), 21, device=device, block=5)
-    features = LAYOUTS[layout](features)
-    threads = torch.get_num_threads()
-    first = ctxops.category_statistics(features, labels, memory)
-    try:
-        for repetition in range(20):
-            torch.set_num_threads(1 + repetition % 3)
-            again = ctxops.category_statistics(features, labels, memory)
-            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
-_FEATURES, _LABELS = torch.ones(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        (([1.0], _LABELS), {}, TypeError, "features must be a torch.Tensor, got list"),
-        ((_FEATURES.long(), _LABELS), {}, TypeError, "features must be float32.*int64"),
-        ((_FEATURES[0], _LABELS), {}, ValueError, r"features must have shape \(B, C, H, W\)"),
-        ((_FEATURES, [0]), {}, TypeError, "labels must be a torch.Tensor, got list"),
-        ((_FEATURES, _LABELS.float()), {}, TypeError, "labels must be .* int64, got .*float32"),
-        ((_FEATURES, _LABELS.bool()), {}, TypeError, "labels must be .* int64, got .*bool"),
-        ((_FEATURES, _LABELS.to_sparse()), {}, TypeError, "labels must be strided.*sparse"),
-        (
-            (_FEATURES, _LABELS[:1]),
-            {},
-            ValueError,
-            r"labels must have shape \(B, H, W\) = \(2, any, any\).* got \(1, 8, 8\)",
-        ),
-        ((_FEATURES, _LABELS[:, :0]), {}, ValueError, r"labels must have .* got \(2, 0, 8\)"),
-        ((_FEATURES, _LABELS[:, None]), {}, ValueError, r"labels must have .* got \(2, 1, 8, 8\)"),
-        ((_FEATURES, _LABELS.to("meta")), {}, ValueError, "labels must be on the device cpu"),
-        ((_FEATURES, _LABELS), {}, ValueError, "num_classes must be given without a memory"),
-        (
-            (_FEATURES, _LABELS),
-            {"num_classes": 0},
-            ValueError,
-            r"num_classes must be in \[1.*got 0",
-        ),
-        ((_FEATURES, _LABELS), {"num_classes": 2.0}, TypeError, "num_classes must be an integer"),
-        ((_FEATURES, _LABELS), {"num_classes": True}, TypeError, "num_classes must be an integer"),
-        (
-            (_FEATURES, _LABELS, torch.ones(5, 4)),
-            {},
-            ValueError,
-            r"memory must have shape \(K, C\) = \(any, 3\), got \(5, 4\)",
-        ),
-        ((_FEATURES, _LABELS, torch.ones(0, 3)), {}, ValueError, "memory must have at least one"),
-        (
-            (_FEATURES, _LABELS, torch.ones(5, 3)),
-            {"num_classes": 4},
-            ValueError,
-            r"memory must have shape \(K, C\) = \(4, 3\), got \(5, 3\)",
-        ),
-        ((_FEATURES, _LABELS, torch.ones(5, 3).long()), {}, TypeError, "memory must be float32"),
-        (
-            (_FEATURES, _LABELS, torch.ones(5, 3, device="meta")),
-            {},
-            ValueError,
-            "memory must be on the device cpu, got meta",
-        ),
-        (
-            (_FEATURES, _LABELS),
-            {"num_classes": 5, "ignore_index": None},
-            TypeError,
-            "ignore_index must be an integer, got None",
-        ),
-    ],
-    ids=lambda x: None,
-)
-def test_bad_input(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        ctxops.category_statistics(*arguments, **options)

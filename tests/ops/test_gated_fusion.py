@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF012 (nobody writes to what a contract declares)
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ctxops
-from ctxops import _native
 from ctxops.ops.gated_fusion.reference import reference, reference_gates
-from numerics import DTYPES, LAYOUTS, check_operator, random_like
+from numerics import LAYOUTS, check_operator, random_like
+from ops.contract import OperatorContract
 
 # The sizes (H, W) of the levels.
 PYRAMIDS = {
@@ -70,6 +70,136 @@ def check_self(features, align_corners=False, with_bias=True):
     )
 
 
+A, B = torch.ones(2, 3, 6, 5), torch.ones(2, 3, 4, 4)
+GATES = [torch.ones(2, 1, 6, 5), torch.ones(2, 1, 4, 4)]
+# What both operators refuse, and what each does.
+ERRORS = [
+    ({"features": A}, TypeError, "features must be a list or tuple of tensors, got Tensor"),
+    ({"features": [A]}, ValueError, "features must have at least two levels, got 1"),
+    ({"features": []}, ValueError, "features must have at least two levels, got 0"),
+    *(
+        ({"features": [A, x]}, error, rf"features\[1\] must {message}")
+        for x, error, message in (
+            (None, TypeError, "be a torch.Tensor, got NoneType"),
+            (B.int(), TypeError, "be float32.* got torch.int32"),
+            (B.double(), TypeError, r"have the dtype of features\[0\]"),
+            (B[:, :2], ValueError, r"have shape .*got \(2, 2, 4, 4\)"),
+            (B[:1], ValueError, r"have shape .* got \(1, 3, 4, 4\)"),
+            (B[0], ValueError, r"have shape \(B, C, H, W\), got"),
+            (B[:, :, :0], ValueError, "have C, H and W of at least"),
+            (B.to("meta"), ValueError, "be on .* device cpu, got meta"),
+        )
+    ),
+]
+ERRORS_OF_GATES = [
+    ({"gates": GATES[:1]}, ValueError, "gates must be as many as the features, 2, got 1"),
+    ({"gates": GATES[0]}, TypeError, "gates must be a list or tuple of tensors, got Tensor"),
+    ({"gates": GATES[::-1]}, ValueError, r"gates\[0\] must have shape .*\(2, 1, 6, 5\), got"),
+    ({"gates": [GATES[0], B]}, ValueError, r"gates\[1\] must have shape .*\(2, 1, 4, 4\), got"),
+    (
+        {"gates": [GATES[0], GATES[1].double()]},
+        TypeError,
+        r"gates\[1\] must have the dtype of",
+    ),
+]
+ERRORS_OF_WEIGHTS = [
+    ({"weight": torch.ones(3, 3)}, ValueError, r"weight must have shape \(L, C\) = \(2, 3\), got"),
+    ({"weight": torch.ones(2, 4)}, ValueError, r"weight must have shape .* got \(2, 4\)"),
+    ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+    ({"weight": torch.ones(2, 3).double()}, TypeError, "weight must have the dtype of features"),
+    ({"bias": torch.ones(3)}, ValueError, r"bias must have shape \(L,\) = \(2\), got \(3,\)"),
+    ({"bias": torch.ones(2).half()}, TypeError, "bias must have the dtype of features"),
+]
+# Modes: are the levels of one size, and align_corners. Levels of one size have no corners.
+MODES = {"one_size": (True, False), "aligned": (False, True), "not_aligned": (False, False)}
+
+
+class TestGatedFusion(OperatorContract):
+    name = "gated_fusion"
+    cases = {name: (2, 37, sizes) for name, sizes in PYRAMIDS.items()}
+    modes = MODES
+    drawn = st.tuples(
+        st.tuples(
+            st.integers(1, 3),
+            st.integers(1, 70),
+            st.lists(st.tuples(st.integers(1, 45), st.integers(1, 45)), min_size=2, max_size=5),
+        ),
+        st.sampled_from(list(MODES.values())),
+    )
+    valid = {"features": [A, B], "gates": GATES}
+    errors = ERRORS + ERRORS_OF_GATES
+
+    def case(self, batch, channels, height, width):
+        coarse = (height + 1) // 2, (width + 1) // 2
+        return batch, channels, [(height, width), coarse, coarse][: 3 if height > 4 else 2]
+
+    def features(self, case, mode, **options):
+        batch, channels, sizes = case
+        sizes = sizes[:1] * len(sizes) if mode[0] else sizes
+        return [torch.randn(batch, channels, *size, **options) for size in sizes]
+
+    def make(self, case, mode, **options):
+        features = self.features(case, mode, **options)
+        return [*features, *gates_of(features)]
+
+    def functions(self, case, mode):
+        levels, align_corners = len(case[2]), mode[1]
+        return (
+            lambda *t: ctxops.gated_fusion(t[:levels], t[levels:], align_corners=align_corners),
+            lambda *t: reference(t[:levels], t[levels:], align_corners),
+        )
+
+    def opchecks(self, inputs, case, mode):
+        levels = len(case[2])
+        features, gates = inputs[:levels], joined(inputs[levels:])
+        yield from opchecks(features, gates, None, None, mode[1])
+
+
+class TestSelfGatedFusion(TestGatedFusion):
+    name = "self_gated_fusion"
+    stem = "gated_fusion"
+    inductor = True
+    # With or without a bias.
+    modes = {
+        f"{name}{'' if bias else '_without_bias'}": (*mode, bias)
+        for name, mode in MODES.items()
+        for bias in (True, False)
+    }
+    drawn = TestGatedFusion.drawn.map(lambda drawn: (drawn[0], (*drawn[1], True)))
+    valid = {"features": [A, B], "weight": torch.ones(2, 3)}
+    errors = ERRORS + ERRORS_OF_WEIGHTS
+
+    def make(self, case, mode, **options):
+        features = self.features(case, mode, **options)
+        weight, bias = weight_and_bias(features)
+        return [*features, weight, bias if mode[2] else None]
+
+    def functions(self, case, mode):
+        levels, align_corners = len(case[2]), mode[1]
+        return (
+            lambda *t: ctxops.self_gated_fusion(
+                t[:levels], *t[levels:], align_corners=align_corners
+            ),
+            lambda *t: reference(t[:levels], reference_gates(t[:levels], *t[levels:]), mode[1]),
+        )
+
+    def opchecks(self, inputs, case, mode):
+        *features, weight, bias = inputs
+        yield from opchecks(features, None, weight, bias, mode[1])
+
+
+def opchecks(features, gates, weight, bias, align_corners):
+    arguments = gates, weight, bias, align_corners
+    leaves = [x.clone().requires_grad_() for x in features]
+    for save in (True, False):
+        yield "gated_fusion", (features, *arguments, save)
+        yield "gated_fusion", (leaves, *arguments, save)
+    fused, made, sums = torch.ops.ctxops.gated_fusion(features, *arguments, True)
+    grads = [random_like(y) for y in fused]
+    kept = made if gates is None else gates
+    yield "gated_fusion_bwd", (grads, features, kept, weight, sums, align_corners)
+
+
 def resize_matrix(size, new_size, align_corners):
     """(new_size, size): linear interpolation along an axis, position by position."""
     matrix = torch.zeros(new_size, size, dtype=torch.float64)
@@ -116,54 +246,11 @@ def test_gates_of_the_maps():
         torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("sizes", PYRAMIDS.values(), ids=PYRAMIDS)
-def test_values_and_gradients(sizes, layout, dtype, align_corners, device):
-    features = features_of(sizes, 37, 2, layout, dtype=dtype, device=device)
-    check_given(features, align_corners)
-    check_self(features, align_corners, with_bias=align_corners)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes", [PYRAMIDS["one_size"], PYRAMIDS["paper"]], ids=["one", "paper"])
-def test_layouts(sizes, layout, device):
-    check_given(features_of(sizes, 6, 2, layout, device=device))
-    check_self(features_of(sizes, 6, 2, layout, device=device))
-
-
 def test_layouts_of_all_kinds_together(device):
     features = features_of([(6, 9)] * len(LAYOUTS), device=device)
     features = [layout(x) for layout, x in zip(LAYOUTS.values(), features, strict=True)]
     check_self(features)
     check_self(features[::-1])
-
-
-@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS)
-def test_every_instruction_set(isa, monkeypatch):
-    kernels = getattr(_native.extension, isa, None)
-    if kernels is None:
-        pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setattr(_native, "cpu", kernels)
-    for dtype in DTYPES:
-        for layout in ("contiguous", "channels_last"):
-            for sizes in (PYRAMIDS["one_size"], PYRAMIDS["paper"]):
-                check_self(features_of(sizes, 37, 2, layout, dtype=dtype))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 45), st.integers(1, 45)), min_size=2, max_size=5),
-    batch=st.integers(1, 3),
-    channels=st.integers(1, 70),
-    layout=st.sampled_from(list(LAYOUTS)),
-    align_corners=st.booleans(),
-)
-def test_drawn_shapes(sizes, batch, channels, layout, align_corners):
-    torch.manual_seed(0)  # a failure is to be found again
-    check_given(features_of(sizes, channels, batch, layout), align_corners)
-    check_self(features_of(sizes, channels, batch, layout), align_corners)
 
 
 def test_gradients_of_biases_that_cancel():
@@ -252,22 +339,6 @@ def test_values_at_the_end_of_the_range(device):
         assert torch.equal(y, x)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("align_corners", [True, False])
-def test_gradcheck(layout, align_corners, device):
-    sizes = [(5, 4), (3, 3), (3, 3)]
-    features = features_of(sizes, 3, 1, layout, dtype=torch.float64, device=device)
-    leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-    gates = [g.requires_grad_() for g in gates_of(features)]
-    assert torch.autograd.gradcheck(
-        lambda *t: ctxops.self_gated_fusion(t[:3], *t[3:], align_corners=align_corners), leaves
-    )
-    assert torch.autograd.gradcheck(
-        lambda *t: ctxops.gated_fusion(t[:3], t[3:], align_corners=align_corners),
-        [*leaves[:3], *gates],
-    )
-
-
 def test_one_output_is_enough(device):
     features = [x.requires_grad_() for x in features_of(PYRAMIDS["paper"], device=device)]
     weight, bias = (x.requires_grad_() for x in weight_and_bias(features))
@@ -295,163 +366,6 @@ def test_gradients_without_strides(sizes, device):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-
-
-def test_what_was_saved_may_come_back_with_gaps(device):
-    features = [x.requires_grad_() for x in features_of([(6, 5), (3, 3)], device=device)]
-    leaves = [*features, *(x.requires_grad_() for x in weight_and_bias(features))]
-    expected = ctxops.self_gated_fusion(features, *leaves[2:])
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: torch.stack([x, x], dim=-1), lambda x: x[..., 0]
-    ):
-        fused = ctxops.self_gated_fusion(features, *leaves[2:])
-    for a, b in zip(
-        torch.autograd.grad(fused, leaves, expected),
-        torch.autograd.grad(expected, leaves, expected),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("wanted", range(4))
-def test_gradient_of_a_part_of_the_inputs(wanted, device):
-    features = features_of([(6, 5), (3, 3)], device=device)
-    weight, bias = weight_and_bias(features)
-    leaves = [*features, weight, bias]
-    leaves[wanted].requires_grad_()
-    ours = joined(ctxops.self_gated_fusion(leaves[:2], *leaves[2:]))
-    plain = joined(reference(leaves[:2], reference_gates(leaves[:2], *leaves[2:]), False))
-    upstream = random_like(ours)
-    (gradient,) = torch.autograd.grad(ours, leaves[wanted], upstream)
-    (expected,) = torch.autograd.grad(plain, leaves[wanted], upstream)
-    torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("sizes", [PYRAMIDS["one_size"], PYRAMIDS["paper"]], ids=["one", "paper"])
-def test_opcheck(sizes, layout, save, device):
-    features = features_of(sizes, layout=layout, device=device)
-    weight, bias = weight_and_bias(features)
-    gates = joined(gates_of(features))
-    forward = torch.ops.ctxops.gated_fusion.default
-    backward = torch.ops.ctxops.gated_fusion_bwd.default
-    for arguments in ((None, weight, bias), (None, weight, None), (gates, None, None)):
-        torch.library.opcheck(forward, (features, *arguments, False, save))
-        leaves = [x.clone().requires_grad_() for x in features]
-        torch.library.opcheck(forward, (leaves, *arguments, False, save))
-        fused, made, sums = forward(features, *arguments, False, True)
-        grads = [random_like(y) for y in fused]
-        kept = gates if arguments[1] is None else made
-        torch.library.opcheck(backward, (grads, features, kept, arguments[1], sums, False))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_memory_formats(layout, device):
-    features = features_of(PYRAMIDS["paper"], layout=layout, device=device)
-    others = [x.contiguous() for x in features[1:]]
-    leaves = [x.requires_grad_() for x in (features[0], *others)]
-    fused = ctxops.gated_fusion(leaves, gates_of(leaves))
-    assert all(y.stride() == LAYOUTS[layout](y).stride() for y in fused)
-    gradients = torch.autograd.grad(fused, leaves, [random_like(y).contiguous() for y in fused])
-    assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
-    with ctxops.use_reference():
-        plain = ctxops.gated_fusion(leaves, gates_of(leaves))
-    assert [y.stride() for y in plain] == [y.stride() for y in fused]
-
-
-@pytest.mark.parametrize("sizes", [((8, 9), (8, 9)), ((8, 9), (7, 4))], ids=["one", "two"])
-def test_compiles_once_for_all_sizes(sizes, device):
-    torch._dynamo.reset()
-
-    def fuse(a, b, weight, bias):
-        first, second = ctxops.self_gated_fusion([a.relu(), b], weight, bias)
-        return first.sin(), second
-
-    compiled = torch.compile(fuse, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for add in (0, 3, 10):
-            features = features_of([(h + add, w + 2 * add) for h, w in sizes], device=device)
-            leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-            expected = fuse(*leaves)
-            upstream = [random_like(y) for y in expected]
-            for a, b in zip(
-                torch.autograd.grad(compiled(*leaves), leaves, upstream),
-                torch.autograd.grad(expected, leaves, upstream),
-                strict=True,
-            ):
-                torch.testing.assert_close(a, b)
-
-
-def test_compiled_by_inductor(device):
-    torch._dynamo.reset()
-    features = features_of([(9, 8), (4, 5)], device=device)
-    leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-
-    def fuse(a, b, weight, bias):
-        first, second = ctxops.self_gated_fusion([a.relu(), b], weight, bias)
-        return first.sin(), second
-
-    expected, compiled = fuse(*leaves), torch.compile(fuse, fullgraph=True)(*leaves)
-    upstream = [random_like(y) for y in expected]
-    for a, b in zip(
-        [*compiled, *torch.autograd.grad(compiled, leaves, upstream)],
-        [*expected, *torch.autograd.grad(expected, leaves, upstream)],
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_trains_after_an_export_without_gradients():
-    class Fuse(torch.nn.Module):
-        def forward(self, a, b, weight, bias):
-            return ctxops.self_gated_fusion([a, b], weight, bias)
-
-    features = features_of([(7, 5), (4, 4)])
-    leaves = [*features, *weight_and_bias(features)]
-    exported = torch.export.export(Fuse(), tuple(leaves)).module()
-    leaves = [x.requires_grad_() for x in leaves]
-    for a, b in zip(
-        torch.autograd.grad((joined(exported(*leaves)) ** 2).sum(), leaves),
-        torch.autograd.grad((joined(Fuse()(*leaves)) ** 2).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-def test_transforms_of_torch_func():
-    a, b = torch.randn(3, 2, 4, 5, 6), torch.randn(3, 2, 4, 3, 3)
-    weight = torch.randn(2, 4)
-
-    def fuse(a, b):
-        return ctxops.self_gated_fusion([a, b], weight)
-
-    expected = [
-        torch.stack(y) for y in zip(*(fuse(*each) for each in zip(a, b, strict=True)), strict=True)
-    ]
-    for y, exact in zip(torch.vmap(fuse)(a, b), expected, strict=True):
-        torch.testing.assert_close(y, exact)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("sizes", [[(33, 47)] * 3, PYRAMIDS["paper"]], ids=["one", "paper"])
-def test_deterministic(sizes, layout, device):
-    features = features_of(sizes, 20, 2, layout, device=device)
-    leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-    upstream = [random_like(x) for x in features]
-    threads = torch.get_num_threads()
-
-    def run():
-        fused = ctxops.self_gated_fusion(features, *leaves[len(features) :])
-        return [*fused, *torch.autograd.grad(fused, leaves, upstream)]
-
-    first = run()
-    try:
-        for repetition in range(20):
-            torch.set_num_threads(1 + repetition % 3)
-            assert all(map(torch.equal, first, run()))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_gradient_of_the_bias_does_not_depend_on_threads():
@@ -493,109 +407,6 @@ def test_more_levels_than_the_kernels_take(device):
     check_self(features)
 
 
-def test_empty_batch(device):
-    features = features_of([(5, 6), (3, 3)], batch=0, device=device)
-    leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-    fused = ctxops.self_gated_fusion(features, *leaves[2:])
-    assert [y.shape for y in fused] == [x.shape for x in features]
-    gradients = torch.autograd.grad(fused, leaves, fused)
-    assert torch.equal(gradients[2], torch.zeros_like(leaves[2]))
-    assert torch.equal(gradients[3], torch.zeros_like(leaves[3]))
-
-
-def test_second_derivatives(device):
-    features = features_of([(3, 4), (2, 2)], 2, 1, dtype=torch.float64, device=device)
-    leaves = [x.requires_grad_() for x in (*features, *weight_and_bias(features))]
-
-    def cubed(*leaves):
-        return joined(ctxops.self_gated_fusion(leaves[:2], *leaves[2:])) ** 3
-
-    (grad,) = torch.autograd.grad(cubed(*leaves).sum(), leaves[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"gated_fusion.*use_reference"):
-        grad.backward(random_like(grad))
-    with ctxops.use_reference():
-        assert torch.autograd.gradgradcheck(cubed, leaves)
-
-
-def test_forward_mode_raises():
-    features = features_of([(3, 4), (2, 2)])
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(features[1], features[1])
-        with pytest.raises(NotImplementedError, match="gated_fusion has no forward-mode"):
-            ctxops.gated_fusion([features[0], dual], gates_of(features))
-        with pytest.raises(NotImplementedError, match="self_gated_fusion has no forward-mode"):
-            ctxops.self_gated_fusion([features[0], dual], torch.ones(2, 5))
-
-
-A, B = torch.ones(2, 3, 6, 5), torch.ones(2, 3, 4, 4)
-GATES = [torch.ones(2, 1, 6, 5), torch.ones(2, 1, 4, 4)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([A], GATES[:1]), ValueError, "features must have at least two levels, got 1"),
-        (([], []), ValueError, "features must have at least two levels, got 0"),
-        ((A, GATES), TypeError, "features must be a list or tuple of tensors, got Tensor"),
-        (([A, None], GATES), TypeError, r"features\[1\] must be a torch.Tensor, got NoneType"),
-        (([A, B.int()], GATES), TypeError, r"features\[1\] must be float32.* got torch.int32"),
-        (
-            ([A, B.double()], GATES),
-            TypeError,
-            r"features\[1\] must have the dtype of features\[0\]",
-        ),
-        (([A, B[:, :2]], GATES), ValueError, r"features\[1\] must have shape .*got \(2, 2, 4, 4\)"),
-        (([A, B[:1]], GATES), ValueError, r"features\[1\] must have shape .* got \(1, 3, 4, 4\)"),
-        (([A, B[0]], GATES), ValueError, r"features\[1\] must have shape \(B, C, H, W\), got"),
-        (([A, B[:, :, :0]], GATES), ValueError, r"features\[1\] must have C, H and W of at least"),
-        (
-            ([A, B.to("meta")], GATES),
-            ValueError,
-            r"features\[1\] must be on .* device cpu, got meta",
-        ),
-        (([A, B], GATES[:1]), ValueError, "gates must be as many as the features, 2, got 1"),
-        (([A, B], GATES[0]), TypeError, "gates must be a list or tuple of tensors, got Tensor"),
-        (([A, B], GATES[::-1]), ValueError, r"gates\[0\] must have shape .*\(2, 1, 6, 5\), got"),
-        (([A, B], [GATES[0], B]), ValueError, r"gates\[1\] must have shape .*\(2, 1, 4, 4\), got"),
-        (([A, B], [GATES[0], GATES[1].double()]), TypeError, r"gates\[1\] must have the dtype of"),
-    ],
-    ids=lambda x: None,
-)
-def test_bad_input(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ctxops.gated_fusion(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([A], torch.ones(1, 3)), ValueError, "features must have at least two levels, got 1"),
-        (
-            ([A, B], torch.ones(3, 3)),
-            ValueError,
-            r"weight must have shape \(L, C\) = \(2, 3\), got",
-        ),
-        (([A, B], torch.ones(2, 4)), ValueError, r"weight must have shape .* got \(2, 4\)"),
-        (([A, B], None), TypeError, "weight must be a torch.Tensor, got NoneType"),
-        (([A, B], torch.ones(2, 3).double()), TypeError, "weight must have the dtype of features"),
-        (
-            ([A, B], torch.ones(2, 3), torch.ones(3)),
-            ValueError,
-            r"bias must have shape \(L,\) = \(2\), got \(3,\)",
-        ),
-        (
-            ([A, B], torch.ones(2, 3), torch.ones(2).half()),
-            TypeError,
-            "bias must have the dtype of features",
-        ),
-    ],
-    ids=lambda x: None,
-)
-def test_bad_input_of_the_self_gated(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ctxops.self_gated_fusion(*arguments)
-
-
 def test_kernels_refuse_what_the_operator_never_sends():
     fuse = partial(torch.ops.ctxops.gated_fusion, align_corners=False, save=True)
     with pytest.raises(ValueError, match="gates must hold one accumulator for every position"):
@@ -608,18 +419,3 @@ def test_kernels_refuse_what_the_operator_never_sends():
         fuse([A, B[:, :2]], None, torch.ones(2, 3), None)
     with pytest.raises(ValueError, match="too many tensors"):
         fuse([A] * 9, None, torch.ones(9, 3), None)
-
-
-@pytest.mark.cuda
-def test_graph_capture_on_a_side_stream():
-    features = features_of([(20, 30), (10, 15)], 64, device="cuda")
-    weight, bias = weight_and_bias(features)
-    expected = ctxops.self_gated_fusion(features, weight, bias)
-    graph, static = torch.cuda.CUDAGraph(), [torch.zeros_like(x) for x in features]
-    with torch.cuda.graph(graph):
-        fused = ctxops.self_gated_fusion(static, weight, bias)
-    for x, y in zip(static, features, strict=True):
-        x.copy_(y)
-    graph.replay()
-    for a, b in zip(fused, expected, strict=True):
-        torch.testing.assert_close(a, b)

@@ -1,17 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF012 (nobody writes to what a contract declares)
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import ctxops
-from numerics import LAYOUTS, random_like
+from numerics import random_like
+from ops.contract import OperatorContract
+
+INDICES = (0, 19, 7, 7, 5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_takes_the_vectors_at_the_positions(layout, device):
-    x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, device=device))
-    indices = torch.tensor([0, 19, 7, 7, 5], device=device)
-    expected = torch.stack([x[:, :, i // 5, i % 5] for i in indices.tolist()], dim=2)
-    assert torch.equal(ctxops.sample_anchors(x, indices), expected)
+def formula(x, indices):
+    return torch.stack([x[:, :, i // x.shape[3], i % x.shape[3]] for i in indices], dim=2)
+
+
+class TestSampleAnchors(OperatorContract):
+    name = "sample_anchors"
+    cases = [((2, 3, 4, 5), INDICES), ((1, 1, 1, 1), (0, 0)), ((3, 40, 1, 7), (6, 2))]
+    native = False
+    derivatives = "all"
+    drawn = st.tuples(
+        st.tuples(st.tuples(*(st.integers(1, n) for n in (3, 20, 9, 9)))).flatmap(
+            lambda shape: st.tuples(
+                st.just(shape[0]),
+                st.lists(st.integers(0, shape[0][2] * shape[0][3] - 1), min_size=1, max_size=9),
+            )
+        ),
+        st.just("one"),
+    )
+    valid = {"input": torch.ones(1, 2, 3, 4), "indices": torch.tensor([0, 11])}
+    errors = (
+        ({"indices": [0, 1]}, TypeError, "indices must be an int64 tensor, got list"),
+        (
+            {"indices": torch.tensor([0.0])},
+            TypeError,
+            "indices must be an int64 tensor, got torch.float32",
+        ),
+        (
+            {"indices": torch.tensor([[0]])},
+            ValueError,
+            r"indices must have shape \(S,\), got \(1, 1\)",
+        ),
+        (
+            {"indices": torch.tensor([0, 12])},
+            ValueError,
+            "indices must be in 0 ... 11, got 0 ... 12",
+        ),
+        (
+            {"indices": torch.tensor([-1])},
+            ValueError,
+            "indices must be in 0 ... 11, got -1 ... -1",
+        ),
+        (
+            {"indices": torch.tensor([0], device="meta")},
+            ValueError,
+            "indices must be on the map's device",
+        ),
+    )
+    without = {
+        "test_maps_of_different_layouts": "it takes one map",
+        "test_the_first_map_decides_on_the_memory_format": "it gives no map",
+        "test_memory_format_of_the_gradients": "they are those of torch's indexing",
+        "test_opcheck": "it is not registered",
+        "test_use_reference": "it is its reference",
+    }
+
+    def case(self, *shape):
+        last = shape[2] * shape[3] - 1
+        return shape, (3, last, 3, 0)
+
+    def make(self, case, _, **options):
+        return [torch.randn(case[0], **options)]
+
+    def functions(self, case, _):
+        indices = torch.tensor(case[1])
+        return (
+            lambda x: ctxops.sample_anchors(x, indices.to(x.device)),
+            lambda x: formula(x, case[1]),
+        )
 
 
 def test_gradient_adds_up_over_repetitions():
@@ -38,29 +105,6 @@ def test_random_indices():
     # With replacement: 10,000 draws of 24 positions are near uniform and never a permutation.
     counts = ctxops.random_anchor_indices(4, 6, (100,), generator).bincount(minlength=24)
     assert (counts - 10_000 / 24).abs().max() < 110
-
-
-def test_compiles(device):
-    compiled = torch.compile(ctxops.sample_anchors, fullgraph=True, dynamic=True)
-    x, indices = torch.randn(2, 3, 4, 5, device=device), torch.tensor([3, 1], device=device)
-    torch.testing.assert_close(compiled(x, indices), ctxops.sample_anchors(x, indices))
-
-
-@pytest.mark.parametrize(
-    ("indices", "error", "message"),
-    [
-        ([0, 1], TypeError, "indices must be an int64 tensor, got list"),
-        (torch.tensor([0.0]), TypeError, "indices must be an int64 tensor, got torch.float32"),
-        (torch.tensor([[0]]), ValueError, r"indices must have shape \(S,\), got \(1, 1\)"),
-        (torch.tensor([0, 12]), ValueError, r"indices must be in 0 ... 11, got 0 ... 12"),
-        (torch.tensor([-1]), ValueError, r"indices must be in 0 ... 11, got -1 ... -1"),
-        (torch.tensor([0], device="meta"), ValueError, "indices must be on the map's device"),
-    ],
-    ids=lambda x: None,
-)
-def test_bad_indices(indices, error, message):
-    with pytest.raises(error, match=message):
-        ctxops.sample_anchors(torch.ones(1, 2, 3, 4), indices)
 
 
 def test_bad_sizes():
