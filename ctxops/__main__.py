@@ -3,7 +3,6 @@
 
 import argparse
 import ast
-import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -33,34 +32,67 @@ def _info() -> str:
     else:
         lines.append(f"extension    none ({build['error']}): the references serve")
     lines.append(f"GPU          {_gpu()}")
-    lines.append(f"triton       {'yes' if importlib.util.find_spec('triton') else 'no'}")
+    lines.append(f"triton       {'yes' if _library.has_triton() else 'no'}")
     lines.append("")
-    lines.append(f"{'operator':<24}{'here on the CPU':<20}on CUDA")
-    for operator in _library.operators.values():
-        if not operator.name.endswith("_bwd"):
-            cpu, cuda = _backends(operator, build)
-            lines.append(f"{operator.name:<24}{cpu:<20}{cuda}")
-    lines += [f"{name:<24}{'torch':<20}torch" for name in ("nonlocal_attention", "sample_anchors")]
+    table = [("operator", "here on the CPU", "on CUDA", "except")]
+    table += [(name, *_backends(served, build)) for name, served in _library.served.items()]
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _backends(operator: _library.Operator, build: dict[str, object]) -> tuple[str, str]:
-    """What serves an operator, forward and backward, on the CPU and on CUDA."""
-    native = f"{operator.name}_forward" in build.get("kernels", ())
-    cpu = f"C++ {build['cpu'][-1]}" if native else "torch, in blocks"
-    triton = "Triton" if importlib.util.find_spec("triton") else "torch, in blocks"
-    cuda = "C++" if native else triton
-    return (
-        cpu if "cpu" in operator.devices else "reference",
-        cuda if "cuda" in operator.devices else "reference (no CUDA kernels, or no driver)",
-    )
+def _backends(served: _library.Served, build: dict[str, object]) -> tuple[str, str, str]:
+    """What serves an operator here, on the CPU and on CUDA, and which calls something else does."""
+    cpu, cuda, but = served
+    if cpu == "C++":
+        cpu = f"C++ {build['cpu'][-1]}" if build["extension"] else "reference"
+    if cuda == "C++" and not build.get("cuda"):
+        cuda = f"reference ({_why_no_cuda(build)})"
+    elif cuda == "C++" and not _built_for_gpu(build):
+        cuda = "an error (not built for this GPU)"
+    elif cuda == "Triton" and not _library.has_triton():
+        cuda = "torch, in blocks"
+    return cpu, cuda, but
+
+
+def _why_no_cuda(build: dict[str, object]) -> str:
+    if not build["extension"]:
+        return "no extension"
+    if not build["cuda_compiler"]:
+        return "not built"
+    return "driver too old" if build["cuda_driver"] else "no driver"
+
+
+def _built_for_gpu(build: dict[str, object]) -> bool:
+    """Has the build machine code for the current GPU, or PTX that its driver can compile?"""
+    if not torch.cuda.is_available():
+        return True
+    major, minor = torch.cuda.get_device_capability()
+    compiler = build["cuda_compiler"].removeprefix("nvcc ")
+    ptx = _version(build["cuda_driver"]) >= _version(compiler)
+    for arch in build["cuda_archs"].split():
+        number, _, kind = arch.partition("-")
+        if not number.isdecimal():  # such as "all": nvcc knows
+            return True
+        built = divmod(int(number), 10)
+        if kind != "virtual" and built[0] == major and built[1] <= minor:
+            return True
+        if kind != "real" and ptx and built <= (major, minor):
+            return True
+    return False
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _driver(build: dict[str, object]) -> str:
     if build["cuda_driver"] is None:
-        return "none"
-    verdict = "" if build["cuda"] or not build["cuda_compiler"] else ", too old for this build"
-    return f"for CUDA {build['cuda_driver']}{verdict}"
+        return "none" if build["cuda_compiler"] else "not asked for"
+    return f"for CUDA {build['cuda_driver']}{'' if build['cuda'] else ', too old for this build'}"
 
 
 def _gpu() -> str:

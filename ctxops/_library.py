@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,35 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 reference_active = False
 _reference_depth = 0
 
-# The operators by name, in the order of their definition; for `ctxops info`.
+# The registered operators by name; for torch's FlopCounterMode.
 operators: dict[str, "Operator"] = {}
+
+
+class Served(NamedTuple):
+    """What serves a public operator, as ``served_by`` declares it."""
+
+    cpu: str
+    cuda: str
+    but: str
+
+
+# By the name of the public function; for `ctxops info`.
+served: dict[str, Served] = {}
+
+
+def served_by(*, cpu: str, cuda: str, but: str = "") -> Callable[[Callable], Callable]:
+    """Declares what serves a public operator, forward and backward, on the CPU and on CUDA.
+
+    ``"C++"``: the extension's kernel, or where there is none the reference. ``"Triton"``: what
+    ``uses_triton`` asks for, or without Triton torch, in blocks. Everything else begins with
+    ``"torch"`` and is there always. ``but`` says which calls something else serves.
+    """
+
+    def declare(function: Callable) -> Callable:
+        served[function.__name__] = Served(cpu, cuda, but)
+        return function
+
+    return declare
 
 
 @contextlib.contextmanager
@@ -208,13 +236,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(x: Tensor) -> bool:
     """On CUDA, except for float64, which Triton's matrix products do not serve."""
-    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
+    return x.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def inner_dense(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ctxops.ops.asymmetric_attention.reference import reference
 BLOCK_BYTES = 16 * 2**20
 
 
+@_library.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
 def asymmetric_attention(
     query: Tensor,
     key: Tensor,

@@ -9,6 +9,7 @@ from ctxops import _library
 from ctxops.ops.category_context.reference import reference
 
 
+@_library.served_by(cpu="torch", cuda="torch")
 def category_context(logits: Tensor, memory: Tensor, *, hard: bool = False) -> Tensor:
     r"""The mean of a memory's rows, one per class, by the class probabilities of each position.
 

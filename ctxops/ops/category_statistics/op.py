@@ -23,6 +23,7 @@ _TILE_BYTES = 512 << 10
 _CLASS_BYTES = 12
 
 
+@_library.served_by(cpu="C++", cuda="C++")
 def category_statistics(
     features: Tensor,
     labels: Tensor,

@@ -15,6 +15,7 @@ BLOCK_BYTES = 4 * 2**20
 COPIED_CHANNELS = 64
 
 
+@_library.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
 def criss_cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
 ) -> Tensor:
@@ -64,6 +65,7 @@ def criss_cross_attention(
     return _FORWARD(query, key, value, scale, differentiable=grad)[0]
 
 
+@_library.served_by(cpu="torch", cuda="torch")
 def criss_cross_attention_weights(
     query: Tensor, key: Tensor, *, scale: float | None = None
 ) -> Tensor:

@@ -12,10 +12,12 @@ from ctxops.ops.gated_fusion.reference import reference, reference_gates
 
 # csrc/common/tensor.h
 _MAX_LEVELS = 8
+_BUT = f"more than {_MAX_LEVELS} levels: reference"
 # csrc/gated_fusion/gated_fusion.h
 _PART = 64
 
 
+@_library.served_by(cpu="C++", cuda="C++", but=_BUT)
 def gated_fusion(
     features: Sequence[Tensor], gates: Sequence[Tensor], *, align_corners: bool = False
 ) -> tuple[Tensor, ...]:
@@ -76,6 +78,7 @@ def gated_fusion(
     return tuple(fused)
 
 
+@_library.served_by(cpu="C++", cuda="C++", but=_BUT)
 def self_gated_fusion(
     features: Sequence[Tensor],
     weight: Tensor,

@@ -15,6 +15,7 @@ BORDERS = ("zeros", "mask", "shift")
 _MAX_WINDOW = 4096
 
 
+@_library.served_by(cpu="C++", cuda="C++")
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -84,6 +85,7 @@ def neighborhood_attention(
     return _FORWARD(query, key, value, *options, grad, differentiable=grad)[0]
 
 
+@_library.served_by(cpu="C++", cuda="C++", but="with gradient: reference")
 def neighborhood_attention_weights(
     query: Tensor,
     key: Tensor,

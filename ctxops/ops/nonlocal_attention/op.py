@@ -18,6 +18,9 @@ from ctxops.ops.nonlocal_attention.reference import reference
 _FLASH_WIDTH = 256
 
 
+@_library.served_by(
+    cpu="torch, fused", cuda="torch, fused", but="float64 on CUDA: torch, in blocks"
+)
 def nonlocal_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
 ) -> Tensor:

@@ -12,6 +12,7 @@ from ctxops.ops.pyramid_pool.reference import reference
 _MODES = ("avg", "max")
 
 
+@_library.served_by(cpu="C++", cuda="C++")
 def pyramid_pool(
     input: Tensor, output_sizes: Sequence[int] = (1, 3, 6, 8), *, mode: str = "avg"
 ) -> Tensor:

@@ -11,6 +11,7 @@ from ctxops.ops.pyramid_pool import check_output_sizes
 from ctxops.ops.sample_anchors.reference import reference
 
 
+@_library.served_by(cpu="torch", cuda="torch")
 def sample_anchors(input: Tensor, indices: Tensor) -> Tensor:
     r"""Takes the vectors of a map at the given positions.
 

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every line of ``ctxops info`` says what really runs."""
+
+import importlib
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import ctxops
+from ctxops import __main__, _library, _native
+
+NO_OPERATORS = {"build_info", "random_anchor_indices", "use_reference"}
+FOLDERS = {  # of the operators that have no folder of their name
+    "criss_cross_attention_weights": "criss_cross_attention",
+    "neighborhood_attention_weights": "neighborhood_attention",
+    "self_gated_fusion": "gated_fusion",
+}
+
+
+def call(name, device="cpu", dtype=torch.float32, grad=False, levels=2):
+    """Calls the operator, forward and where asked for backward."""
+
+    def randn(*shape):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
+
+    x, gate = randn(1, 4, 5, 6), randn(1, 1, 5, 6)
+    labels = torch.randint(3, (1, 5, 6), device=device)
+    arguments = {
+        "asymmetric_attention": (x, randn(1, 4, 3), randn(1, 4, 3)),
+        "category_context": (x, randn(4, 2)),
+        "category_statistics": (x, labels, randn(3, 4)),
+        "criss_cross_attention": (x, x, x),
+        "criss_cross_attention_weights": (x, x),
+        "gated_fusion": ([x] * levels, [gate] * levels),
+        "neighborhood_attention": (x, x, x, 3),
+        "neighborhood_attention_weights": (x, x, 3),
+        "nonlocal_attention": (x, x, x),
+        "pyramid_pool": (x, (1, 2)),
+        "sample_anchors": (x, torch.tensor([0, 7], device=device)),
+        "self_gated_fusion": ([x] * levels, randn(levels, 4)),
+    }
+    results = getattr(ctxops, name)(*arguments[name])
+    results = results if isinstance(results, tuple) else (results,)
+    if grad and results[0].requires_grad:
+        sum(y.sum() for y in results).backward()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What has served since this set was emptied."""
+    seen = set()
+
+    def watch(module, function, what):
+        if hasattr(module, function):
+            original = getattr(module, function)
+
+            def watched(*arguments, **named):
+                seen.add(what)
+                return original(*arguments, **named)
+
+            monkeypatch.setattr(module, function, watched)
+
+    watch(_library, "launch", "C++")
+    for name in {FOLDERS.get(name, name) for name in _library.served}:
+        op = importlib.import_module(f"ctxops.ops.{name}.op")
+        for function in ("_forward_in_blocks", "_backward_in_blocks"):
+            watch(op, function, "torch, in blocks")
+        if name != "sample_anchors":  # whose one reading the reference is
+            watch(op, "reference", "reference")
+        if name != "criss_cross_attention":  # likewise, for the weights
+            watch(op, "reference_weights", "reference")
+        if _library.has_triton() and name in ("asymmetric_attention", "criss_cross_attention"):
+            kernels = importlib.import_module(f"ctxops.ops.{name}.triton_kernels")
+            for function in ("forward", "backward"):
+                watch(kernels, function, "Triton")
+    watch(torch.nn.functional, "scaled_dot_product_attention", "torch, fused")
+    return seen
+
+
+def table() -> dict[str, list[str]]:
+    """The cells of every line of the table, by operator."""
+    _, lines = __main__._info().split("\n\n")
+    header, *lines = lines.split("\n")
+    names = ("operator", "here on the CPU", "on CUDA", "except")
+    assert tuple(part.strip() for part in header.split("  ") if part) == names
+    starts = [header.index(name) for name in names] + [None]
+    rows = {}
+    for line in lines:
+        cells = [line[slice(*ends)] for ends in itertools.pairwise(starts)]
+        assert all(not cell or cell.endswith("  ") for cell in cells[:2])  # nothing runs together
+        name, *served = (cell.strip() for cell in cells)
+        assert name not in rows
+        rows[name] = served
+    return rows
+
+
+def claimed(cell: str) -> set[str]:
+    """What ``ran`` holds if the cell is true."""
+    if cell.startswith("C++ "):
+        assert cell == f"C++ {ctxops.build_info()['cpu'][-1]}"
+        return {"C++"}
+    return set() if cell == "torch" else {cell}
+
+
+def test_the_table_has_every_operator():
+    assert set(table()) == set(_library.served) == set(ctxops.__all__) - NO_OPERATORS
+
+
+def test_the_command_prints_the_table():
+    done = subprocess.run(
+        [sys.executable, "-m", "ctxops", "info"], capture_output=True, text=True, check=True
+    )
+    assert all(f"\n{name} " in done.stdout for name in _library.served)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", _library.served)
+def test_what_serves_on_the_cpu(name, grad, ran):
+    cell, _, but = table()[name]
+    if grad and but == "with gradient: reference":
+        cell = "reference"
+    call(name, grad=grad)
+    assert ran == claimed(cell)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", _library.served)
+def test_what_serves_on_cuda(name, dtype, ran):
+    _, cell, but = table()[name]
+    if dtype == torch.float64 and but.startswith("float64 on CUDA: "):
+        cell = but.removeprefix("float64 on CUDA: ")
+    call(name, "cuda", dtype, grad=but != "with gradient: reference")
+    assert ran == claimed(cell)
+
+
+def test_the_exceptions(ran):
+    rows = {name: but for name, (_, _, but) in table().items() if but}
+    for name in ("gated_fusion", "self_gated_fusion"):
+        assert rows.pop(name) == "more than 8 levels: reference"
+        for levels, served in ((8, "C++"), (9, "reference")):
+            ran.clear()
+            call(name, levels=levels)
+            assert ran == {served}
+    # tested with a gradient above
+    assert rows.pop("neighborhood_attention_weights") == "with gradient: reference"
+    assert set(rows.values()) == {"float64 on CUDA: torch, in blocks"}
+    assert set(rows) == {"asymmetric_attention", "criss_cross_attention", "nonlocal_attention"}
+
+
+@pytest.mark.parametrize("name", ["asymmetric_attention", "criss_cross_attention"])
+def test_triton_serves_where_the_table_says_so(name, ran, monkeypatch):
+    """On CUDA, whose tensors can be had without a GPU as long as nothing computes."""
+    pytest.importorskip("triton")
+    assert table()[name][1] == "Triton"
+    with FakeTensorMode():
+        for dtype in _library.FLOATING:
+            x = torch.empty(1, device="cuda", dtype=dtype)
+            assert _library.uses_triton(x) == (dtype != torch.float64)
+    if torch.cuda.is_available():
+        return  # run above
+    monkeypatch.setattr(_library, "uses_triton", lambda x: True)
+    call(name, grad=True)
+    assert ran == {"Triton"}
+
+
+def pretend(
+    monkeypatch, *, nvcc="nvcc 13.0.88", driver=13000, archs="80-real 86-real 90", gpu=None
+):
+    """Another build on another machine; without ``nvcc`` one for the CPU, with None none at all."""
+    extension = None
+    if nvcc is not None:
+        extension = SimpleNamespace(
+            compiler="g++", cuda_compiler=nvcc, cuda_archs=archs, baseline=_native.cpu
+        )
+        if nvcc:
+            extension.cuda = object()
+    versions = (13000, driver) if nvcc else (0, 0)
+    monkeypatch.setattr(_native, "extension", extension)
+    monkeypatch.setattr(_native, "_cuda_versions", lambda: versions)
+    for name, value in (("cpu", _native._best_cpu()), ("cuda", _native._usable_cuda())):
+        monkeypatch.setattr(_native, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+
+
+def native(column):
+    """The one text that this column has for all operators with C++ kernels."""
+    rows = table()
+    (cell,) = {
+        rows[name][column] for name, served in _library.served.items() if served.cpu == "C++"
+    }
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpu", "cuda"),
+    [
+        ({"nvcc": None}, "reference", "reference (no extension)"),
+        ({"nvcc": ""}, "C++ baseline", "reference (not built)"),
+        ({"driver": 0}, "C++ baseline", "reference (no driver)"),
+        ({"driver": 12090}, "C++ baseline", "reference (driver too old)"),
+        ({}, "C++ baseline", "C++"),
+        ({"gpu": (8, 0)}, "C++ baseline", "C++"),
+        ({"gpu": (8, 9)}, "C++ baseline", "C++"),  # by the machine code for 86
+        ({"gpu": (12, 0)}, "C++ baseline", "C++"),  # by the PTX for 90
+        ({"gpu": (7, 5)}, "C++ baseline", "an error (not built for this GPU)"),
+        ({"gpu": (8, 0), "archs": "90"}, "C++ baseline", "an error (not built for this GPU)"),
+        ({"gpu": (8, 0), "archs": "86-real"}, "C++ baseline", "an error (not built for this GPU)"),
+        ({"gpu": (12, 0), "archs": "90-real"}, "C++ baseline", "an error (not built for this GPU)"),
+        ({"gpu": (9, 0), "archs": "80-virtual"}, "C++ baseline", "C++"),
+        # A driver of a later minor version compiles this PTX, an earlier one does not.
+        (
+            {"gpu": (12, 0), "nvcc": "nvcc 13.1.1"},
+            "C++ baseline",
+            "an error (not built for this GPU)",
+        ),
+        ({"gpu": (9, 0), "nvcc": "nvcc 13.1.1"}, "C++ baseline", "C++"),
+        ({"gpu": (12, 0), "nvcc": "nvcc 13.1.1", "driver": 13020}, "C++ baseline", "C++"),
+        ({"gpu": (12, 0), "archs": "all"}, "C++ baseline", "C++"),
+    ],
+    ids=str,
+)
+def test_what_other_machines_are_told(machine, cpu, cuda, monkeypatch):
+    pretend(monkeypatch, **machine)
+    assert native(0) == cpu
+    assert native(1) == cuda
+    # What the dispatcher is given agrees.
+    devices = _library.native_devices(print)
+    assert ("cpu" in devices) == cpu.startswith("C++")
+    assert ("cuda" in devices) == (not cuda.startswith("reference"))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(_library, "has_triton", lambda: False)
+    rows = table()
+    for name in ("asymmetric_attention", "criss_cross_attention"):
+        assert rows[name][1] == "torch, in blocks"
+    with FakeTensorMode():
+        assert not _library.uses_triton(torch.empty(1, device="cuda"))
