@@ -52,24 +52,46 @@ OF_GRADIENTS = (
 )
 
 
-def each_value_once(**axes: Sequence | dict):
-    """:func:`covering.product` where the pairs cost too much: the quick suite runs every value."""
+def chosen(quick: Callable[[Sequence[int]], Sequence[tuple]], **axes: Sequence | dict):
+    """:func:`covering.product` of which the quick suite runs what ``quick`` says of the lengths."""
     lengths = [len(axis) for axis in axes.values()]
-    quick = [tuple(i % length for length in lengths) for i in range(max(lengths))]
     names, rows = product(**axes).args
+    wanted = quick(lengths)
     return pytest.mark.parametrize(
         names,
         [
-            pytest.param(*row.values, id=row.id, marks=() if at in quick else pytest.mark.slow)
+            pytest.param(*row.values, id=row.id, marks=() if at in wanted else pytest.mark.slow)
             for at, row in zip(itertools.product(*map(range, lengths)), rows, strict=True)
         ],
     )
 
 
-def costly(test: Callable) -> Callable:
-    """The quick suite runs every value of every argument, but not every pair of them."""
-    test.costly = True
-    return test
+def each_value_once(**axes: Sequence | dict):
+    """Where the pairs of :func:`covering.product` cost too much: every value of every axis."""
+
+    def quick(lengths):
+        return [tuple(i % length for length in lengths) for i in range(max(lengths))]
+
+    return chosen(quick, **axes)
+
+
+def first(**axes: Sequence | dict):
+    """Where even that costs too much: the first value of every axis."""
+    return chosen(lambda lengths: [(0,) * len(lengths)], **axes)
+
+
+def none(**axes: Sequence | dict):
+    return chosen(lambda lengths: [], **axes)
+
+
+def quick(choice: Callable) -> Callable[[Callable], Callable]:
+    """Which combinations of its arguments a test of the contract has in the quick suite."""
+
+    def mark(test):
+        test.choice = choice
+        return test
+
+    return mark
 
 
 def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -222,12 +244,10 @@ class OperatorContract:
             return
         for name, axis in axes.items():
             assert len(axis), f"{type(self).__name__} has nothing for the argument {name}"
-        test = metafunc.function
-        costly = getattr(test, "costly", False)
-        names, rows = (each_value_once if costly else product)(**axes).args
-        if test.__name__ == "test_compiled_by_inductor" and not self.inductor:
-            rows = [pytest.param(*row.values, id=row.id, marks=pytest.mark.slow) for row in rows]
-        metafunc.parametrize(names, rows)
+        choice = getattr(metafunc.function, "choice", product)
+        if metafunc.function.__name__ == "test_compiled_by_inductor" and not self.inductor:
+            choice = none
+        metafunc.parametrize(*choice(**axes).args)
 
     def _inputs(self, case, mode, layout="contiguous", dtype=torch.float32, device="cpu") -> list:
         inputs = self.make(case, mode, dtype=dtype, device=device)
@@ -285,7 +305,7 @@ class OperatorContract:
 
     # Derivatives.
 
-    @costly
+    @quick(each_value_once)
     def test_gradcheck(self, layout, mode, device):
         case = self.case(2, 2, 4, 3)
         operator, _ = self.functions(case, mode)
@@ -395,7 +415,7 @@ class OperatorContract:
 
     # What torch sees.
 
-    @costly
+    @quick(each_value_once)
     def test_opcheck(self, opcheck_layout, mode, device):
         case = self.case(2, 4, 5, 7)
         inputs = self._inputs(case, mode, opcheck_layout, device=device)
@@ -405,12 +425,11 @@ class OperatorContract:
             tried += 1
         assert tried >= 1
 
-    @costly
+    @quick(first)
     def test_compiles_once_for_all_sizes(self, mode, device):
         self._check_compiled("aot_eager", mode, device)
 
-    # Marked slow but for the operators that say `inductor`.
-    @costly
+    @quick(first)  # of the operators that say `inductor`
     def test_compiled_by_inductor(self, mode, device):
         self._check_compiled("inductor", mode, device)
 
@@ -428,7 +447,7 @@ class OperatorContract:
                 leaves = self._leaves(self.case(2, 4, *size), mode, device=device)
                 assert_close(run(compiled, leaves), run(function, leaves), check_stride=False)
 
-    @costly
+    @quick(first)
     def test_trains_after_an_export_without_gradients(self, layout, mode):
         case = self.case(2, 4, 7, 5)
         operator, _ = self.functions(case, mode)
