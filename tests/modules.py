@@ -1,11 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of modules share."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from numerics import random_like
+
+
+def mostly_slow(cases, *quick: str):
+    """The cases, a dictionary or a list, of which the quick suite runs the named ones alone.
+
+    A case that is a tuple gives several arguments.
+    """
+    cases = cases if isinstance(cases, dict) else {str(case): case for case in cases}
+    assert cases.keys() >= set(quick)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            id=name,
+            marks=() if name in quick else pytest.mark.slow,
+        )
+        for name, case in cases.items()
+    ]
 
 
 def randomise(module: nn.Module) -> nn.Module:

@@ -81,6 +81,7 @@ def test_keeps_the_memory_format(layout, device):
     assert y.stride() == LAYOUTS[layout](y).stride()
 
 
+@pytest.mark.slow
 def test_compiles_once_for_all_sizes(device):
     torch._dynamo.reset()
     block = randomise(CGNL(16, 8, 4, use_scale=True)).to(device)

@@ -102,6 +102,7 @@ def test_keeps_the_memory_format(layout, block, device):
     assert y.stride() == LAYOUTS[layout](y).stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks(), ids=lambda b: type(b).__name__)
 def test_compiles_once_for_all_sizes(block, device):
     torch._dynamo.reset()

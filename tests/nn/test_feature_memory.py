@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import datetime
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 
 from ctxops.nn import FeatureMemory
 from ctxops.nn.feature_memory import _largest_cluster
+from modules import mostly_slow
 
 INITS = ["random", "mean", "clustering"]
 K, C, IGNORED = 5, 6, 255
@@ -456,8 +458,8 @@ def test_any_label_may_be_ignored(ignored, init):
     assert torch.equal(memory.memory, expected.memory)
 
 
-@pytest.mark.parametrize("momentum", ["poly", "lr"])
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("momentum", mostly_slow(["poly", "lr"], "poly"))
+@pytest.mark.parametrize("init", mostly_slow(INITS, "mean"))
 def test_compiles_once_for_all_sizes(init, momentum, device):
     torch._dynamo.reset()
     options = {"momentum": momentum, "total_steps": 9, "base_lr": 0.1, "init": init}
@@ -652,9 +654,22 @@ def train(network, batches):
 
 
 def process(rank, folder):
-    """What each of the two processes does; the file that it writes is what the tests look at."""
+    """What this process and another do; the files that they write are what the tests look at."""
     torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        timeout=datetime.timedelta(seconds=120),
+        rank=rank,
+        world_size=2,
+    )
+    try:
+        torch.save(results_of(rank), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def results_of(rank):
     alone, both = [dist.new_group([r]) for r in (0, 1)], dist.new_group([0, 1])
     results, all_reduce, groups = {}, dist.all_reduce, []
 
@@ -662,12 +677,12 @@ def process(rank, folder):
         groups.append(group)
         all_reduce(tensor, group=group)
 
-    dist.all_reduce = record
-    for sync in ("statistics", "reference"):
-        memory_of(process_group=both, sync=sync)(*batch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", record)
+        for sync in ("statistics", "reference"):
+            memory_of(process_group=both, sync=sync)(*batch())
     assert len(groups) == 3
     assert all(group is both for group in groups)
-    dist.all_reduce = all_reduce
     cases = DISTRIBUTED | {"alone": {"process_group": alone[rank]}}
     for seeds in ("equal", "different"):
         for name, options in cases.items():
@@ -680,8 +695,7 @@ def process(rank, folder):
     network = nn.parallel.DistributedDataParallel(Network())
     train(network, [halves(step)[rank] for step in range(len(STEPS))])
     results["ddp"] = network.module.state_dict()
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -690,22 +704,13 @@ def results(tmp_path_factory):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     env["PYTHONPATH"] = os.pathsep.join(paths)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [p.communicate(timeout=120)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+    with subprocess.Popen([sys.executable, __file__, "1", str(folder)], env=env) as other:
+        try:
+            process(0, folder)
+            other.wait(timeout=120)
+        finally:
+            other.kill()
+    assert other.returncode == 0
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

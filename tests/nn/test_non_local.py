@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +6,10 @@ import torch.nn.utils.prune as prune
 from torch import nn
 
 import ctxops
+from covering import product
 from ctxops.nn import AFNB, APNB, FusionNonLocal2d, NonLocal2d, non_local
 from harness import peak_memory
-from modules import assert_same, randomise
+from modules import assert_same, mostly_slow, randomise
 from numerics import LAYOUTS, random_like
 
 
@@ -53,44 +52,45 @@ def formula(block, x, context, sample=lambda x: x):
     return y
 
 
-FORMS = [
-    {"variant": variant, "share": share, "fuse": fuse, "bias": bias, "out_norm": out_norm}
-    for variant, share, fuse, bias, out_norm in itertools.product(
-        ("released", "paper"),
-        ("query_key", "key_value", None),
-        (None, "add", "concat"),
-        (True, False),
-        (True, False),
-    )
-]
+SHARE = {"query_key": "query_key", "key_value": "key_value", "separate": None}
+FOLD = {"fold": True, "plain": False}
+FORM = {
+    "variant": ("released", "paper"),
+    "fuse": {"alone": None, "add": "add", "concat": "concat"},
+    "bias": {"bias": True, "no bias": False},
+    "out_norm": {"norm": True, "no norm": False},
+}
+# The maximum is not linear: fold says nothing there.
+SAMPLING = {
+    "avg fold": {"sampling": "avg", "fold": True},
+    "avg plain": {"sampling": "avg", "fold": False},
+    "max": {"sampling": "max"},
+}
 
 
-def name(form):
-    return "-".join(f"{k}={v}" for k, v in form.items())
+@pytest.fixture
+def form(variant, fuse, bias, out_norm):
+    return {"variant": variant, "fuse": fuse, "bias": bias, "out_norm": out_norm}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("sampling", ["avg", "max"])
-@pytest.mark.parametrize("fold", [True, False], ids=["fold", "plain"])
-@pytest.mark.parametrize("form", FORMS, ids=name)
-def test_apnb_is_its_formula(form, fold, sampling, training):
-    block = randomise(APNB(12, 6, 6, output_sizes=(1, 2, 3), fold=fold, sampling=sampling, **form))
+@product(share=SHARE, **FORM, sampling=SAMPLING, training={"train": True, "eval": False})
+def test_apnb_is_its_formula(share, form, sampling, training):
+    block = randomise(APNB(12, 6, 6, output_sizes=(1, 2, 3), share=share, **sampling, **form))
     block.double().train(training)
 
     def pool(x):
-        return ctxops.pyramid_pool(x, (1, 2, 3), mode=sampling)
+        return ctxops.pyramid_pool(x, (1, 2, 3), mode=sampling["sampling"])
 
     x = torch.randn(2, 12, 7, 9)
     assert_same(block, [x], lambda x: formula(block, x, x, pool))
 
 
-@pytest.mark.parametrize("fold", [True, False], ids=["fold", "plain"])
-@pytest.mark.parametrize("form", FORMS, ids=name)
-def test_random_sampling(form, fold, monkeypatch):
+@product(share=SHARE, **FORM, fold=FOLD)
+def test_random_sampling(share, form, fold, monkeypatch):
     indices = ctxops.random_anchor_indices(7, 9, (1, 3))
     monkeypatch.setattr(non_local, "random_anchor_indices", lambda *_, device: indices)
-    block = randomise(APNB(12, 6, 6, output_sizes=(1, 3), fold=fold, sampling="random", **form))
-    block.double()
+    options = {"share": share, "fold": fold, "sampling": "random"}
+    block = randomise(APNB(12, 6, 6, output_sizes=(1, 3), **options, **form)).double()
 
     def sample(x):
         return ctxops.sample_anchors(x, indices)
@@ -104,9 +104,8 @@ def test_random_sampling_draws_anew():
     assert not torch.allclose(block(x), block(x))
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f["share"] is None], ids=name)
+@product(**FORM)
 def test_afnb_is_its_formula(form):
-    form = {k: v for k, v in form.items() if k != "share"}
     block = randomise(AFNB(10, 12, 6, 5, output_sizes=(1, 2, 3), **form)).double()
     low, high = torch.randn(2, 10, 5, 8), torch.randn(2, 12, 7, 9)
 
@@ -116,15 +115,14 @@ def test_afnb_is_its_formula(form):
     assert_same(block, [low, high], lambda low, high: formula(block, high, low, pool))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name)
-def test_non_local_is_its_formula(form):
-    block = randomise(NonLocal2d(12, 6, 6, **form)).double()
+@product(share=SHARE, **FORM)
+def test_non_local_is_its_formula(share, form):
+    block = randomise(NonLocal2d(12, 6, 6, share=share, **form)).double()
     assert_same(block, [torch.randn(2, 12, 4, 5)], lambda x: formula(block, x, x))
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f["share"] is None], ids=name)
+@product(**FORM)
 def test_fusion_non_local_is_its_formula(form):
-    form = {k: v for k, v in form.items() if k != "share"}
     block = randomise(FusionNonLocal2d(10, 12, 6, 8, **form)).double()
     low, high = torch.randn(2, 10, 3, 4), torch.randn(2, 12, 4, 5)
     assert_same(block, [low, high], lambda low, high: formula(block, high, low))
@@ -249,15 +247,24 @@ def test_keeps_the_memory_format(layout, fuse, device):
         assert y.stride() == LAYOUTS[layout](y).stride()
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize(
+    ("variant", "training"),
+    mostly_slow(
+        {
+            f"{variant}-{mode}": (variant, mode == "train")
+            for variant in ("released", "paper")
+            for mode in ("train", "eval")
+        },
+        "released-eval",
+    ),
+)
 def test_compiles_once_for_all_sizes(variant, training, device):
     torch._dynamo.reset()
     block = randomise(APNB(16, 8, 8, output_sizes=(1, 3), fuse="concat", variant=variant))
     block = block.to(device).train(training)
     backend = "inductor" if (variant, training) == ("released", False) else "aot_eager"
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.set_grad_enabled(training):
         for size in ((12, 10), (17, 9), (31, 45)):
             x = torch.randn(2, 16, *size, device=device)
             torch.testing.assert_close(compiled(x), block(x))
