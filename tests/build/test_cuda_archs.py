@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DEFAULT = "80-real 86-real 90"
+DEFAULT = "80 86-real 90-real"
 
 pytestmark = pytest.mark.skipif(
     any(shutil.which(tool) is None for tool in ("nvcc", "cmake", "ninja")),
@@ -55,8 +55,8 @@ def configure(tmp_path_factory):
     ("nvidia_smi", "archs", "said"),
     [
         ("echo 9.0", "90", "the GPUs of this machine"),
-        ("echo 8.9; echo 8.0; echo 8.9", "80-real 89", "the GPUs of this machine"),
-        ("echo 12.0; echo 9.0", "90-real 120", "the GPUs of this machine"),
+        ("echo 8.9; echo 8.0; echo 8.9", "80 89-real", "the GPUs of this machine"),
+        ("echo 12.0; echo 9.0", "90 120-real", "the GPUs of this machine"),
         ("echo 7.0", DEFAULT, "compute capability 7.0, they need 8.0"),
         ("echo 7.0; echo 8.6", "86", "compute capability 7.0, they need 8.0"),
         ("echo 99.0", DEFAULT, "nvcc does not know compute capability 99.0"),
@@ -72,14 +72,29 @@ def test_the_gpus_of_the_machine(nvidia_smi, archs, said, configure):
     assert named == archs
     assert said in messages
     # What nvcc is told is what the extension says of itself.
-    for arch in archs.split():
-        number, _, kind = arch.partition("-")
-        assert f"arch=compute_{number}," in ninja
-        assert (f"code=[compute_{number},sm_{number}]" in ninja) == (kind == "")
-    assert len(set(re.findall(r"arch=compute_(\d+)", ninja))) == len(archs.split())
+    assert codes(ninja) == {said_code for arch in archs.split() for said_code in said_codes(arch)}
+    assert len(set(re.findall(r"arch=compute_(\d+)", ninja))) == 1  # translated to PTX once
+
+
+def codes(ninja):
+    return {
+        code
+        for listed in re.findall(r"--generate-code=arch=\w+,code=\[([^\]]+)\]", ninja)
+        for code in listed.split(",")
+    }
+
+
+def said_codes(arch):
+    number, _, kind = arch.partition("-")
+    prefixes = {"real": ("sm",), "virtual": ("compute",), "": ("sm", "compute")}[kind]
+    return {f"{prefix}_{number}" for prefix in prefixes}
 
 
 def test_a_choice_overrides_the_gpus(configure):
-    named, _, messages = configure("echo 8.0", archs="86-real;90")
-    assert named == "86-real 90"
+    named, ninja, messages = configure("echo 8.0", archs="86-real;90;100-virtual")
+    assert named == "86-real 90 100-virtual"
+    assert codes(ninja) == {"sm_86", "sm_90", "compute_90", "compute_100"}
     assert "ctxops: CUDA architectures" not in messages
+    named, ninja, _ = configure("echo 8.0", archs="90a")  # by CMake itself
+    assert named == "90a"
+    assert codes(ninja) == {"sm_90a", "compute_90a"}
