@@ -531,6 +531,10 @@ class OperatorContract:
             assert_equal([*outputs, *gradients], plain)
         else:
             assert_close(list(outputs), low)
+        with ctxops.use_reference():
+            expected = operator(*(leaves if self.autocast == "keep" else halves))
+            with torch.autocast(device, dtype=torch.bfloat16):
+                assert_close(as_tuple(operator(*leaves)), as_tuple(expected))
 
     def test_autocast_leaves_float64_alone(self, mode, device):
         case = self.case(2, 4, 7, 8)

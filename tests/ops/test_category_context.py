@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import ctxops
 from ctxops.ops.category_context.reference import reference
 from numerics import DTYPES, LAYOUTS, check_operator, random_like
-from ops.contract import OperatorContract
+from ops.contract import OperatorContract, first
 
 # logits (B, K, h, w), memory's C
 CASES = [
@@ -169,7 +169,7 @@ class Context(torch.nn.Module):
         return ctxops.category_context(logits, memory, hard=self.hard)
 
 
-@pytest.mark.parametrize("hard", [False, True])
+@first(hard=[False, True])
 def test_exports_with_dynamic_sizes(hard):
     module = Context(hard)
     height, width = (torch.export.Dim(n, min=2, max=4096) for n in ("height", "width"))

@@ -164,11 +164,10 @@ class TestSelfGatedFusion(TestGatedFusion):
     name = "self_gated_fusion"
     stem = "gated_fusion"
     inductor = True
-    # With or without a bias.
+    # And is there a bias?
     modes = {
-        f"{name}{'' if bias else '_without_bias'}": (*mode, bias)
-        for name, mode in MODES.items()
-        for bias in (True, False)
+        **{name: (*mode, True) for name, mode in MODES.items()},
+        "without_bias": (False, False, False),
     }
     drawn = TestGatedFusion.drawn.map(lambda drawn: (drawn[0], (*drawn[1], True)))
     valid = {"features": [A, B], "weight": torch.ones(2, 3)}
