@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ctxops.nn import CGNL
-from modules import assert_same, randomise
+from modules import assert_same, mostly_slow, randomise
 from numerics import LAYOUTS
 
 
@@ -94,7 +94,7 @@ def test_compiles_once_for_all_sizes(device):
             torch.testing.assert_close(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("use_scale", [False, True])
+@pytest.mark.parametrize("use_scale", mostly_slow([False, True], "True"))
 def test_exports_with_dynamic_sizes(use_scale):
     block = randomise(CGNL(8, 4, 2, use_scale=use_scale)).eval()
     height, width = (torch.export.Dim(n, min=2, max=4096) for n in ("height", "width"))

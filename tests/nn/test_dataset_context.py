@@ -203,7 +203,8 @@ def test_compiles_once_for_all_sizes(form, fusion, device):
             torch.testing.assert_close(compiled(*inputs), steps(*inputs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", mostly_slow(FORMS, "alone"))
+@pytest.mark.slow
+@forms
 def test_compiled_gradients(form, device):
     torch._dynamo.reset()
     steps, inputs = make(form, device).eval(), draw(form, device=device)

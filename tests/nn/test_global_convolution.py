@@ -236,6 +236,7 @@ def test_compiles_once_for_all_sizes(name, device):
             torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_in_training(device):
     torch._dynamo.reset()
     block = randomise(GCNBottleneck(8, 3, 12, 5, 2)).to(device)
