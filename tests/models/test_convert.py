@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoints import listing, random_state_dict, read_listings
+from modules import mostly_slow
 
 pytest.importorskip("timm")
 
@@ -390,7 +391,9 @@ def assert_computes(imported, image, expected):
 # Networks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", sorted(LISTINGS))
+@pytest.mark.parametrize(
+    "model", mostly_slow(sorted(LISTINGS), "ann", "apcnet", "ccnet", "danet", "dnlnet", "ocrnet")
+)
 @torch.no_grad()
 def test_mmsegmentation(model, image):
     state_dict = mmseg_checkpoint(model)
@@ -459,7 +462,7 @@ def test_released_gald():
     assert_computes(imported, image, o.resize(released_gald(o, image), image.shape[2:]))
 
 
-@pytest.mark.parametrize("auxiliary", [True, False])
+@pytest.mark.parametrize("auxiliary", mostly_slow([True, False], "True"))
 @torch.no_grad()
 def test_torchvision_fcn(auxiliary, image):
     segmentation = pytest.importorskip("torchvision.models.segmentation")
@@ -495,17 +498,25 @@ def test_released_without_auxiliary_head():
     assert import_checkpoint(without).arguments["auxiliary_channels"] == 0
 
 
+BACKBONES = {
+    "resnet18": {"output_stride": 8, "dilate_both": False},
+    "resnet34": {"output_stride": 8, "dilate_both": False},
+    "resnet101": {"output_stride": 8},
+    "resnet152": {"output_stride": 8},
+    "hrnet_w18_small_v2": {"output_stride": 4, "bilinear_branches": True},
+    "hrnet_w18": {"output_stride": 4, "bilinear_branches": True},
+    "hrnet_w48": {"output_stride": 4, "bilinear_branches": True},
+}
+
+
 @pytest.mark.parametrize(
     ("backbone", "options"),
-    [
-        ("resnet18", {"output_stride": 8, "dilate_both": False}),
-        ("resnet34", {"output_stride": 8, "dilate_both": False}),
-        ("resnet101", {"output_stride": 8}),
-        ("resnet152", {"output_stride": 8}),
-        ("hrnet_w18_small_v2", {"output_stride": 4, "bilinear_branches": True}),
-        ("hrnet_w18", {"output_stride": 4, "bilinear_branches": True}),
-        ("hrnet_w48", {"output_stride": 4, "bilinear_branches": True}),
-    ],
+    mostly_slow(
+        {name: (name, options) for name, options in BACKBONES.items()},
+        "resnet18",
+        "resnet101",
+        "hrnet_w18_small_v2",
+    ),
 )
 def test_backbones_of_mmsegmentation(backbone, options):
     """Their names are timm's, behind a prefix; here an FCN of one convolution on each."""
@@ -563,7 +574,10 @@ def test_grids_of_apcnet():
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+    "prefix",
+    mostly_slow(
+        ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."], "_orig_mod.module."
+    ),
 )
 def test_prefixes(prefix, pspnet):
     """Of data-parallel and compiled networks, in either order."""
@@ -575,7 +589,7 @@ def test_prefixes(prefix, pspnet):
     assert encoder.state_dict()["body.layer4.2.bn3.running_var"].equal(expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float16, torch.float64], "torch.float16"))
 def test_other_dtypes(dtype, pspnet, tmp_path):
     """A file keeps its dtype, a network has torch's default one."""
     half = {n: x.to(dtype) if x.is_floating_point() else x for n, x in pspnet.items()}
@@ -587,6 +601,7 @@ def test_other_dtypes(dtype, pspnet, tmp_path):
     assert weight.equal(half["decode_head.conv_seg.weight"].float())
 
 
+@pytest.mark.slow
 def test_parameters_are_tensors_too(tmp_path):
     """What a network's ``named_parameters`` give, or what was computed from them."""
     state_dict = mmseg_checkpoint("danet")

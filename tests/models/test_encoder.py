@@ -31,6 +31,9 @@ BACKBONES = [
     ("swin_tiny_patch4_window7_224", 32, (96, 192, 384, 768), (4, 8, 16, 32)),
 ]
 
+# Of their kinds a smaller one is tested as well.
+LARGE = ("resnet101s", "densenet161", "hrnet_w18", "hrnet_w48", "vit_base_patch16_224")
+
 # Of each kind one that computes in no time.
 SMALL = [
     ("test_resnet", 8),
@@ -43,7 +46,10 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("name", "output_stride", "channels", "strides"), BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "output_stride", "channels", "strides"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in LARGE else ()) for row in BACKBONES],
+)
 def test_channels_and_strides(name, output_stride, channels, strides):
     with torch.device("meta"):
         encoder = Encoder(name, output_stride).eval()

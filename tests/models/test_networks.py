@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from ctxops.models import model_options
+from ctxops.models import list_models, model_options
+from modules import mostly_slow
 from networks import NUM_CLASSES, images, make, network_of, networks, traceable
 from numerics import LAYOUTS, assert_close, random_like
 
@@ -14,7 +15,9 @@ SIZES = [(33, 33), (37, 53)]
 
 
 @networks
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "size", [pytest.param(SIZES[0], marks=pytest.mark.slow), SIZES[1]], ids=str
+)
 def test_evaluation_gives_logits_at_the_size_of_the_image(name, size):
     output = network_of(name)(images(*size))
     assert output.logits.shape == (1, NUM_CLASSES, *size)
@@ -52,7 +55,7 @@ def test_auxiliary_head(name, channels):
 
 
 @networks
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float64, torch.float32], "torch.float32"))
 def test_memory_formats_agree(name, dtype):
     network = network_of(name).double()
     image = images(37, 53).to(dtype)
@@ -87,7 +90,7 @@ def test_state_dict_copies_and_pickles(name):
     torch.testing.assert_close(again(image).logits, expected, rtol=0, atol=0)
 
 
-@networks
+@pytest.mark.parametrize("name", mostly_slow(list_models(), "ccnet"))
 def test_compiles_once_for_all_sizes(name):
     if name == "fcn" and torch.__version__ < (2, 9):
         pytest.skip("torch 2.8 compiles the backbone's pools anew for odd sizes and for even ones")
@@ -100,7 +103,7 @@ def test_compiles_once_for_all_sizes(name):
             torch.testing.assert_close(compiled(image).logits, network(image).logits)
 
 
-@networks
+@pytest.mark.parametrize("name", mostly_slow(list_models(), "ann"))
 def test_exports_with_dynamic_sizes(name):
     network = traceable(name).double()
     sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import ctxops
-from networks import images, networks, traceable
+from ctxops.models import list_models
+from modules import mostly_slow
+from networks import images, traceable
 
 pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
@@ -20,7 +22,7 @@ class Logits(torch.nn.Module):
         return self.network(image).logits
 
 
-@networks
+@pytest.mark.parametrize("name", mostly_slow(list_models(), "ccnet"))
 def test_onnx_with_dynamic_sizes(name, tmp_path):
     path = tmp_path / "network.onnx"
     module = Logits(traceable(name)).eval()

@@ -2,6 +2,7 @@
 """Every row of the papers' tables that names a network is a call of ``create_model``."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("timm")
 import timm
 
 from ctxops.models import create_model
+from modules import mostly_slow
 
 TABLES = {"ANN": 9, "GALD": 11, "GFF": 10, "GCN": 11, "MCIBI": 9}
 
@@ -381,40 +383,60 @@ TINY = {
 }
 ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI")
 
-CASES = [
-    pytest.param(arguments, id=f"{paper} {table}: {row}")
-    for (paper, table), rows in ROWS.items()
-    for row, arguments in rows.items()
-]
+STRIDES = {"gcn": 32, "hrnet_w48": 4, "vit_large_patch16_224": 16}
 
 
-@pytest.mark.parametrize("arguments", CASES)
-def test_row_is_a_network(arguments):
-    backbone = arguments["backbone"]
-    assert backbone in timm.list_models()
-    (tiny,) = (name for family, name in TINY.items() if backbone.startswith(family))
-    network = create_model(**(arguments | {"backbone": tiny})).eval()
+def stride_of(arguments: dict) -> int:
+    parts = arguments["name"], arguments["backbone"]
+    (stride,) = {STRIDES[part] for part in parts if part in STRIDES} or {8}
+    return stride
+
+
+def networks() -> Iterator:
+    """Every network once, by its first row; in the quick suite one of those with equal options."""
+    seen, kinds = [], []
+    for (paper, table), rows in ROWS.items():
+        for row, arguments in rows.items():
+            backbone = arguments["backbone"]
+            (tiny,) = (name for family, name in TINY.items() if backbone.startswith(family))
+            network = arguments | {"backbone": tiny}, stride_of(arguments)
+            kind = arguments["name"], tiny, arguments.keys()
+            if network not in seen:
+                marks = pytest.mark.slow if kind in kinds else ()
+                yield pytest.param(*network, id=f"{paper} {table}: {row}", marks=marks)
+                seen.append(network)
+                kinds.append(kind)
+
+
+@pytest.mark.parametrize(("arguments", "stride"), [*networks()])
+def test_row_is_a_network(arguments, stride):
+    network = create_model(**arguments).eval()
+    assert network.encoder.strides[-1] == stride
     with torch.no_grad():
         logits = network(torch.randn(1, 3, 33, 37)).logits
     assert logits.shape == (1, arguments["num_classes"], 33, 37)
     assert logits.isfinite().all()
 
 
-# One row for each network on each backbone.
+def test_backbones_are_those_of_timm():
+    backbones = {row["backbone"] for rows in ROWS.values() for row in rows.values()}
+    assert backbones <= set(timm.list_models())
+
+
+# One row for each network on each backbone, and of each backbone one network.
 BACKBONES = {
-    (arguments["name"], arguments["backbone"]): arguments
+    f"{arguments['name']} {arguments['backbone']}": arguments
     for rows in ROWS.values()
     for arguments in rows.values()
 }
+FIRST = {arguments["backbone"]: name for name, arguments in reversed(BACKBONES.items())}
 
 
-@pytest.mark.parametrize("row", BACKBONES, ids=" ".join)
-def test_backbones_have_the_stride(row):
+@pytest.mark.parametrize("arguments", mostly_slow(BACKBONES, *FIRST.values()))
+def test_backbones_have_the_stride(arguments):
     with torch.device("meta"):
-        network = create_model(**BACKBONES[row])
-    strides = {"gcn": 32, "hrnet_w48": 4, "vit_large_patch16_224": 16}
-    (expected,) = {strides[part] for part in row if part in strides} or {8}
-    assert network.encoder.strides[-1] == expected
+        network = create_model(**arguments)
+    assert network.encoder.strides[-1] == stride_of(arguments)
 
 
 @pytest.mark.parametrize("table", ROWS, ids=" ".join)
