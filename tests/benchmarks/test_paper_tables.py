@@ -21,6 +21,7 @@ def test_page():
     assert "a machine." in text
 
 
+@pytest.mark.slow
 def test_runs_a_script_and_writes_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_tables, "SCRIPTS", {"gcn_parameters": False})
     file = tmp_path / "tables.md"
@@ -40,6 +41,7 @@ def test_scripts_that_measure_get_the_device_and_the_effort(quick, monkeypatch, 
     assert ran["gcn_parameters"] == ran["gff_cost"] == []
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"(?s)py --quick.*unrecognized arguments"):
         paper_tables.run_script("gcn_parameters", ["--quick"])
