@@ -96,6 +96,24 @@ __global__ void two_barriers(float* y /* (kBlock,) */) {
 
 __global__ void device_memory(float* y /* (kBlock,) */) { y[threadIdx.x + 1] = 0; }
 
+// After a barrier, to which the sanitizers must not lose what they know of the stacks.
+__global__ void local_out_of_bounds(float* y /* (kBlock,) */) {
+  float x[4] = {};
+  __syncthreads();
+  const float* from = x;
+  y[threadIdx.x] = from[threadIdx.x % 5];
+}
+
+__global__ void undefined(float* y /* (kBlock,) */) {
+  const int x = INT32_MAX - 40 + static_cast<int>(threadIdx.x);
+  y[threadIdx.x] = static_cast<float>(x);
+}
+
+__global__ void misaligned(float* y /* (kBlock,) */) {
+  const auto* x = reinterpret_cast<const char*>(y) + 1;
+  y[threadIdx.x] = *reinterpret_cast<const float*>(x);
+}
+
 struct Named {
   const char* name;
   void (*kernel)(float*);
@@ -109,7 +127,8 @@ const Named kKernels[] = {
     {"early_return", early_return, 1},   {"absent_lanes", absent_lanes, 1},
     {"unnamed_lane", unnamed_lane, 1},   {"barriers_of_two_kinds", barriers_of_two_kinds, 1},
     {"two_barriers", two_barriers, 1},   {"device_memory", device_memory, 1},
-    {"empty_grid", neighbour, 0},
+    {"undefined", undefined, 1},         {"misaligned", misaligned, 1},
+    {"empty_grid", neighbour, 0},        {"local_out_of_bounds", local_out_of_bounds, 1},
 };
 
 }  // namespace

@@ -80,8 +80,9 @@ Tensor weights_of(const Problem& p, DType dtype) {
 }
 
 // Element (i0, i1, ...) of a tensor.
-int64_t place(const TensorView& view, int64_t offset, const std::vector<int64_t>& index) {
-  for (size_t i = 0; i < index.size(); ++i) offset += index[i] * view.stride[i];
+int64_t place(const TensorView& view, int64_t offset, std::initializer_list<int64_t> index) {
+  const int64_t* stride = view.stride;
+  for (const int64_t i : index) offset += i * *stride++;
   return offset;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels of pyramid_pool, run on the host, against the CPU kernels.
-// Usage: pyramid_pool <dtype> avg|max <layout> small|batch|large
+// Usage: pyramid_pool <dtype> avg|max <layout> small|boundaries|batch|large
 #include "pyramid_pool/pyramid_pool.h"
 
 #include "compare.h"
@@ -23,10 +23,10 @@ const std::vector<Case> kSmall = {
     {1, 3, 4, 300, {1, 3, 6}},  // more columns than a strip
     {1, 8, 5, 576, {1, 7}},     // likewise, in packs
     {1, 2, 64, 8, {1, 2}},      // few planes: several teams
-    {1, 1, 1, 263, {131}},      // more boundaries than kMaxCells
     {0, 3, 4, 4, {1, 2}},
 };
-const std::vector<Case> kBatch = {{70000, 1, 1, 1, {1}}};  // more maps than a grid has rows
+const std::vector<Case> kBoundaries = {{1, 1, 1, 263, {131}}};  // more than kMaxCells
+const std::vector<Case> kBatch = {{70000, 1, 1, 1, {1}}};       // more maps than a grid has rows
 
 Layout layout_named(const std::string& name) {
   if (name == "contiguous") return {{3, 2, 1, 0}, {0, 0, 0, 0}};
@@ -194,7 +194,7 @@ void check_device(const Problem& p) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) fail("usage: pyramid_pool <dtype> avg|max <layout> small|batch|large");
+  if (argc != 5) fail("usage: pyramid_pool <dtype> avg|max <layout> small|boundaries|batch|large");
   const std::string cases = argv[4];
   const bool maximum = std::string(argv[2]) == "max";
   Problem p = {{}, dtype_named(argv[1]), maximum, false, layout_named(argv[3])};
@@ -207,7 +207,9 @@ int main(int argc, char** argv) {
     return 0;
   }
   uint64_t seed = 0;
-  for (const Case& shape : cases == "small" ? kSmall : kBatch) {
+  for (const Case& shape : cases == "small"        ? kSmall
+                           : cases == "boundaries" ? kBoundaries
+                                                   : kBatch) {
     p.shape = shape;
     for (const bool save : {false, true}) {
       if (save && !maximum) continue;

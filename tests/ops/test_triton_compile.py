@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for GPUs that are not here: they fit and spill no register.
 
-Run as a program (`python test_triton_compile.py 90`) this file prints the resources of every case
-as JSON. The tests run it so, without TRITON_INTERPRET, which takes effect when triton is imported.
+Run as a program (`python test_triton_compile.py 90 bf16`) this file prints the resources of every
+case of an element type as JSON. The tests run it so, without TRITON_INTERPRET, which takes effect
+when triton is imported.
 """
 
 import json
@@ -11,12 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+slow = pytest.mark.slow
+QUICK = (90, "bf16")  # compiles every kernel
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of a block
 
 
@@ -163,35 +165,33 @@ def compile_for(case: Case, capability: int) -> dict[str, int]:
     return found | {"shared": compiled.metadata.shared}
 
 
-@pytest.fixture(scope="module")
-def resources():
-    """{capability: {case: resources}}, two compilers at a time."""
+@pytest.mark.parametrize(
+    ("capability", "element"),
+    [
+        pytest.param(capability, element, marks=() if (capability, element) == QUICK else slow)
+        for capability in SHARED_MEMORY
+        for element in ("bf16", "fp16", "fp32")
+    ],
+)
+def test_kernels_fit(capability, element):
     pytest.importorskip("triton", reason="nothing to compile without triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-
-    def run(capability):
-        command = [sys.executable, __file__, str(capability)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SHARED_MEMORY, pool.map(run, SHARED_MEMORY), strict=True))
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_kernels_fit(resources, capability):
-    assert resources[capability]
+    command = [sys.executable, __file__, str(capability), element]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    resources = json.loads(done.stdout)
+    assert resources
     misfits = {
         name: use
-        for name, use in resources[capability].items()
+        for name, use in resources.items()
         if use["STACK"] or use["LOCAL"] or use["shared"] > SHARED_MEMORY[capability]
     }
     assert not misfits
 
 
 if __name__ == "__main__":
-    target = int(sys.argv[1])
-    found = {c.name: compile_for(c, target) for cases in CASES for c in cases(target)}
+    target, wanted = int(sys.argv[1]), sys.argv[2]
+    every = (case for cases in CASES for case in cases(target))
+    found = {c.name: compile_for(c, target) for c in every if c.element == wanted}
     print(json.dumps(found, indent=2))
