@@ -47,9 +47,9 @@ from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 BUDGET = 150.0
 # Positions at which the rows are judged against float64, which needs no N x N matrix there.
 SAMPLED_POSITIONS = 256
-# Calls on larger maps may take many seconds. A probe on a smaller one tells the faster format.
+# Calls on larger maps take seconds. A probe on a smaller one tells the faster memory format.
 PROBED_POSITIONS = 2**14
-PROBE_SIZE = (64, 64)
+PROBE_SIZE = (48, 48)
 
 # Table 1, on a Titan Xp: C = 2048, C^ = 256, batch 1.
 TABLE_1 = {

@@ -44,7 +44,12 @@ def pytest_cmdline_main(config):
 
 
 def pytest_report_header(config):
-    return None if config.getoption("--all") else "without the slow tests; --all runs them as well"
+    lines = []
+    if not config.getoption("--all"):
+        lines.append("without the slow tests; --all runs them as well")
+    if not torch.cuda.is_available():
+        lines.append("without the tests marked cuda, which need an NVIDIA GPU")
+    return lines
 
 
 def source_hash() -> str:
@@ -79,15 +84,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+    left_out = set() if config.getoption("--all") else {"slow"}
+    left_out |= set() if torch.cuda.is_available() else {"cuda"}
+
+    def runs(item):
+        return not any(item.get_closest_marker(marker) for marker in left_out)
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = filter(runs, items)
 
 
 @pytest.fixture(autouse=True)

@@ -159,7 +159,9 @@ def test_heads_do_not_change_the_count():
     assert totals == {2 * 36 * 9 * 16}
 
 
-@pytest.mark.parametrize("first", ["ctxops", "torch.utils.flop_counter"])
+@pytest.mark.parametrize(
+    "first", ["torch.utils.flop_counter", pytest.param("ctxops", marks=pytest.mark.slow)]
+)
 def test_order_of_the_imports(first):
     """The counter imports Triton: whoever does not count should not wait for that."""
     lines = ["import sys, torch", f"import {first}"]
@@ -187,6 +189,7 @@ def test_order_of_the_imports(first):
     ],
     ids=["looked for", "reloaded", "reloaded, imported before ctxops"],
 )
+@pytest.mark.slow
 def test_formulas_outlast_a_probe_and_a_reload(lines):
     lines = [
         "import importlib.util, torch",

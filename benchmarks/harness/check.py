@@ -82,11 +82,11 @@ def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Ent
 
 
 def check_rows(
-    case: Case, device: torch.device, dtype: torch.dtype, slow: float = float("inf")
+    case: Case, device: torch.device, dtype: torch.dtype, long: float = float("inf")
 ) -> Iterator[Entry]:
     """The entries of a case, each as soon as its contender has been run and compared.
 
-    Of a contender whose call takes longer than ``slow`` seconds in the format that is the faster
+    Of a contender whose call takes longer than ``long`` seconds in the format that is the faster
     one in ``case.probe``, the other format is left out.
     """
     inputs = case.inputs()
@@ -96,7 +96,7 @@ def check_rows(
     counted: dict[Callable[[], Function], int] = {}
     outputs = len(case.output_shapes)
     probed = _probe(case.probe(), device) if case.probe else {}
-    slow_rows: dict[str, Contender] = {}
+    long_rows: dict[str, Contender] = {}
     for contender in sorted_by_format(case.contenders, probed):
         layout = contender.memory_format
         if layout not in formatted:
@@ -104,8 +104,8 @@ def check_rows(
                 tuple(as_format(x, layout) for x in tensors) for tensors in (inputs, upstream)
             ]
         entry = Entry(contender)
-        if contender.name in slow_rows:
-            entry.left_out = _why_left_out(contender, slow_rows[contender.name], probed, case)
+        if contender.name in long_rows:
+            entry.left_out = _why_left_out(contender, long_rows[contender.name], probed, case)
             yield entry
             continue
         if contender.peak_bytes > _USABLE * available_memory(device):
@@ -122,8 +122,8 @@ def check_rows(
             entry.error, entry.against = errors[0], family[0].name
         if all(truth.positions is not None for truth in family):
             family.append(_Truth(contender.label, entry.runner, results))
-        if entry.seconds > slow and contender.label in probed:
-            slow_rows[contender.name] = contender
+        if entry.seconds > long and contender.label in probed:
+            long_rows[contender.name] = contender
         yield entry
 
 
@@ -136,17 +136,26 @@ def sorted_by_format(
 
 
 def _probe(case: Case, device: torch.device) -> dict[str, float]:
-    """Seconds of a call of every contender that is not compiled and has two formats, by label."""
+    """Seconds of a call of every contender that has two formats, by label.
+
+    What torch compiles is probed uncompiled: to compile takes longer than the probe.
+    """
     inputs = case.inputs()
-    seconds = {}
+    probed: dict[tuple[Callable[[], Function], torch.memory_format], float] = {}
     for contender in case.contenders:
-        if contender.compile or sum(c.name == contender.name for c in case.contenders) < 2:
-            continue
         layout = contender.memory_format
-        runner = Runner(_build(contender, device), tuple(as_format(x, layout) for x in inputs), ())
-        runner()
-        seconds[contender.label] = min(_timed(runner, device)[0] for _ in range(2))
-    return seconds
+        key = contender.build, layout
+        if key not in probed:
+            formatted = tuple(as_format(x, layout) for x in inputs)
+            runner = Runner(_build(contender, device), formatted, ())
+            runner()
+            probed[key] = min(_timed(runner, device)[0] for _ in range(2))
+    names = [contender.name for contender in case.contenders]
+    return {
+        c.label: probed[c.build, c.memory_format]
+        for c in case.contenders
+        if names.count(c.name) > 1
+    }
 
 
 def _why_left_out(

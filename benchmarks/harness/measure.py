@@ -96,7 +96,7 @@ class Measurement:
         self.roof = measure_roofline(device, dtype, clock)
         for i, case in enumerate(self.cases):
             self.watch(self, f"comparing results at {case.title}", i, None)
-            for entry in check_rows(case, device, dtype, effort.slow):
+            for entry in check_rows(case, device, dtype, effort.long):
                 self.checked[i].append(entry)
                 if entry.warm:
                     self.samples[id(entry)] = [entry.seconds]

@@ -46,20 +46,24 @@ class Timing:
 class Effort:
     """How often each row is timed: as often as the time suffices for, from ``fewest`` to ``most``.
 
-    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead,
-    and then a call of more than a second is timed twice at the least. Of a row whose call takes
-    longer than ``slow`` seconds, only the faster memory format is run.
+    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
+    Then long calls are timed twice at the least, and run in their faster memory format alone where
+    the case has a probe.
     """
 
     seconds: float = 60.0
     fewest: int = 5
     most: int = 100
     budget: float | None = None
-    slow: float = float("inf")
+
+    @property
+    def long(self) -> float:
+        """Seconds from which on a call is long."""
+        return float("inf") if self.budget is None else NEEDS_NO_WARM_UP
 
     def least(self, cost: float) -> int:
         """How often a call of ``cost`` seconds is timed at the least."""
-        return 2 if self.budget is not None and cost > NEEDS_NO_WARM_UP else self.fewest
+        return min(2, self.fewest) if cost > self.long else self.fewest
 
 
 def plan(costs: Sequence[float], seconds: float, effort: Effort) -> list[int]:

@@ -40,6 +40,7 @@ def test_says_what_the_paper_leaves_out():
     assert "PPM and ANN cost less than DCA" in product_lines()[1]
 
 
+@pytest.mark.slow
 def test_writes_every_number(tmp_path, capsys, monkeypatch):
     for name, channels in (("LOW_CHANNELS", 24), ("IN_CHANNELS", 40), ("CHANNELS", 32)):
         monkeypatch.setattr(context_modules, name, channels)

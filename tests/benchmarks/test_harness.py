@@ -200,13 +200,13 @@ class TestCheck:
         whole = case(*rows, probe=lambda: dataclasses.replace(probed, title="1 x 1"))
         whole = dataclasses.replace(whole, contenders=tuple(
             dataclasses.replace(row, family=row.name) for row in rows))  # fmt: skip
-        entries = {e.contender.label: e for e in check_rows(whole, CPU, torch.float32, slow=0.02)}
+        entries = {e.contender.label: e for e in check_rows(whole, CPU, torch.float32, long=0.02)}
         assert entries["slow (channels_last)"].runner is not None
         assert entries["slow (contiguous)"].runner is None
         reason = r"1\.\d\d x as slow as channels_last in a probe at 1 x 1"
         assert re.fullmatch(reason, entries["slow (contiguous)"].left_out)
         assert all(entries[f"fast ({layout})"].runner for layout in ("contiguous", "channels_last"))
-        entries = check_rows(whole, CPU, torch.float32, slow=1.0)
+        entries = check_rows(whole, CPU, torch.float32, long=1.0)
         assert all(entry.runner is not None for entry in entries)
 
     def test_a_row_that_is_compiled_has_the_flops_of_its_eager_form(self, monkeypatch):
