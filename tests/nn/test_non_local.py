@@ -128,6 +128,37 @@ def test_fusion_non_local_is_its_formula(form):
     assert_same(block, [low, high], lambda low, high: formula(block, high, low))
 
 
+BLOCKS = {
+    "NonLocal2d": lambda **form: NonLocal2d(12, 16, 6, **form),
+    "FusionNonLocal2d": lambda **form: FusionNonLocal2d(10, 12, 16, 8, **form),
+    "APNB": lambda **form: APNB(12, 16, 6, output_sizes=(1, 2), **form),
+    "AFNB": lambda **form: AFNB(10, 12, 16, 5, output_sizes=(1, 2), **form),
+}
+
+
+@pytest.mark.parametrize(("variant", "default"), [("released", 0.25), ("paper", 1.0)])
+@pytest.mark.parametrize("build", BLOCKS.values(), ids=BLOCKS)
+def test_scale(build, variant, default):
+    """16 ** -0.5, or 1; a number that is given stays, 0 too."""
+    assert build(variant=variant).scale == default
+    for scale in (0.0, -1.5):
+        assert build(variant=variant, scale=scale).scale == scale
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("share", SHARE.values(), ids=SHARE)
+def test_a_scale_with_a_bias(share, variant, fold):
+    """A folded bias of the query is scaled as its weight is. Few queries' channels fold best."""
+    options = {"share": share, "variant": variant, "bias": True, "scale": 0.3, "fold": fold}
+    block = randomise(APNB(4, 9, 9, output_sizes=(1, 2, 3), **options)).double()
+
+    def pool(x):
+        return ctxops.pyramid_pool(x, (1, 2, 3))
+
+    assert_same(block, [torch.randn(2, 4, 7, 9)], lambda x: formula(block, x, x, pool))
+
+
 @pytest.mark.parametrize("widths", [(12, 6, 5, 20), (4, 9, 13, 3), (40, 3, 30, 2)], ids=str)
 @pytest.mark.parametrize("fuse", [None, "concat"])
 @pytest.mark.parametrize("variant", ["released", "paper"])
