@@ -438,8 +438,9 @@ class OperatorContract:
         operator, _ = self.functions(self.case(2, 4, 12, 10), mode)
 
         def function(first, *others):
-            first, *rest = as_tuple(operator(first.sin(), *others))
-            return first.cos(), *rest
+            # Neighbours that every backend computes to the last bit.
+            first, *rest = as_tuple(operator(first.relu(), *others))
+            return 2 * first, *rest
 
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
         with torch._dynamo.config.patch(error_on_recompile=True):
