@@ -351,10 +351,11 @@ class OperatorContract:
             exact = self.native and layout == "contiguous"
             (assert_equal if exact else assert_close)([*outputs, *gradients], expected)
 
-    def test_second_derivatives(self, mode, device):
+    @quick(each_value_once)
+    def test_second_derivatives(self, layout, mode, device):
         case = self.case(1, 2, 3, 2)
         operator, _ = self.functions(case, mode)
-        leaves = self._leaves(case, mode, dtype=torch.float64, device=device)
+        leaves = self._leaves(case, mode, layout, torch.float64, device)
 
         def cubed(*inputs):
             return joined(operator)(*inputs) ** 3

@@ -160,6 +160,35 @@ def test_confident_logits_are_hard():
     torch.testing.assert_close(y, ctxops.category_context(logits, memory, hard=True))
 
 
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.slow
+def test_compiles_in_every_format(layout, dtype, hard, device):
+    torch._dynamo.reset()
+    operator = partial(ctxops.category_context, hard=hard)
+    compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((12, 10), (17, 9), (31, 45)):
+            logits, memory = make((2, 8, *size), 5, dtype, device)
+            logits = LAYOUTS[layout](logits)
+            torch.testing.assert_close(compiled(logits, memory), operator(logits, memory))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_autocast_of_scores_that_come_cast(layout, hard, device):
+    logits, memory = make((2, 8, 7, 8), 5, device=device)
+    logits = LAYOUTS[layout](logits)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        # As under a head: the scores come cast, the memory does not.
+        y = ctxops.category_context(logits.bfloat16(), memory, hard=hard)
+        assert torch.equal(y, ctxops.category_context(logits, memory, hard=hard))
+    assert y.dtype == torch.bfloat16
+    expected = ctxops.category_context(logits.bfloat16(), memory.bfloat16(), hard=hard)
+    torch.testing.assert_close(y, expected)
+
+
 class Context(torch.nn.Module):
     def __init__(self, hard):
         super().__init__()

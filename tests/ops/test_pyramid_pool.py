@@ -217,6 +217,15 @@ def test_many_tiny_maps(mode, device):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_of_what_vmap_returns(mode):
+    pool = partial(ctxops.pyramid_pool, output_sizes=(1, 2), mode=mode)
+    x = torch.randn(4, 2, 3, 5, 6, requires_grad=True)
+    y = torch.vmap(pool)(x)
+    torch.testing.assert_close(y, torch.stack([pool(each) for each in x]))
+    assert y.requires_grad
+
+
 @pytest.mark.cuda
 def test_more_than_two_to_the_31_elements():
     x = torch.zeros(1, 3, 27_000, 27_000, device="cuda", dtype=torch.float16)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 import ctxops
-from numerics import random_like
+from numerics import LAYOUTS, random_like
 from ops.contract import OperatorContract
 
 INDICES = (0, 19, 7, 7, 5)
@@ -79,6 +79,14 @@ class TestSampleAnchors(OperatorContract):
             lambda x: ctxops.sample_anchors(x, indices.to(x.device)),
             lambda x: formula(x, case[1]),
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_takes_the_vectors_at_the_positions(layout, device):
+    x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, device=device))
+    indices = torch.tensor([0, 19, 7, 7, 5], device=device)
+    expected = torch.stack([x[:, :, i // 5, i % 5] for i in indices.tolist()], dim=2)
+    assert torch.equal(ctxops.sample_anchors(x, indices), expected)
 
 
 def test_gradient_adds_up_over_repetitions():
