@@ -28,4 +28,6 @@ def _pairs() -> list:
 def test_operator(benchmark, case: Case, contender: Contender):
     case = dataclasses.replace(case, contenders=(case.contenders[0], contender))
     _, entry = check_case(case, _OPTIONS.device, _OPTIONS.dtype)
+    if entry.left_out:
+        pytest.skip(entry.left_out)
     benchmark(entry.runner)

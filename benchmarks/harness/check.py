@@ -115,7 +115,15 @@ def check_rows(
         family = truths.setdefault(contender.family, [])
         if not family and contender.family in case.oracles:
             family += _run_oracle(case.oracles[contender.family], inputs, upstream, device)
-        results = _first_run(entry, *formatted[layout], outputs, device, counted)
+        try:
+            results = _first_run(entry, *formatted[layout], outputs, device, counted)
+        except Exception as error:
+            # A compiler's own fault on this processor shall not hide the other rows.
+            if contender.ours or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            entry.runner, entry.left_out = None, "torch cannot compile it here"
+            yield entry
+            continue
         where = f"{contender.label} at {case.title}"
         errors = [_compare(where, truth, results, outputs, entry.runner) for truth in family]
         if errors:

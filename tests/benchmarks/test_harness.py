@@ -218,6 +218,17 @@ class TestCheck:
             entries = check_case(case(*chosen), CPU, torch.float32)
             assert {entry.flops for entry in entries} == {2 * 4 * 8 * 30}
 
+    def test_a_rival_that_torch_cannot_compile_is_left_out(self):
+        def fail(x):
+            raise torch._dynamo.exc.TorchDynamoException
+
+        rows = contender("a"), contender("b", fail)
+        _, entry = check_case(case(*rows), CPU, torch.float32)
+        assert (entry.runner, entry.left_out) == (None, "torch cannot compile it here")
+        ours = contender("b", fail, ours=True)
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            check_case(case(contender("a"), ours), CPU, torch.float32)
+
     def test_families_are_apart(self):
         rows = contender("a", family="x"), contender("b", torch.exp, family="y")
         assert len(check_case(case(*rows), CPU, torch.float32)) == 2
