@@ -131,12 +131,12 @@ class Measurement:
             self.watch(self, "timed" if last else "", i, entry)
 
         interference = Interference()
-        todo = [
+        missing = [
             count - len(self.samples.get(id(entry), ()))
             for entry, count in zip(running, self.planned[i], strict=True)
         ]
         try:
-            interleave([entry.runner for entry in running], todo, clock, tick)
+            interleave([entry.runner for entry in running], missing, clock, tick)
         finally:
             self.foreign_cores[i] = interference.cores()
 
