@@ -2,6 +2,7 @@
 """Builds the extension by calling CMake, and places models/. The rest is in pyproject.toml."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,20 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def missing_tools() -> list[str]:
+    """The build tools that pip has to fetch: their packages are large, and many machines have them."""
+    missing = []
+    for tool, least in (("cmake", (3, 24)), ("ninja", (1, 10))):
+        try:
+            output = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+        except OSError:
+            output = ""
+        found = re.search(r"(\d+)\.(\d+)", output)
+        if not found or tuple(map(int, found.groups())) < least:
+            missing.append(f"{tool}>={least[0]}.{least[1]}")
+    return missing
 
 
 class FreshBuild(build):
@@ -49,6 +64,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    # pip asks for these when it prepares the isolated environment of the build.
+    setup_requires=missing_tools(),
     # models/ stands at the top of the tree and is a package of ctxops.
     packages=[*find_packages(include=["ctxops", "ctxops.*"]), "ctxops.models"],
     package_dir={"ctxops.models": "models"},
