@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def missing_tools() -> list[str]:
-    """The build tools that pip has to fetch: their packages are large, and many machines have them."""
+    """The build tools that pip has to fetch. They are large, and many machines have them."""
     missing = []
     for tool, least in (("cmake", (3, 24)), ("ninja", (1, 10))):
         try:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ctxops.nn import AFNB, APNB, CrissCrossAttention, GatedFullyFusion, LDv2, PyramidPooling
 from ctxops.nn.dataset_context import _CrossAttention
 from ctxops.nn.feature_fusion import resize
-from ctxops.nn.gated_fusion import _ResizedConcatConv2d
-from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d
+from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 
 __all__ = [
     "as_rows",
@@ -168,23 +167,12 @@ def _attend_to_anchors(self: APNB | AFNB, x: Tensor, context: Tensor) -> Tensor:
     return self._fuse(self.out(softmax_attention(query, sample(key_map), value, self.scale)), x)
 
 
-def _concatenate(self: PointwiseConcatConv2d, context: Tensor, x: Tensor, **_) -> Tensor:
-    return nn.Conv2d.forward(self, torch.cat([context, x], dim=1))
-
-
-def _resize_and_concatenate(
-    self: _ResizedConcatConv2d, maps: Sequence[Tensor], size: Sequence[int]
-) -> Tensor:
-    maps = [resize(x, size, self.align_corners) for x in maps]
-    return nn.Conv2d.forward(self, torch.cat(maps, dim=1))
-
-
 def _distribute(self: LDv2, x_global: Tensor, x_local: Tensor) -> Tensor:
     sources = {"both": (x_global, x_local), "global": (x_global,), "local": (x_local,)}
     return windows_by_shifts(
-        self.query(*sources[self.query_from]),
-        self.key(*sources[self.key_from]),
-        self.value(*sources[self.value_from]),
+        convolve_concatenation(self.query, *sources[self.query_from]),
+        convolve_concatenation(self.key, *sources[self.key_from]),
+        convolve_concatenation(self.value, *sources[self.value_from]),
         kernel=self.kernel_size[0],
         dilation=self.dilation[0],
         scale=self.scale,
@@ -214,11 +202,10 @@ def _pool_pyramid(self: PyramidPooling, x: Tensor) -> Tensor:
     return self.fuse(torch.cat([x, *contexts], dim=1))
 
 
-# What replaces which method. The later of two that fit wins.
+# What replaces which method. A convolution whose forward is replaced is called, and gets the
+# concatenation of the maps that ours keeps apart.
 _EAGER: dict[type[nn.Module], dict[str, Callable]] = {
     PointwiseConv2d: {"forward": nn.Conv2d.forward},
-    PointwiseConcatConv2d: {"forward": _concatenate},
-    _ResizedConcatConv2d: {"forward": _resize_and_concatenate},
     APNB: {"_attend": _attend_to_anchors},
     AFNB: {"_attend": _attend_to_anchors},
     LDv2: {"forward": _distribute},

@@ -142,7 +142,14 @@ class Operator:
         """
         if reference_active or tensor.device.type not in self.devices:
             return False
-        return torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None
+        return not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Do torch.func's transforms run, such as vmap? A compiler has taken them away."""
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.peek_interpreter_stack() is not None
 
 
 class _FlopCounterFinder(importlib.abc.MetaPathFinder):

@@ -14,6 +14,7 @@ from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.recipes import RECIPES, STEM, MissingKeyError, Recipe, Shapes
 from ctxops.models.registry import create_model
+from ctxops.nn.non_local import NonLocalBlock
 
 # How many names an error spells out.
 _SPELLED = 5
@@ -96,6 +97,9 @@ def import_checkpoint(
         raise _misfit(recipe, missing=[error.name], unexpected=unexpected) from None
     with torch.device("meta"):
         network = create_model(recipe.model, **arguments)
+    for name, module in network.named_modules():
+        if isinstance(module, NonLocalBlock):
+            module.merge_twins(renamed, f"{name}.")
     expected = network.state_dict()
     zeros = [
         name
@@ -114,7 +118,6 @@ def import_checkpoint(
     if missing or unexpected or shapes:
         raise _misfit(recipe, missing, unexpected, shapes)
     filled = {n: renamed[n].detach().reshape(tensor.shape) for n, tensor in expected.items()}
-    # What its modules refuse, such as weights that differ where one is shared, is no import either.
     network.load_state_dict(filled, assign=True)
     return ImportedModel(recipe.source, recipe.model, arguments, filled, sorted(zeros))
 

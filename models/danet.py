@@ -36,11 +36,12 @@ class DANet(SegmentationNetwork):
         self.channel_classifier = Classifier(channels, num_classes, dropout)
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
-        position, channel = self.decoder.branches(maps[-1])
-        output = SegmentationOutput(self.classifier(position + channel))
-        if self.training:
-            output.auxiliary["position"] = self.position_classifier(position)
-            output.auxiliary["channel"] = self.channel_classifier(channel)
+        if not self.training:
+            return SegmentationOutput(self.classifier(self.decoder(maps[-1])))
+        y, position, channel = self.decoder(maps[-1], return_branches=True)
+        output = SegmentationOutput(self.classifier(y))
+        output.auxiliary["position"] = self.position_classifier(position)
+        output.auxiliary["channel"] = self.channel_classifier(channel)
         return output
 
 

@@ -44,9 +44,9 @@ class PositionAttention(nn.Module):
         if reduction > channels:
             raise ValueError(f"reduction must be at most the channels, {channels}, got {reduction}")
         self.channels, self.reduction = channels, reduction
-        self.query = PointwiseConv2d(channels, channels // reduction, bias)
-        self.key = PointwiseConv2d(channels, channels // reduction, bias)
-        self.value = PointwiseConv2d(channels, channels, bias)
+        self.query = PointwiseConv2d(channels, channels // reduction, bias=bias)
+        self.key = PointwiseConv2d(channels, channels // reduction, bias=bias)
+        self.value = PointwiseConv2d(channels, channels, bias=bias)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def extra_repr(self) -> str:
@@ -159,9 +159,13 @@ class DualAttention(nn.Module):
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The context between positions and that between channels, each (B, channels, h, w)."""
-        check_maps(x=(x, self.in_channels))
-        return self.position(x), self.channel(x)
+        return self(x, return_branches=True)[1:]
 
-    def forward(self, x: Tensor) -> Tensor:
-        position, channel = self.branches(x)
-        return position + channel
+    def forward(
+        self, x: Tensor, return_branches: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The sum of both contexts; with ``return_branches`` also each of them."""
+        check_maps(x=(x, self.in_channels))
+        position, channel = self.position(x), self.channel(x)
+        y = position + channel
+        return (y, position, channel) if return_branches else y

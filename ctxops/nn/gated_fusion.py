@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ctxops.nn._checks import check_choice, check_features, check_levels, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import LevelFusion, resize, resized_sum
-from ctxops.nn.pointwise import PointwiseConv2d, is_untouched, pointwise
+from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
 from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 
 _GATE_SOURCES = ("input", "reduced")
@@ -90,7 +90,10 @@ class GatedFullyFusion(LevelFusion):
                 f"closed must be a list or tuple of levels from 0 to {levels[-1]}, got {closed!r}"
             )
         maps = self._reduce(features)
-        if self.gate_from == "reduced" and all(map(is_untouched, self.gate)):
+        if self.gate_from == "reduced" and all(
+            is_readable(gate, x) and gate.bias is not None
+            for gate, x in zip(self.gate, maps, strict=True)
+        ):
             weight = torch.cat([gate.weight.flatten(1) for gate in self.gate])
             bias = [
                 torch.full_like(gate.bias, -torch.inf) if level in closed else gate.bias
@@ -148,25 +151,12 @@ class GatedFeaturePyramidFusion(LevelFusion):
         return tuple(reversed(fused))
 
 
-class _ResizedConcatConv2d(PointwiseConv2d):
-    """The 1 x 1 convolution of maps that are resized and concatenated.
+class _DenseFusion(nn.Module):
+    """H_i: the convolution of all maps so far, resized and concatenated, then norm and ReLU.
 
     Each map meets its part of the weight at its own size, since a 1 x 1 convolution commutes with
     a bilinear resize, and the concatenation is never made.
     """
-
-    def __init__(self, in_channels: Sequence[int], out_channels: int, align_corners: bool) -> None:
-        super().__init__(sum(in_channels), out_channels, bias=False)
-        self.widths, self.align_corners = tuple(in_channels), align_corners
-
-    def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        parts = zip(maps, self.weight.split(self.widths, dim=1), strict=True)
-        maps = [pointwise(x, weight) for x, weight in parts]
-        return resized_sum(maps, size, self.align_corners)
-
-
-class _DenseFusion(nn.Module):
-    """H_i: the convolution of all maps so far, norm and ReLU."""
 
     def __init__(
         self,
@@ -176,11 +166,19 @@ class _DenseFusion(nn.Module):
         norm_layer: Callable[[int], nn.Module],
     ) -> None:
         super().__init__()
-        self.conv = _ResizedConcatConv2d(in_channels, channels, align_corners)
+        self.align_corners = align_corners
+        self.conv = PointwiseConv2d(sum(in_channels), channels, bias=False)
         self.norm = norm_layer(channels)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        return F.relu(self.norm(self.conv(maps, size)))
+        return F.relu(self.norm(self._convolve(maps, size)))
+
+    def _convolve(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        if not is_readable(self.conv, maps[0]) or self.conv.bias is not None:
+            return self.conv(torch.cat([resize(x, size, self.align_corners) for x in maps], dim=1))
+        parts = zip(maps, split_weight(self.conv, maps), strict=True)
+        maps = [pointwise(x, weight) for x, weight in parts]
+        return resized_sum(maps, size, self.align_corners)
 
 
 class DenseFeaturePyramid(nn.Module):

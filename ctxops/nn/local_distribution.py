@@ -16,7 +16,7 @@ from ctxops.nn._checks import (
     check_power_of_two,
     check_sizes,
 )
-from ctxops.nn.pointwise import PointwiseConcatConv2d, PointwiseConv2d
+from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from ctxops.ops.neighborhood_attention import BORDERS, check_pair, neighborhood_attention
 
 _DOWNSAMPLES = ("conv", "bilinear", "avg")
@@ -210,7 +210,7 @@ class LDv2(nn.Module):
                 return PointwiseConv2d(global_channels, width, bias=bias)
             if source == "local" or global_channels == 0:
                 return PointwiseConv2d(local_channels, width, bias=bias)
-            return PointwiseConcatConv2d(global_channels, local_channels, width, bias=bias)
+            return PointwiseConv2d(global_channels + local_channels, width, bias=bias)
 
         self.query = projection("query_from", query_from, key_channels)
         self.key = projection("key_from", key_from, key_channels)
@@ -240,9 +240,9 @@ class LDv2(nn.Module):
                 )
             sources = {"both": (x_global, x_local), "global": (x_global,), "local": (x_local,)}
         return neighborhood_attention(
-            self.query(*sources[self.query_from]),
-            self.key(*sources[self.key_from]),
-            self.value(*sources[self.value_from]),
+            convolve_concatenation(self.query, *sources[self.query_from]),
+            convolve_concatenation(self.key, *sources[self.key_from]),
+            convolve_concatenation(self.value, *sources[self.value_from]),
             self.kernel_size,
             self.dilation,
             scale=self.scale,

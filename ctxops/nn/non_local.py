@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ctxops.nn._checks import check_choice, check_maps, check_sizes
+from ctxops.nn.plain import is_plain
 from ctxops.nn.pointwise import (
-    PointwiseConcatConv2d,
     PointwiseConv2d,
-    is_untouched,
+    accumulate,
+    convolve_concatenation,
+    is_readable,
     pointwise,
+    split_weight,
 )
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.nonlocal_attention import nonlocal_attention
@@ -24,21 +28,20 @@ _VARIANTS = ("released", "paper")
 _SAMPLING = ("avg", "max", "random")
 
 
-def _check_shared_weights(block: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Raises where a checkpoint with separate weights, whose keys fit, meets shared ones."""
-    one, twin = {"query_key": ("query.", "key."), "key_value": ("key.", "value.")}[block.share]
-    for name, tensor in state_dict.items():
-        if not name.startswith(prefix + one):
-            continue
-        other = state_dict.get(prefix + twin + name.removeprefix(prefix + one))
-        if other is not None and not tensor.equal(other):
-            raise ValueError(
-                f"the block has share={block.share!r}, but {name} of the state dict differs from "
-                f"its twin of {prefix}{twin[:-1]}: it was saved with share=None"
-            )
+# What else a shared embedding, which is registered as the key, stands for.
+_TWIN = {"query_key": "query", "key_value": "value"}
 
 
-class _NonLocalBlock(nn.Module):
+def _may_be_equal(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    try:
+        return torch.equal(a, b)
+    except (RuntimeError, NotImplementedError):  # meta and fake tensors have no values
+        return a.shape == b.shape
+
+
+class NonLocalBlock(nn.Module):
     """Projections of a query map and a context map, W_o, and the fusion with the query map."""
 
     def __init__(
@@ -94,22 +97,20 @@ class _NonLocalBlock(nn.Module):
             return nn.Sequential(convolution, norm_layer(key_channels), nn.ReLU(inplace=True))
 
         self.key = embedding(context_channels)
-        self.query = self.key if share == "query_key" else embedding(query_channels)
-        self.value = (
-            self.key
-            if share == "key_value"
-            else PointwiseConv2d(context_channels, value_channels, bias=bias)
-        )
+        if share != "query_key":
+            self.query = embedding(query_channels)
+        if share != "key_value":
+            self.value = PointwiseConv2d(context_channels, value_channels, bias=bias)
         self.out = PointwiseConv2d(value_channels, out_channels, bias=bias)
         nn.init.zeros_(self.out.weight)
         if bias:
             nn.init.zeros_(self.out.bias)
         if share is not None:
-            self.register_load_state_dict_pre_hook(_check_shared_weights)
+            self.register_load_state_dict_pre_hook(NonLocalBlock.merge_twins)
         self.out_norm = norm_layer(out_channels) if out_norm else None
         if fuse == "concat":
             layers = [
-                PointwiseConcatConv2d(out_channels, query_channels, out_channels, bias=bias),
+                PointwiseConv2d(out_channels + query_channels, out_channels, bias=bias),
                 norm_layer(out_channels),
             ]
             self.fusion = nn.Sequential(*layers, *[nn.ReLU(inplace=True)] * fuse_activation)
@@ -122,6 +123,32 @@ class _NonLocalBlock(nn.Module):
             f"scale={self.scale:.6g}, out projection starts at zero"
         )
 
+    # A shared embedding is registered once, as the key, and answers to both names.
+    @property
+    def query(self) -> nn.Module:
+        return self._modules["key" if self.share == "query_key" else "query"]
+
+    @property
+    def value(self) -> nn.Module:
+        return self._modules["key" if self.share == "key_value" else "value"]
+
+    def merge_twins(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+        """Leaves one name to a shared embedding, which other code and old files save under two.
+
+        Raises where a checkpoint with separate weights, whose names fit, meets shared ones.
+        """
+        if self.share is None:
+            return
+        one, twin = f"{prefix}key.", f"{prefix}{_TWIN[self.share]}."
+        for name in [name for name in state_dict if name.startswith(twin)]:
+            tensor = state_dict.pop(name)
+            other = state_dict.setdefault(one + name.removeprefix(twin), tensor)
+            if not _may_be_equal(tensor, other):
+                raise ValueError(
+                    f"the block has share={self.share!r}, but {name} of the state dict differs "
+                    f"from its twin of {one[:-1]}: it was saved with share=None"
+                )
+
     def _fuse(self, context: Tensor, x: Tensor, *, projected: bool = False) -> Tensor:
         """The block's last step, on W_o's output and the query's map ``x``.
 
@@ -133,14 +160,20 @@ class _NonLocalBlock(nn.Module):
             return context
         if self.fuse == "add":
             return context + x
+        if not is_plain(self.fusion, nn.Sequential):
+            return self.fusion(torch.cat([context, x], dim=1))
         convolution, *rest = self.fusion
-        y = convolution(context, x, projected=projected)
+        if projected:
+            _, weight = split_weight(convolution, (context, x))
+            y = accumulate(pointwise(x, weight, convolution.bias), context)
+        else:
+            y = convolve_concatenation(convolution, context, x)
         for layer in rest:
             y = layer(y)
         return y
 
 
-class _DenseBlock(_NonLocalBlock):
+class _DenseBlock(NonLocalBlock):
     """Attention between all positions."""
 
     def _attend(self, x: Tensor, context: Tensor) -> Tensor:
@@ -265,7 +298,7 @@ class FusionNonLocal2d(_DenseBlock):
         return self._attend(high, low)
 
 
-class _AnchorBlock(_NonLocalBlock):
+class _AnchorBlock(NonLocalBlock):
     """Attention of all positions to S sampled anchors."""
 
     def __init__(
@@ -309,8 +342,8 @@ class _AnchorBlock(_NonLocalBlock):
 
     def extra_repr(self) -> str:
         return (
-            f"output_sizes={self.output_sizes}, sampling={self.sampling!r}, fold={self.fold}, "
-            + super().extra_repr()
+            f"output_sizes={self.output_sizes}, sampling={self.sampling!r}, fold={self.fold} "
+            f"(on the anchors: {_Folding.of(self)}), " + super().extra_repr()
         )
 
     def _sampler(self, context: Tensor) -> Callable[[Tensor], Tensor]:
@@ -322,89 +355,120 @@ class _AnchorBlock(_NonLocalBlock):
         return lambda x: sample_anchors(x, indices)
 
     def _attend(self, x: Tensor, context: Tensor) -> Tensor:
-        sample = self._sampler(context)
-        if self.fold and self.sampling != "max":
-            return self._attend_folded(x, context, sample)
-        key_map = self.key(context)
-        query = key_map if self.share == "query_key" else self.query(x)
-        key = sample(key_map)
-        value = key if self.share == "key_value" else sample(self.value(context))
-        attended = asymmetric_attention(query, key, value, scale=self.scale)
-        return self._fuse(self.out(attended), x)
+        sample, folding = self._sampler(context), _Folding.of(self, x)
+        anchors = sample(context) if folding.key or folding.value else None
+        key_map = None
+        if folding.key:
+            key = _on_anchors(self.key, anchors)
+        else:
+            key_map = folding.embed(self.key, context)
+            key = sample(key_map)
+        if self.share == "key_value":
+            value = key
+        elif folding.value:
+            value = _on_anchors(self.value, anchors)
+        else:
+            value = sample(self.value(context))
 
-    def _attend_folded(
-        self, x: Tensor, context: Tensor, sample: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The same function with every linear step on the few anchors instead of the map.
-
-        Average and random sampling commute with a 1x1 convolution. A norm and a ReLU do not.
-        """
-        linear = self.variant == "paper"
-        key_map = None if linear else _embed(self.key, context)
-        if linear or self.share != "key_value":
-            anchors = sample(context)
-        key = _on_anchors(self.key, anchors) if linear else sample(key_map)
-        value = key if self.share == "key_value" else _on_anchors(self.value, anchors)
-
-        count, bias = key.shape[2], None
-        if linear and is_untouched(self.query) and self._query_folds(count):
+        bias = None
+        if folding.query:
             # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
             query, weight = x, self.query.weight.flatten(1)
             if self.query.bias is not None:
                 bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
             key = torch.einsum("ci,bcs->bis", weight, key)
-        elif self.share == "query_key" and not linear:
+        elif self.share == "query_key" and key_map is not None:
             query = key_map
         else:
-            query = _embed(self.query, x)
+            query = folding.embed(self.query, x)
 
-        # W_o (V P) + b = (W_o V + b) P, for the weights of a position sum to one; so does what
-        # follows W_o, as long as nothing stands between.
-        projects_first = _is_cheaper(count, self.value_channels, self.out_channels)
-        if projects_first:
+        if folding.out:
             value = _on_anchors(self.out, value)
-        projected = (
-            projects_first
-            and self.fuse == "concat"
-            and self.out_norm is None
-            and is_untouched(self.fusion[0])
-        )
-        if projected:
-            value = _on_anchors(self.fusion[0].project, value)
+        if folding.fusion:
+            weight, _ = split_weight(self.fusion[0], (value, x))
+            value = pointwise(value.unsqueeze(3), weight).squeeze(3)
         attended = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
-        if not projects_first:
+        if not folding.out:
             attended = self.out(attended)
-        return self._fuse(attended, x, projected=projected)
-
-    def _query_folds(self, anchors: int) -> bool:
-        return _is_cheaper(anchors, self.key_channels, self.query_channels)
+        return self._fuse(attended, x, projected=folding.fusion)
 
 
-def _embed(embedding: nn.Module, x: Tensor) -> Tensor:
-    """``embedding(x)``; in evaluation its batch norm, linear then, goes into the convolution."""
-    if isinstance(embedding, PointwiseConv2d):
-        return embedding(x)
-    convolution, norm, activation = embedding
-    foldable = (
-        isinstance(norm, nn.modules.batchnorm._BatchNorm)
+@dataclasses.dataclass(frozen=True)
+class _Folding:
+    """Which linear steps of a block are taken on its few anchors instead of the map.
+
+    Average and random sampling commute with a 1 x 1 convolution; a norm and a ReLU do not. A step
+    is folded if that saves operations and its convolution's weights may be read.
+    """
+
+    key: bool  # the key's linear embedding
+    query: bool  # <W_q x, k> = <x, W_q^T k>
+    value: bool  # the value's
+    out: bool  # W_o (V P) + b = (W_o V + b) P, for the weights P of a position sum to one
+    fusion: bool  # so does what follows W_o: the context's part of the fusion's convolution
+    norm: bool  # in evaluation, the batch norm of query and key, which is linear then
+
+    @classmethod
+    def of(cls, block: "_AnchorBlock", like: Tensor | None = None) -> "_Folding":
+        """``like``: a map, for the device and the dtype that the weights must have."""
+        if not block.fold or block.sampling == "max":
+            return cls(*[False] * 6)
+        count = sum(size * size for size in block.output_sizes)
+        linear = block.variant == "paper"
+        key = linear and is_readable(block.key, like)
+        value = block.share != "key_value" and is_readable(block.value, like)
+        out = (
+            _is_cheaper(count, block.value_channels, block.out_channels)
+            and is_readable(block.out, like)
+        )  # fmt: skip
+        fusion = (
+            out
+            and block.fuse == "concat"
+            and block.out_norm is None
+            and is_plain(block.fusion, nn.Sequential)
+            and is_readable(block.fusion[0], like)
+        )
+        query = (
+            linear
+            and _is_cheaper(count, block.key_channels, block.query_channels)
+            and is_readable(block.query, like)
+        )
+        return cls(key, query, value, out, fusion, norm=not linear)
+
+    def __str__(self) -> str:
+        steps = [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
+        return ", ".join(steps) or "nothing"
+
+    def embed(self, embedding: nn.Module, x: Tensor) -> Tensor:
+        """``embedding(x)``; in evaluation its batch norm goes into the convolution."""
+        if not (self.norm and _norm_folds(embedding, x)):
+            return embedding(x)
+        convolution, norm, activation = embedding
+        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = 0 if convolution.bias is None else convolution.bias
+        weight = convolution.weight * gain[:, None, None, None]
+        return activation(pointwise(x, weight, norm.bias + (bias - norm.running_mean) * gain))
+
+
+def _norm_folds(embedding: nn.Module, x: Tensor) -> bool:
+    """Is it a plain convolution with a plain batch norm in evaluation?"""
+    if not (is_plain(embedding, nn.Sequential) and len(embedding) == 3):
+        return False
+    convolution, norm, _ = embedding
+    return (
+        is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm, like=x)
         and norm.affine
         and norm.running_var is not None
         and not norm.training
-        and is_untouched(convolution)
-        and not (norm._forward_pre_hooks or norm._forward_hooks)
+        and is_readable(convolution, x)
         and convolution.weight.dtype.itemsize >= 4  # half precision would round the weights twice
     )
-    if not foldable:
-        return embedding(x)
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = -norm.running_mean if convolution.bias is None else convolution.bias - norm.running_mean
-    weight = convolution.weight * gain[:, None, None, None]
-    return activation(pointwise(x, weight, norm.bias + shift * gain))
 
 
-def _on_anchors(layer: Callable[[Tensor], Tensor], anchors: Tensor) -> Tensor:
+def _on_anchors(convolution: nn.Conv2d, anchors: Tensor) -> Tensor:
     """A 1 x 1 convolution on anchors (B, C, S), which it sees as the map (B, C, S, 1)."""
-    return layer(anchors.unsqueeze(3)).squeeze(3)
+    y = pointwise(anchors.unsqueeze(3), convolution.weight, convolution.bias)
+    return y.squeeze(3)
 
 
 def _is_cheaper(anchors: int, inner: int, outer: int) -> bool:
@@ -434,8 +498,8 @@ class APNB(_AnchorBlock):
         sampling: "avg", "max" or "random" (Table 7), which draws anew in every forward.
         fold: exact algebra that moves linear steps to the anchors, wherever it saves operations:
             the value and W_o, the fusion, in the paper's form also query and key; in evaluation
-            the embeddings' batch norm moves into their convolution. Not with "max".
-            Whatever replaces the children ``value`` and ``out`` must be linear too.
+            the embeddings' batch norm moves into their convolution. Not with "max". A child that
+            has hooks, an adapter, parametrisations or weights elsewhere is called on the map.
         scale: overrides the variant's.
         out_norm: a norm after W_o (appendix C of the paper).
         norm_layer: makes a norm from a number of channels.

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The 1 x 1 convolution, in the product that suits the map."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops import _library
+from ctxops.nn.plain import is_plain
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,42 +36,62 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d`` with a 1 x 1 kernel: the same parameters, the same result."""
+    """``nn.Conv2d`` whose kernel is 1 x 1 by default; then it takes the product that suits the map.
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
-
-
-class PointwiseConcatConv2d(PointwiseConv2d):
-    """The 1 x 1 convolution of ``cat(context, x)``, by the two parts of its weight.
-
-    The concatenation is never made, and the context's part may be applied earlier, by
-    :meth:`project`, where the context is still a combination of a few anchors.
+    Arguments, parameters and results are those of ``nn.Conv2d``.
     """
 
     def __init__(
-        self, context_channels: int, map_channels: int, out_channels: int, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        *args: object,
+        **options: object,
     ) -> None:
-        super().__init__(context_channels + map_channels, out_channels, bias)
-        self.context_channels = context_channels
+        super().__init__(in_channels, out_channels, kernel_size, *args, **options)
 
-    def project(self, context: Tensor) -> Tensor:
-        return pointwise(context, self.weight[:, : self.context_channels])
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_pointwise:
+            return pointwise(x, self.weight, self.bias)
+        return super().forward(x)
 
-    def forward(self, context: Tensor, x: Tensor, projected: bool = False) -> Tensor:
-        context = context if projected else self.project(context)
-        return pointwise(x, self.weight[:, self.context_channels :], self.bias).add_(context)
+    @property
+    def is_pointwise(self) -> bool:
+        """Is it the 1 x 1 convolution after all? Adapters make others of the same class."""
+        return (
+            self.kernel_size == (1, 1)
+            and self.stride == (1, 1)
+            and self.padding == (0, 0)
+            and self.groups == 1
+        )
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """Is this a 1 x 1 convolution of ours, without hooks that make or watch its weight?
+def is_readable(convolution: nn.Module, like: Tensor | None = None) -> bool:
+    """May the weights of this 1 x 1 convolution be read? See :func:`ctxops.nn.plain.is_plain`."""
+    return is_plain(convolution, PointwiseConv2d, like=like) and convolution.is_pointwise
 
-    Only then may a part of its work be done elsewhere: pruning and spectral norm recompute the
-    weight in hooks, adapters replace the module.
+
+def convolve_concatenation(convolution: nn.Module, *maps: Tensor) -> Tensor:
+    """``convolution(cat(maps))``; the concatenation of maps for a plain 1 x 1 convolution is never
+    made: each map meets its part of the weight.
     """
-    return isinstance(module, PointwiseConv2d) and not (
-        module._forward_pre_hooks or module._forward_hooks
-    )
+    if len(maps) == 1:
+        return convolution(*maps)
+    if not is_readable(convolution, like=maps[0]):
+        return convolution(torch.cat(maps, dim=1))
+    *parts, last = split_weight(convolution, maps)
+    y = pointwise(maps[-1], last, convolution.bias)
+    for x, weight in zip(maps, parts, strict=False):
+        y = accumulate(y, pointwise(x, weight))
+    return y
+
+
+def split_weight(convolution: PointwiseConv2d, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts of the weight for maps that stand one behind the other, each ``(O, C_i, 1, 1)``."""
+    return convolution.weight.split([x.shape[1] for x in maps], dim=1)
+
+
+def accumulate(y: Tensor, x: Tensor) -> Tensor:
+    """``y + x``, into ``y`` where nobody else needs it and torch.func's transforms allow it."""
+    return y + x if _library.is_transformed() else y.add_(x)

@@ -571,13 +571,35 @@ _OPS = [
 
 _MODULES = [
     *_in(
-        "ctxops/nn/pointwise.py",
-        "tests/nn/test_non_local.py",
+        "ctxops/nn/plain.py",
+        "tests/nn/test_plain.py tests/nn/test_non_local.py",
         (
-            "pointwise-pre-hooks",
+            "plain-pre-hooks",
             "forward pre-hooks, of which pruning is one, are passed over by folded weights",
-            "module._forward_pre_hooks or module._forward_hooks",
-            "module._forward_hooks",
+            '"_forward_hooks", "_forward_pre_hooks", "_backward_hooks"',
+            '"_forward_hooks", "_backward_hooks"',
+        ),
+        (
+            "plain-replaced-forward",
+            "a forward that an adapter has put into the instance is passed over",
+            'and "forward" not in vars(module)\n',
+            "\n",
+        ),
+        (
+            "plain-derived-class",
+            "a class derived from a known one is read",
+            "type(module) in kinds",
+            "isinstance(module, kinds)",
+        ),
+    ),
+    *_in(
+        "ctxops/nn/pointwise.py",
+        "tests/nn/test_local_distribution.py tests/nn/test_non_local.py",
+        (
+            "pointwise-order-of-parts",
+            "the first map of a concatenation is left out",
+            "for x, weight in zip(maps, parts, strict=False):",
+            "for x, weight in zip(maps[1:], parts, strict=False):",
         ),
     ),
     *_in(
@@ -586,8 +608,8 @@ _MODULES = [
         (
             "nonlocal-folded-bias",
             "evaluation: the convolution's bias is lost where the norm is folded into it",
-            "if convolution.bias is None else convolution.bias - norm.running_mean",
-            "if convolution.bias is None else 0 * convolution.bias - norm.running_mean",
+            "bias = 0 if convolution.bias is None else convolution.bias",
+            "bias = 0",
         ),
         (
             "nonlocal-folded-training",

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import ctxops
 from covering import product
@@ -358,3 +359,43 @@ def test_autocast(fold, device):
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("share", ["query_key", "key_value"])
+def test_a_shared_embedding_has_one_name(share):
+    block = randomise(APNB(8, 4, 4, output_sizes=(1, 2), share=share)).eval()
+    twin = "query" if share == "query_key" else "value"
+    assert getattr(block, twin) is block.key
+    assert not any(name.startswith(twin) for name in block.state_dict())
+    names = [name for name, _ in block.named_parameters(remove_duplicate=False)]
+    assert len(names) == len(set(map(id, block.parameters())))
+    x = torch.randn(2, 8, 7, 6)
+    doubled = {name: 2 * p.detach() for name, p in block.named_parameters()}
+    called = torch.func.functional_call(block, doubled, (x,))
+    block.load_state_dict(doubled, strict=False)
+    torch.testing.assert_close(called, block(x))
+
+
+@pytest.mark.parametrize("share", ["query_key", "key_value"])
+@pytest.mark.parametrize("names", ["both", "the other alone"])
+@pytest.mark.parametrize("kind", ["real", "meta", "fake"])
+def test_files_with_two_names_for_a_shared_embedding(share, names, kind):
+    source = randomise(APNB(8, 4, 4, share=share))
+    twin = "query" if share == "query_key" else "value"
+    old = dict(source.state_dict())
+    for name in [name for name in old if name.startswith("key.")]:
+        old[twin + name.removeprefix("key")] = old[name].clone()
+        if names != "both":
+            del old[name]
+    block = nn.Sequential(APNB(8, 4, 4, share=share))
+    given = {f"0.{name}": x.to("meta") if kind == "meta" else x for name, x in old.items()}
+    if kind == "real":
+        block.load_state_dict(given)
+        torch.testing.assert_close(block[0].state_dict(), source.state_dict())
+    elif kind == "meta":
+        block.to("meta").load_state_dict(given)
+    else:
+        with FakeTensorMode() as mode:
+            fake = {name: mode.from_tensor(x) for name, x in given.items()}
+            block.load_state_dict(fake, assign=True)
+    assert len(given) > 0

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import ctxops
 from covering import product
@@ -44,12 +45,36 @@ OF_GRADIENTS = (
     "test_gradcheck",
     "test_gradient_of_each_input_alone",
     "test_saved_tensors_may_come_back_in_another_layout",
+    "test_checkpointing",
     "test_memory_format_of_the_gradients",
     "test_upstream_gradients_of_any_layout",
     "test_second_derivatives",
     "test_forward_mode",
     "test_backward_under_autocast",
 )
+
+
+def _with_gaps(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _with_offset(x: Tensor) -> Tensor:
+    """At an address that is a multiple of the element alone."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+# What hooks on saved tensors, which offload or compress them, may do to one.
+SAVED = {
+    "dense": (torch.Tensor.contiguous, lambda x: x),
+    "channels_last": (_channels_last, lambda x: x),
+    "gaps": (_with_gaps, lambda x: x),
+    "offset": (_with_offset, lambda x: x),
+    "copied": (lambda x: (x.device, x.to("cpu", copy=True)), lambda kept: kept[1].to(kept[0])),
+}
 
 
 def chosen(quick: Callable[[Sequence[int]], Sequence[tuple]], **axes: Sequence | dict):
@@ -338,18 +363,27 @@ class OperatorContract:
         leaves = self._leaves(case, mode, layout, device=device)
         expected = run(operator, leaves)
 
-        def with_gaps(x):
-            # Positions come back as they were.
-            return torch.stack([x, x], dim=-1)[..., 0] if x.is_floating_point() else x
-
-        for pack in (torch.Tensor.contiguous, with_gaps):
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for name, hooks in SAVED.items():
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 outputs = as_tuple(operator(*leaves))
             wanted = [leaves[i] for i in self._variables(leaves)]
             gradients = torch.autograd.grad(outputs, wanted, upstream(outputs))
             # In another layout a kernel may sum in another order, and torch's products always may.
-            exact = self.native and layout == "contiguous"
+            exact = self.native and layout == "contiguous" and name != "channels_last"
             (assert_equal if exact else assert_close)([*outputs, *gradients], expected)
+
+    def test_checkpointing(self, layout, mode, device):
+        case = self.case(2, 4, 5, 6)
+        operator, _ = self.functions(case, mode)
+        leaves = self._leaves(case, mode, layout, device=device)
+        expected = run(operator, leaves)
+        wanted = [leaves[i] for i in self._variables(leaves)]
+        for use_reentrant in (False, True):
+            for leaf in wanted:
+                leaf.grad = None
+            outputs = as_tuple(checkpoint(operator, *leaves, use_reentrant=use_reentrant))
+            torch.autograd.backward(outputs, upstream(outputs))
+            assert_equal([*outputs, *(leaf.grad for leaf in wanted)], expected)
 
     @quick(each_value_once)
     def test_second_derivatives(self, layout, mode, device):

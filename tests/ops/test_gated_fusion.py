@@ -128,11 +128,6 @@ class TestGatedFusion(OperatorContract):
     )
     valid = {"features": [A, B], "gates": GATES}
     errors = ERRORS + ERRORS_OF_GATES
-    without = {
-        "test_saved_tensors_may_come_back_in_another_layout": (
-            "gradients of channels_last levels of several sizes are wrong then"
-        ),
-    }
 
     def case(self, batch, channels, height, width):
         coarse = (height + 1) // 2, (width + 1) // 2

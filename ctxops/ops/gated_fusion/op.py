@@ -320,12 +320,14 @@ def _setup_context(ctx, inputs, output):
     _, made, sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(made, sums)
-    ctx.saved = saved
+    ctx.saved, ctx.layout = saved, _library.memory_format(features[0])
     ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
 
 
 def _autograd(ctx, grads, *_):
     *features, gates, weight, bias, sums = ctx.saved_tensors
+    # Hooks on saved tensors may return them with other strides; the sums keep the layout.
+    features = [x.contiguous(memory_format=ctx.layout) for x in features]
     if not ctx.saved:
         # A graph that was exported without gradients has neither gates nor sums: take them anew.
         given = None if weight is not None else gates

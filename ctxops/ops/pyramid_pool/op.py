@@ -182,6 +182,7 @@ def _autograd(ctx, grad, _):
         (argmax,) = ctx.saved_tensors
         if not ctx.saved:
             argmax = _FORWARD(argmax, ctx.sizes, True, True)[1]
+        argmax = argmax.contiguous()  # hooks may return it with other strides
     grad_input = _BACKWARD(grad, argmax, ctx.sizes, *ctx.map_size, ctx.channels_last)
     return grad_input, None, None, None
 

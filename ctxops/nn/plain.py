@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a module's weights may be read, so that its work is done elsewhere."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ctxops._library import autocast_active
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRACKER = "torch.utils.module_tracker"
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module], like: Tensor | None = None) -> bool:
+    """May the caller read the weights of ``module`` instead of calling it?
+
+    Only if a call would do nothing but compute its class's ``forward`` on weights that are there. A
+    module that anybody has changed must be called: adapters replace its ``forward``, its class or
+    its weights, pruning and spectral norm make the weights in hooks or parametrisations, offloading
+    and sharding bring them in when it is called, hooks want to see its input and output.
+
+    Args:
+        module: the module, or a container of modules, which says nothing about its children.
+        kinds: the classes that the caller knows; a class derived from one of them is another one.
+        like: what the weights must have the device and dtype of; under autocast the dtype may
+            differ. None: anything but meta.
+    """
+    return (
+        type(module) in kinds
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not _has_global_hooks()
+        and all(
+            _is_here(tensor, like)
+            for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+            if tensor is not None
+        )
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Has anybody hooked all modules? torch's tracker of their names does not count: torch's FLOP
+    counter uses it, and is to count what runs without it.
+    """
+    # Private: torch 2.8 to 2.15 keep them so. Where one is missing, nobody can have used it.
+    return any(
+        getattr(hook, "__module__", None) != _TRACKER
+        for hooks in (
+            torch_module._global_forward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_backward_pre_hooks,
+            torch_module._global_backward_hooks,
+        )
+        for hook in hooks.values()
+    )
+
+
+def _is_here(tensor: Tensor, like: Tensor | None) -> bool:
+    """Is it a tensor of torch's own, with values, and of the device and dtype of ``like``?"""
+    # torch.export puts tensors of its own in the place of the weights.
+    if type(tensor) not in (Tensor, nn.Parameter) and not torch.compiler.is_exporting():
+        return False
+    if like is None:
+        return tensor.device.type != "meta"
+    fits = not tensor.is_floating_point() or tensor.dtype == like.dtype
+    return tensor.device == like.device and (fits or autocast_active(like.device.type))
