@@ -22,6 +22,19 @@ _CLUSTERING_ROUNDS = 10
 _PARALLEL = 1e-6
 
 
+class _Group:
+    """A process group, which cannot be copied or saved: copies share it, and files leave it out."""
+
+    def __init__(self, group: "dist.ProcessGroup | None") -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> "_Group":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Group, (None,)
+
+
 class FeatureMemory(nn.Module):
     r"""One vector per category: a moving average of the features of the category's pixels.
 
@@ -64,15 +77,16 @@ class FeatureMemory(nn.Module):
             does. Each makes the step on its own batch, then the memories are averaged, also with
             those of processes that did not meet the category: these pull the row towards what it
             was, and a new row towards zero. None: each for itself.
-        process_group: who takes part, None: all.
+        process_group: who takes part, None: all. A copy has the same; a saved module has None.
         ignore_index: the label of pixels that are left out.
         align_corners: of the bilinear resize.
 
     Buffers, none of which is trained: ``memory (K, C)``, float32 also after ``.half()`` or
     ``.double()``, because a small step is lost in fewer bits, and zero for rows without value;
-    ``initialized (K,)``, bool; ``step ()``, int64, the number of steps so far, those without any
-    labelled pixel included. A step writes in place: what uses ``memory`` in a graph before the step
-    and runs backward after it takes ``memory.clone()``; torch raises otherwise.
+    ``step ()``, int64, the number of steps so far, those without any labelled pixel included.
+    ``initialized (K,)``, bool, is read from ``memory``: a row of zeros holds nothing. Both buffers
+    may be averaged over models. A step writes in place: what uses ``memory`` in a graph before the
+    step and runs backward after it takes ``memory.clone()``; torch raises otherwise.
 
     Shape: features ``(B, C, h, w)``, integer labels ``(B, H, W)`` in ``[0, K)`` or
         ``ignore_index``.
@@ -135,12 +149,25 @@ class FeatureMemory(nn.Module):
         self.momentum, self.base_momentum = momentum, base_momentum
         self.total_steps, self.power, self.base_lr = total_steps, power, base_lr
         self.init, self.cosine = init, cosine
-        self.sync, self.process_group = sync, process_group
+        self.sync, self._group = sync, _Group(process_group)
         self.ignore_index, self.align_corners = ignore_index, align_corners
         memory = torch.zeros(num_classes, channels, dtype=torch.float32)
         self.register_buffer("memory", memory)
-        self.register_buffer("initialized", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(FeatureMemory._drop_initialized)
+
+    @property
+    def initialized(self) -> Tensor:
+        """Which rows hold something: ``(K,)``, bool."""
+        return (self.memory != 0).any(dim=1)
+
+    @property
+    def process_group(self) -> "dist.ProcessGroup | None":
+        return self._group.group
+
+    def _drop_initialized(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+        """Earlier checkpoints hold what the memory itself tells."""
+        state_dict.pop(f"{prefix}initialized", None)
 
     def extra_repr(self) -> str:
         momentum = {"poly": f", total_steps={self.total_steps}, power={self.power}"}
@@ -299,14 +326,12 @@ class FeatureMemory(nn.Module):
         # Not the other way round: NaN must not stay.
         stays = weights <= _PARALLEL * counts
         self.memory.copy_(torch.where(stays[:, None], self.memory.double(), rows))
-        self.initialized.logical_or_(~stays)
         self.step.add_(1)
 
     def _average(self, processes: int) -> None:
-        table = torch.cat([self.memory, self.initialized[:, None]], dim=1) / processes
+        table = self.memory / processes
         dist.all_reduce(table, group=self.process_group)
-        self.memory.copy_(table[:, :-1])
-        self.initialized.copy_(table[:, -1] > 0)
+        self.memory.copy_(table)
 
 
 def _largest_cluster(pixels: Tensor) -> Tensor:

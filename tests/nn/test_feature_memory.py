@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import datetime
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctxops.nn import FeatureMemory
 from ctxops.nn.feature_memory import _largest_cluster
@@ -83,14 +85,13 @@ def test_is_its_formula(cosine, align_corners, sizes):
 
 def momenta(memory, lrs):
     """The momentum of each step, from how far a row moves."""
-    first, then = torch.zeros(1, C, 1, 1), torch.ones(1, C, 1, 1)
+    first, then = torch.eye(C)[:2, :, None, None].split(1)
     label, found = torch.zeros(1, 1, 1, dtype=torch.int64), []
     for lr in lrs:
-        memory.initialized.fill_(True)
         memory.memory.copy_(first[0, :, 0, 0].expand(K, C))
         memory(then, label, lr=lr)
-        assert torch.equal(memory.memory[1:], torch.zeros(K - 1, C))
-        found.append(memory.memory[0, 0].item())
+        assert torch.equal(memory.memory[1:], first[0, :, 0, 0].expand(K - 1, C))
+        found.append(memory.memory[0, 1].item())
     return found
 
 
@@ -244,7 +245,6 @@ def test_nothing_labelled(images, init, start):
     memory(features[:images], torch.full_like(labels, IGNORED)[:images])
     after = memory.state_dict()
     assert torch.equal(after["memory"], before["memory"])
-    assert torch.equal(after["initialized"], before["initialized"])
     assert after["step"] == before["step"] + 1
 
 
@@ -332,7 +332,6 @@ def test_buffers_and_no_parameters():
     assert not list(memory.parameters())
     assert {name: (tuple(b.shape), b.dtype) for name, b in memory.named_buffers()} == {
         "memory": ((K, C), torch.float32),
-        "initialized": ((K,), torch.bool),
         "step": ((), torch.int64),
     }
     assert not any(b.any() for b in memory.buffers())
@@ -436,6 +435,35 @@ def test_layouts_and_label_dtypes(init, labels_dtype):
         generator=torch.Generator().manual_seed(1),
     )
     torch.testing.assert_close(memory.memory, expected.memory, **ROUNDING)
+
+
+def test_averaged_models():
+    """torch's average takes every buffer, with subtraction."""
+    memory = memory_of()
+    average, decaying = (
+        AveragedModel(memory, use_buffers=True, multi_avg_fn=multi_avg_fn)
+        for multi_avg_fn in (None, get_ema_multi_avg_fn(0.5))
+    )
+    memories = []
+    for step in range(3):
+        memory(*batch(step))
+        memories.append(memory.memory.clone())
+        average.update_parameters(memory)
+        decaying.update_parameters(memory)
+    torch.testing.assert_close(average.module.memory, sum(memories) / 3, **ROUNDING)
+    expected = 0.25 * memories[0] + 0.25 * memories[1] + 0.5 * memories[2]
+    torch.testing.assert_close(decaying.module.memory, expected, **ROUNDING)
+    assert torch.equal(average.module.initialized, memory.initialized)
+    average.module(*batch(3))
+
+
+def test_files_of_before_the_memory_told_what_is_initialized():
+    source = started()
+    old = source.state_dict() | {"initialized": source.initialized}
+    memory = memory_of()
+    nn.Sequential(memory).load_state_dict({f"0.{name}": x for name, x in old.items()})
+    assert torch.equal(memory.memory, source.memory)
+    assert torch.equal(memory.initialized, source.initialized)
 
 
 def test_an_ignored_label_may_be_a_category():
@@ -680,7 +708,13 @@ def results_of(rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", record)
         for sync in ("statistics", "reference"):
-            memory_of(process_group=both, sync=sync)(*batch())
+            memory = memory_of(process_group=both, sync=sync)
+            twin, file = copy.deepcopy(memory), io.BytesIO()
+            assert twin.process_group is both
+            twin(*batch())
+            torch.save(memory, file)
+            file.seek(0)
+            assert torch.load(file, weights_only=False).process_group is None
     assert len(groups) == 3
     assert all(group is both for group in groups)
     cases = DISTRIBUTED | {"alone": {"process_group": alone[rank]}}
@@ -729,7 +763,7 @@ def test_processes_agree_to_the_bit(name, seeds, results):
     first, second = (result[f"{name}, {seeds} seeds"] for result in results)
     assert_states_equal(first, second)
     assert first["step"] == len(STEPS)
-    assert first["initialized"].tolist() == [True] * 4 + [False]
+    assert (first["memory"] != 0).any(1).tolist() == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize("seeds", ["equal", "different"])
