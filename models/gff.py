@@ -95,7 +95,8 @@ def gff(
             top. Two 3 x 3 convolutions, each with norm and ReLU, refine every level after it.
         dense_pyramid: :class:`ctxops.nn.DenseFeaturePyramid` of the refined levels and the context
             map. False: the context map and the refined levels are classified themselves.
-        literal: of the dense pyramid: eq. 6 as printed, which leaves out the finest map.
+        literal: of the dense pyramid: eq. 6 as printed, which leaves out the finest map. That one
+            is not refined, as nothing would train the convolutions; not with the feature pyramids.
         gate_from: of "gff".
         channels: of every level.
         context_channels: of the context map of "ppm".
@@ -103,7 +104,7 @@ def gff(
             the logits.
 
     The classifier sees all maps, concatenated at the size of the finest. The text leaves no doubt
-    about its layers, but with 71.44 M parameters without dense pyramid and 72.22 M with it and
+    about its layers, but with 71.44 M parameters without dense pyramid and 71.04 M with it and
     ``literal=True`` (19 classes, no auxiliary head) they are not those of Table 3, which has 69.7 M
     and 70.5 M. Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, Figure
     3, "Network Architecture and Implementation", Tables 1 to 4.
@@ -128,6 +129,11 @@ def gff(
         )
         context_channels = dense.out_channels
     fuse_context = fusion in _PYRAMIDS
+    if fuse_context and dense_pyramid and literal:
+        raise ValueError(
+            f"literal=True leaves out the finest map, of which fusion={fusion!r} makes no other: "
+            f"nothing would train its reduction"
+        )
     fused_widths = (*widths, context_channels) if fuse_context else widths
     gates = {"gate_from": gate_from} if fusion == "gff" else {}
     fused_channels = channels * (len(widths) if fusion == "concat" else 1)
@@ -136,15 +142,18 @@ def gff(
         pyramid = DenseFeaturePyramid(
             [channels] * len(widths), context_channels, channels, literal=literal, **options
         )
+    refine = [
+        nn.Sequential(
+            cbr(fused_channels, channels, 3, norm_layer), cbr(channels, channels, 3, norm_layer)
+        )
+        for _ in widths
+    ]
+    if pyramid is not None and literal:
+        refine[0] = nn.Identity()  # nothing would train it
     decoder = _Decoder(
         context_module,
         _FUSIONS[fusion](fused_widths, channels, **gates, **options),
-        [
-            nn.Sequential(
-                cbr(fused_channels, channels, 3, norm_layer), cbr(channels, channels, 3, norm_layer)
-            )
-            for _ in widths
-        ],
+        refine,
         pyramid,
         fuse_context=fuse_context,
         align_corners=align_corners,

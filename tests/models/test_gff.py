@@ -44,8 +44,24 @@ def test_parameters():
     assert fused - baseline == levels + refinements + 4 * 256 * 19
     assert round(fused / 1e6, 2) == 71.44
     dense = count(literal=True, auxiliary_channels=0)
-    assert dense - fused == 788_992 - 256 * 19
-    assert round(dense / 1e6, 2) == 72.22
+    assert dense - fused == 788_992 - 256 * 19 - refinements // 4
+    assert round(dense / 1e6, 2) == 71.04
+
+
+@pytest.mark.parametrize("fusion", ["concat", "addition", "gff"])
+@pytest.mark.parametrize("gate_from", ["input", "reduced"])
+def test_every_parameter_gets_a_gradient(fusion, gate_from):
+    """One that does not stops DistributedDataParallel."""
+    model = network(fusion=fusion, gate_from=gate_from, literal=True).train()
+    output = model(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    sum(y.square().mean() for y in (output.logits, *output.auxiliary.values())).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("fusion", ["fpn", "gated_fpn"])
+def test_feature_pyramids_are_not_literal(fusion):
+    with pytest.raises(ValueError, match=f"literal=True .* fusion='{fusion}'"):
+        network(fusion=fusion, literal=True)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "addition", "fpn", "gated_fpn", "gff"])
