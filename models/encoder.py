@@ -14,9 +14,25 @@ from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
 
-# What the sides of the image must divide by: an HRNet adds up branches that differ in stride by
-# factors, the windows of a Swin lie on whole patches.
-_MULTIPLES = {"hrnet": 32, "swin": 4}
+# What the sides of the image must divide by: an HRNet and a DLA add up maps that differ in stride by
+# factors, the windows of a Swin and the keys of a PVT lie on whole patches.
+_MULTIPLES = {"hrnet": 32, "dla": 32, "swin": 4, "pvt_v2": 32}
+# What the sides must have at least, where a window without padding must find room.
+_LEAST = dict.fromkeys(
+    (
+        "convnext",
+        "densenet",
+        "edgenext",
+        "ese_vovnet",
+        "focalnet",
+        "inception_next",
+        "nextvit",
+        "rdnet",
+        "twins",
+        "vgg",
+    ),
+    32,
+)
 
 # What lets transformers take images of any size: those on patches, those on windows. timm refuses
 # arguments that a backbone does not know.
@@ -50,7 +66,8 @@ class Encoder(nn.Module):
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
     transformer gives the maps of its last blocks, all at the stride of its patches. Images are
-    padded with zeros where these or a Swin need it. Where timm fixes the size of the image (BEiT,
+    padded with zeros where the backbone needs it: a DLA, a PVT, a Swin; to 32 at least a ConvNeXt,
+    a DenseNet, a VGG. Where timm fixes the size of the image (BEiT,
     CaiT, CoaT, CoAtNet, MaxViT) it is fixed here too, by ``options={"img_size": (448, 448)}``.
 
     Attributes:
@@ -65,7 +82,7 @@ class Encoder(nn.Module):
         ImportError: timm is missing.
         TypeError: a name that is no string, a flag that is no bool, sizes that are no integers.
         ValueError: an unknown backbone, one without this output stride, an argument for ResNets
-            alone with another, no factors.
+            alone with another, no factors; an image whose sides the backbone cannot take.
     """
 
     def __init__(
@@ -97,8 +114,10 @@ class Encoder(nn.Module):
         # Without its hub and the tag of its weights.
         architecture = name.rpartition("/")[2].split(".")[0]
         self.concatenates = architecture.startswith("hrnet")
-        fits = [n for prefix, n in _MULTIPLES.items() if architecture.startswith(prefix)]
-        self.multiple = max(fits, default=1)
+        self.multiple, self.least = (
+            max((n for prefix, n in sides.items() if architecture.startswith(prefix)), default=1)
+            for sides in (_MULTIPLES, _LEAST)
+        )
         arguments: dict[str, object] = {"pretrained": pretrained, "in_chans": in_channels}
         if self.concatenates:
             # The branches as they are, without the widening that ImageNet's classifier needs.
@@ -145,17 +164,44 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[2:]
-        if self.multiple > 1:
-            image = F.pad(image, (0, -width % self.multiple, 0, -height % self.multiple))
-        maps = list(self.body(image))[-_MOST_LEVELS:]
+        padded = self.multiple > 1 or self.least > 1
+        if padded:
+            image = F.pad(image, (0, self._missing(width), 0, self._missing(height)))
+        maps = self._body(image)[-_MOST_LEVELS:]
         if self.channels_last:
             maps = [x.permute(0, 3, 1, 2) for x in maps]
-        if not self.concatenates:
+        if self.concatenates:
+            size = maps[0].shape[2:]
+            maps = [torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)]
+        if not padded:
             return maps
-        stride, size = self.strides[0], maps[0].shape[2:]
-        y = torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)
-        # What the padding added goes: the map begins where the image does and ends with it.
-        return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]
+        # What the padding added goes: the maps begin where the image does and end with it.
+        return [
+            x[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]
+            for x, stride in zip(maps, self.strides, strict=True)
+        ]
+
+    def _missing(self, side: int) -> int:
+        """How much longer a side of the image must be."""
+        if self.least > 1:
+            return torch.sym_max(self.least - side, 0)
+        return -side % self.multiple
+
+    def _body(self, image: Tensor) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return list(self.body(image))
+        try:
+            return list(self.body(image))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError) as error:
+            stride = max(self.body.feature_info.reduction())
+            if not any(side % stride for side in image.shape[2:]):
+                raise
+            raise ValueError(
+                f"backbone {self.name!r} fails at an image of {tuple(image.shape[2:])}; it may need "
+                f"sides that are multiples of {stride}: {error}"
+            ) from error
 
     def _windows(self, stage: str, argument: str) -> list[list[nn.Conv2d]]:
         """The 3 x 3 convolutions of each block of a ResNet's stage."""

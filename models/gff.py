@@ -140,7 +140,11 @@ def gff(
     pyramid = None
     if dense_pyramid:
         pyramid = DenseFeaturePyramid(
-            [channels] * len(widths), context_channels, channels, literal=literal, **options
+            [fused_channels if literal else channels, *[channels] * (len(widths) - 1)],
+            context_channels,
+            channels,
+            literal=literal,
+            **options,
         )
     refine = [
         nn.Sequential(

@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 import timm
 
 from ctxops.models import Encoder, create_model
+from modules import mostly_slow
 from networks import images
 
 # Name, output stride, channels and strides of the maps.
@@ -242,3 +243,31 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r'pip install "ctxops\[models\]"'):
         create_model("fcn", "test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stride"),
+    mostly_slow(
+        {
+            "convnext_atto": ("convnext_atto", 8),
+            "densenet121": ("densenet121", 8),
+            "dla34": ("dla34", 32),
+            "edgenext_xx_small": ("edgenext_xx_small", 32),
+            "pvt_v2_b0": ("pvt_v2_b0", 32),
+            "vgg11": ("vgg11", 32),
+        },
+        "convnext_atto",
+        "dla34",
+    ),
+)
+def test_images_of_any_size(backbone, stride):
+    network = create_model("fcn", backbone, 5, output_stride=stride).eval()
+    for size in ((61, 75), (7, 9), (3, 2)):
+        with torch.no_grad():
+            assert network(images(*size)).logits.shape == (1, 5, *size)
+
+
+def test_an_image_that_the_backbone_cannot_take():
+    encoder = Encoder("pit_ti_224", 32).eval()
+    with pytest.raises(ValueError, match=r"'pit_ti_224' fails at .*\(61, 75\).* multiples of 32"):
+        encoder(images(61, 75))
