@@ -4,25 +4,15 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ctxops.models import LogitsOnly
 from harness import Case, Contender, Options, both_formats
 from released import randomize
 
 # What a network holds at most in evaluation, in values for each pixel: three of a ResNet's widest
 # maps at a quarter of the side, and some of thousands of channels at an eighth.
 VALUES_PER_PIXEL = 600
-
-
-class Logits(nn.Module):
-    """A network as a function from image to logits."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network(image).logits
 
 
 def parameters(module: nn.Module) -> int:
@@ -46,7 +36,7 @@ def network_case(
     """Networks in evaluation on one image, each compared with nothing but its other format."""
     height, width = size
 
-    def image() -> tuple[Tensor]:
+    def image() -> tuple[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 3, height, width, generator=generator)
         return (x.to(options.device, options.dtype),)
@@ -54,7 +44,7 @@ def network_case(
     def row(name: str, build: Callable[[], nn.Module]) -> Contender:
         return Contender(
             name,
-            lambda: Logits(randomize(build())).to(options.dtype).eval(),
+            lambda: LogitsOnly(randomize(build())).to(options.dtype).eval(),
             peak_bytes=options.dtype.itemsize * VALUES_PER_PIXEL * height * width,
             family=name,
         )

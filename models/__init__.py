@@ -18,7 +18,7 @@ from ctxops.models import non_local as non_local
 from ctxops.models import ocrnet as ocrnet
 from ctxops.models import psanet as psanet
 from ctxops.models import pspnet as pspnet
-from ctxops.models.base import SegmentationNetwork, SegmentationOutput
+from ctxops.models.base import LogitsOnly, SegmentationNetwork, SegmentationOutput
 from ctxops.models.convert import (
     ImportedModel,
     convert_checkpoint,
@@ -33,6 +33,7 @@ from ctxops.models.registry import create_model, list_models, model_options, reg
 __all__ = [
     "Encoder",
     "ImportedModel",
+    "LogitsOnly",
     "SegmentationNetwork",
     "SegmentationOutput",
     "convert_checkpoint",

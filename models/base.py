@@ -2,7 +2,7 @@
 """What all networks share: encoder, decoder, classifier, and what a forward returns."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,13 @@ from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 
 
-@dataclasses.dataclass
-class SegmentationOutput:
-    """What a network returns.
+@dataclasses.dataclass(eq=False)
+class SegmentationOutput(dict):
+    """What a network returns: a dataclass, and a dictionary of the attributes that hold something.
+
+    Tools that look into a network's output know dictionaries: ``output["logits"]``, ``**output``.
+    As in other libraries an integer or a slice counts the values: ``output[0]`` are the logits. The
+    first argument may be another output's items, as those who rebuild a dictionary give them.
 
     Attributes:
         logits: ``(B, num_classes, H, W)``, at the size of the image.
@@ -28,6 +32,37 @@ class SegmentationOutput:
     auxiliary: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     features: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.logits, Tensor) and isinstance(self.logits, Iterable):
+            items, self.auxiliary, self.features = dict(self.logits), {}, None
+            for name, value in items.items():
+                self[name] = value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if value is None or (isinstance(value, dict) and not value):
+            super().pop(name, None)
+        else:
+            super().__setitem__(name, value)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        if name not in _FIELDS:
+            raise KeyError(f"{name!r}; an output has {', '.join(_FIELDS)}")
+        setattr(self, name, value)
+
+    def update(self, *items: object, **named: object) -> None:
+        for name, value in dict(*items, **named).items():
+            self[name] = value
+
+    def __getitem__(self, key: str | int | slice) -> object:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        """The values of what holds something, the logits first."""
+        return tuple(self[name] for name in _FIELDS if name in self)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(SegmentationOutput))
 
 torch.export.register_dataclass(
     SegmentationOutput, serialized_type_name="ctxops.SegmentationOutput"
@@ -125,9 +160,8 @@ class SegmentationNetwork(nn.Module):
         if self.training and self.auxiliary is not None:
             output.auxiliary["auxiliary"] = self.auxiliary(maps[-2:][0])
         size = image.shape[2:]
-        output.logits = self._resize(output.logits, size)
-        output.auxiliary = {name: self._resize(x, size) for name, x in output.auxiliary.items()}
-        return output
+        auxiliary = {name: self._resize(x, size) for name, x in output.auxiliary.items()}
+        return SegmentationOutput(self._resize(output.logits, size), auxiliary, output.features)
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
         """The logits at the size of the decoder's map, before the resize."""
@@ -136,3 +170,17 @@ class SegmentationNetwork(nn.Module):
 
     def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
+
+
+class LogitsOnly(nn.Module):
+    """A network whose forward returns the logits alone, a tensor: for deployment.
+
+    Shape: ``(B, in_channels, H, W)`` -> ``(B, num_classes, H, W)``.
+    """
+
+    def __init__(self, network: SegmentationNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image).logits

@@ -14,8 +14,8 @@ from ctxops.nn.feature_fusion import resize
 
 _MOST_LEVELS = 4
 
-# What the sides of the image must divide by: an HRNet and a DLA add up maps that differ in stride by
-# factors, the windows of a Swin and the keys of a PVT lie on whole patches.
+# What the sides of the image must divide by: an HRNet and a DLA add up maps that differ in stride
+# by factors, the windows of a Swin and the keys of a PVT lie on whole patches.
 _MULTIPLES = {"hrnet": 32, "dla": 32, "swin": 4, "pvt_v2": 32}
 # What the sides must have at least, where a window without padding must find room.
 _LEAST = dict.fromkeys(
@@ -199,8 +199,8 @@ class Encoder(nn.Module):
             if not any(side % stride for side in image.shape[2:]):
                 raise
             raise ValueError(
-                f"backbone {self.name!r} fails at an image of {tuple(image.shape[2:])}; it may need "
-                f"sides that are multiples of {stride}: {error}"
+                f"backbone {self.name!r} fails at an image of {tuple(image.shape[2:])}; it may "
+                f"need sides that are multiples of {stride}: {error}"
             ) from error
 
     def _windows(self, stage: str, argument: str) -> list[list[nn.Conv2d]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ctxops
-from ctxops.models import list_models
+from ctxops.models import LogitsOnly, list_models
 from modules import mostly_slow
 from networks import images, traceable
 
@@ -13,19 +13,10 @@ pytest.importorskip("onnxscript", reason='needs pip install "ctxops[export]"')
 onnxruntime = pytest.importorskip("onnxruntime", reason='needs pip install "ctxops[export]"')
 
 
-class Logits(torch.nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image):
-        return self.network(image).logits
-
-
 @pytest.mark.parametrize("name", mostly_slow(list_models(), "ccnet"))
 def test_onnx_with_dynamic_sizes(name, tmp_path):
     path = tmp_path / "network.onnx"
-    module = Logits(traceable(name)).eval()
+    module = LogitsOnly(traceable(name)).eval()
     dynamic = [{2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}]
     with ctxops.use_reference(), torch.no_grad():
         torch.onnx.export(
