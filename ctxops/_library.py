@@ -232,9 +232,11 @@ def empty_map(
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last if and only if the map is that and not also contiguous."""
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous() or is_transformed():  # vmap does not tell of channels_last
         return torch.contiguous_format
-    return torch.channels_last
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -50,19 +50,31 @@ def check_module(name: str, module: object, kinds: tuple[type[nn.Module], ...]) 
         raise TypeError(f"{name} must be {wanted} or None, got {type(module).__name__}")
 
 
-def check_maps(**maps: tuple[Tensor, int]) -> None:
-    """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch."""
-    for name, (x, channels) in maps.items():
+def check_maps(**maps: tuple[Tensor, int] | tuple[Tensor, int, nn.Module]) -> None:
+    """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch.
+
+    With the map and its channels may come the module that takes it: a tool that prunes channels
+    narrows the module's convolutions, and knows nothing of numbers that are kept beside them.
+    """
+    for name, (x, channels, *takers) in maps.items():
         _library.check_map(name, x)
         if x.shape[1] != channels:
+            channels = next(map(_taken_channels, takers), channels)
+        if x.shape[1] != channels:
             raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
-    (first, (x, _)), *others = maps.items()
-    for name, (other, _) in others:
+    (first, (x, *_)), *others = maps.items()
+    for name, (other, *_) in others:
         if other.shape[0] != x.shape[0] or other.device != x.device:
             raise ValueError(
                 f"{name} must have the batch and device of {first}, {x.shape[0]} on "
                 f"{x.device}, got {other.shape[0]} on {other.device}"
             )
+
+
+def _taken_channels(module: nn.Module) -> int | None:
+    """The channels that the first convolution of a module takes."""
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+    return next((convolution.in_channels for convolution in convolutions), None)
 
 
 def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
@@ -76,7 +88,10 @@ def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_features(
-    features: Sequence[Tensor], channels: Sequence[int], **others: tuple[Tensor, int]
+    features: Sequence[Tensor],
+    channels: Sequence[int],
+    takers: Sequence[nn.Module] = (),
+    **others: tuple[Tensor, int],
 ) -> None:
     """Raises unless there is a map for each level; these and the others as in check_maps."""
     if not isinstance(features, (list, tuple)):
@@ -85,5 +100,5 @@ def check_features(
         )
     if len(features) != len(channels):
         raise ValueError(f"features must have {len(channels)} levels, got {len(features)}")
-    levels = enumerate(zip(features, channels, strict=True))
+    levels = enumerate(zip(*filter(len, (features, channels, takers)), strict=True))
     check_maps(**{f"features[{level}]": x for level, x in levels}, **others)

@@ -101,7 +101,7 @@ class AdaptiveContext(nn.Module):
         return f"output_sizes={self.output_sizes}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         grids = pyramid_grids(x, self.output_sizes)
         contexts = [context(x, grid) for context, grid in zip(self.contexts, grids, strict=True)]
         return self.fuse(torch.cat([x, *contexts], dim=1))

@@ -79,7 +79,7 @@ class ASPP(nn.Module):
         return f"dilations={self.dilations}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         maps = [branch(x) for branch in self.branches]
         image = broadcast_like(self.image(x), maps[0])
         return self.fuse(torch.cat([image, *maps], dim=1))

@@ -70,7 +70,7 @@ class CGNL(nn.Module):
         return f"groups={self.groups}, use_scale={self.use_scale}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         phi, g = (embed(x).unflatten(1, (self.groups, -1)) for embed in (self.phi, self.g))
         # A product of half precision, or its sum, may leave the range.
         affinity = (phi.to(torch.promote_types(phi.dtype, torch.float32)) * g).sum((2, 3, 4))

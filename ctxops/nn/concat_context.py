@@ -60,7 +60,7 @@ class ConcatContext(nn.Module):
         self.fuse = cbr(in_channels + context_channels, channels, kernel_size, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         context = self.context(x)
         _library.check_map("context(x)", context)
         expected = (x.shape[0], self.context_channels, *x.shape[2:])

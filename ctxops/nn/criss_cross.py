@@ -53,7 +53,7 @@ class CrissCrossAttention(nn.Module):
         return f"in_channels={self.in_channels}, reduction={self.reduction}, gamma starts at zero"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         attended = criss_cross_attention(self.query(x), self.key(x), self.value(x), scale=1.0)
         return self.gamma * attended + x
 
@@ -112,7 +112,7 @@ class RecurrentCrissCrossAttention(nn.Module):
         return f"recurrence={self.recurrence}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         x = self.reduce(x)
         for _ in range(self.recurrence):
             x = self.attention(x)

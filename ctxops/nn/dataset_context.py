@@ -200,7 +200,7 @@ class DatasetContextAggregation(nn.Module):
 
     def reduce(self, x: Tensor) -> Tensor:
         """R, of which H_1's logits and the memory are made."""
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self.bottleneck))
         return self.bottleneck(x)
 
     def forward(

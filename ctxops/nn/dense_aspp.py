@@ -73,7 +73,7 @@ class DenseASPP(nn.Module):
         return f"dilations={self.dilations}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         for block in self.blocks:
             x = torch.cat([block(x), x], dim=1)
         return x

@@ -81,7 +81,7 @@ class DisentangledNonLocal(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         query, key, value = self.query(x), self.key(x), self.value(x)
         query = query - query.mean((2, 3), keepdim=True)
         key = key - key.mean((2, 3), keepdim=True)

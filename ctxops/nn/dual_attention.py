@@ -53,7 +53,7 @@ class PositionAttention(nn.Module):
         return f"channels={self.channels}, reduction={self.reduction}, gamma starts at zero"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.channels))
+        check_maps(x=(x, self.channels, self))
         attended = nonlocal_attention(self.query(x), self.key(x), self.value(x), scale=1.0)
         return self.gamma * attended + x
 
@@ -93,7 +93,7 @@ class ChannelAttention(nn.Module):
         return f"channels={self.channels}, gamma starts at zero"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.channels))
+        check_maps(x=(x, self.channels, self))
         with _library.no_autocast(x.device.type):
             rows = x.flatten(2)
             wide = rows.to(_library.accumulator(x.dtype))
@@ -165,7 +165,7 @@ class DualAttention(nn.Module):
         self, x: Tensor, return_branches: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The sum of both contexts; with ``return_branches`` also each of them."""
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         position, channel = self.position(x), self.channel(x)
         y = position + channel
         return (y, position, channel) if return_branches else y

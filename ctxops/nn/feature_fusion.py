@@ -73,7 +73,7 @@ class LevelFusion(nn.Module):
         return f"{self.in_channels}, channels={self.channels}, align_corners={self.align_corners}"
 
     def _reduce(self, features: Sequence[Tensor]) -> list[Tensor]:
-        check_features(features, self.in_channels)
+        check_features(features, self.in_channels, self.reduce)
         return [reduce(x) for reduce, x in zip(self.reduce, features, strict=True)]
 
 

@@ -77,7 +77,7 @@ class GlobalConvolution(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         return self.vertical_first(x) + self.horizontal_first(x)
 
 
@@ -151,7 +151,7 @@ class BoundaryRefinement(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.channels))
+        check_maps(x=(x, self.channels, self))
         return x + self.conv2(F.relu(self.conv1(x)))
 
 
@@ -231,6 +231,6 @@ class GCNBottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         y = self.out(self.vertical_first(x) + self.horizontal_first(x))
         return F.relu(y + self.shortcut(x))

@@ -112,7 +112,7 @@ class LDv1(nn.Module):
 
     def mask(self, x: Tensor) -> Tensor:
         """M, of the shape of x, with values between 0 and 1."""
-        check_maps(x=(x, self.channels))
+        check_maps(x=(x, self.channels, self))
         return self._resize(self._downsample(x), x.shape[2:]).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -345,7 +345,7 @@ class GALD(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.channels))
+        check_maps(x=(x, self.channels, self))
         if self.arrangement == "gald":
             y = self._distribute(self._aggregate(x), x)
         elif self.arrangement == "ldga":

@@ -244,7 +244,7 @@ class NonLocal2d(_DenseBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.query_channels))
+        check_maps(x=(x, self.query_channels, self.key))
         return self._attend(x, x)
 
 
@@ -294,7 +294,10 @@ class FusionNonLocal2d(_DenseBlock):
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        check_maps(
+            low=(low, self.context_channels, self.key),
+            high=(high, self.query_channels, self.query),
+        )
         return self._attend(high, low)
 
 
@@ -550,7 +553,7 @@ class APNB(_AnchorBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.query_channels))
+        check_maps(x=(x, self.query_channels, self.key))
         return self._attend(x, x)
 
 
@@ -610,5 +613,8 @@ class AFNB(_AnchorBlock):
         )
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        check_maps(low=(low, self.context_channels), high=(high, self.query_channels))
+        check_maps(
+            low=(low, self.context_channels, self.key),
+            high=(high, self.query_channels, self.query),
+        )
         return self._attend(high, low)

@@ -91,7 +91,7 @@ class ObjectContext(nn.Module):
 
     def _check(self, x: Tensor, logits: Tensor) -> None:
         _library.check_map("logits", logits)
-        check_maps(x=(x, self.in_channels), logits=(logits, logits.shape[1]))
+        check_maps(x=(x, self.in_channels, self), logits=(logits, logits.shape[1]))
         if logits.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"logits must have the height and width of x, {tuple(x.shape[2:])}, "

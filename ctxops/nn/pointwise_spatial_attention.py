@@ -84,7 +84,7 @@ class PointwiseSpatialAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         size = [(extent - 1) // self.shrink_factor + 1 for extent in x.shape[2:]]
         maps = [
             resize(reduce(x), torch.Size(size), self.align_corners)

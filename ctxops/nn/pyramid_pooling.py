@@ -71,7 +71,7 @@ class PyramidPooling(nn.Module):
         return f"output_sizes={self.output_sizes}, align_corners={self.align_corners}"
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels))
+        check_maps(x=(x, self.in_channels, self))
         grids = pyramid_grids(x, self.output_sizes)
         contexts = [
             resize_like(branch(grid), x, self.align_corners)

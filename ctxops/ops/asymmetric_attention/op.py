@@ -216,7 +216,7 @@ def _backward_in_blocks(
         k, v = key[image].to(dtype) * scale, value[image].to(dtype)
         b = None if bias is None else bias[image].to(dtype)
         q, dq, do = (_positions(x, image) for x in (query, grad_query, grad))
-        dk, dv, db = torch.zeros_like(k), torch.zeros_like(v), k.new_zeros(anchors)
+        dk, dv, db = torch.zeros_like(k), torch.zeros_like(v), k.new_zeros((anchors,))
         for block in _blocks(len(q), bytes_each):
             q_block, do_block = q[block].to(dtype), do[block].to(dtype)
             weights = _weights(q_block, k, b)

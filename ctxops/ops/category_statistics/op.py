@@ -143,8 +143,8 @@ def _allocate(
     dtype = _library.accumulator(features.dtype)
     return (
         features.new_empty((num_classes, features.shape[1]), dtype=dtype),
-        features.new_empty(num_classes, dtype=dtype),
-        features.new_empty(num_classes, dtype=torch.int64),
+        features.new_empty((num_classes,), dtype=dtype),
+        features.new_empty((num_classes,), dtype=torch.int64),
     )
 
 
@@ -161,7 +161,7 @@ def _statistics(
         return tuple(result.zero_() for result in results)
     batch, channels, height, width = features.shape
     dtype, long = torch.float64, torch.int64
-    directions = features.new_empty(0, dtype=dtype)
+    directions = features.new_empty((0,), dtype=dtype)
     if memory is not None:
         rows = memory.to(dtype).contiguous()
         directions = torch.nn.functional.normalize(rows, dim=1, eps=_EPS)
@@ -170,13 +170,13 @@ def _statistics(
     else:
         parts = batch * -(-height // _PART_ROWS)
     parts = max(1, min(parts, _PART_BYTES // (8 * num_classes * (channels + 2))))
-    outside = features.new_empty(2, dtype=long)
+    outside = features.new_empty((2,), dtype=long)
     part_sums = features.new_empty((parts, num_classes, channels), dtype=dtype)
     part_weights = features.new_empty((parts, num_classes), dtype=dtype)
     part_counts = features.new_empty((parts, num_classes), dtype=long)
     if features.is_cuda:
         features = features.contiguous(memory_format=torch.channels_last)
-        own = features.new_empty(0 if memory is None else labels.shape, dtype=results[0].dtype)
+        own = features.new_empty((0,) if memory is None else labels.shape, dtype=results[0].dtype)
     else:
         features = _library.inner_dense(features)
         size = max(4, features.itemsize)

@@ -28,13 +28,13 @@ def reference(
     labels = labels.flatten().long()
     is_class = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
     classes = labels.masked_fill(~is_class, 0)
-    weights = pixels.new_ones(len(pixels))
+    weights = pixels.new_ones((len(pixels),))
     if memory is not None:
         weights = 1 - F.cosine_similarity(pixels, memory.to(dtype)[classes], dim=1)
     weights = weights.masked_fill(~is_class, 0)
     weighted = (weights[:, None] * pixels).masked_fill(~is_class[:, None], 0)
     sums = pixels.new_zeros((num_classes, pixels.shape[1])).index_add(0, classes, weighted)
-    totals = pixels.new_zeros(num_classes).index_add(0, classes, weights)
-    counts = classes.new_zeros(num_classes).index_add(0, classes, is_class.long())
+    totals = pixels.new_zeros((num_classes,)).index_add(0, classes, weights)
+    counts = classes.new_zeros((num_classes,)).index_add(0, classes, is_class.long())
     outside = (~is_class & (labels != ignore_index)).any()
     return sums.masked_fill(outside, torch.nan), totals.masked_fill(outside, torch.nan), counts

@@ -208,12 +208,12 @@ def _new_sums(features: Sequence[Tensor]) -> Tensor:
     batch, channels = features[0].shape[:2]
     sizes = _sizes(features)
     count = 0 if len(sizes) == 1 else sum(batch * channels * h * w for h, w in sizes)
-    return features[0].new_empty(count, dtype=_library.accumulator(features[0].dtype))
+    return features[0].new_empty((count,), dtype=_library.accumulator(features[0].dtype))
 
 
 def _new_gates(features: Sequence[Tensor]) -> Tensor:
     count = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
-    return features[0].new_empty(count, dtype=_library.accumulator(features[0].dtype))
+    return features[0].new_empty((count,), dtype=_library.accumulator(features[0].dtype))
 
 
 def _allocate(
@@ -228,7 +228,7 @@ def _allocate(
     fused = [_library.empty_map(x.shape, x, layout) for x in features]
     # Two tensors without elements, not one twice: results must not alias.
     dtype = _library.accumulator(features[0].dtype)
-    made, sums = (features[0].new_empty(0, dtype=dtype) for _ in range(2))
+    made, sums = (features[0].new_empty((0,), dtype=dtype) for _ in range(2))
     if save and gates is None:
         made = _new_gates(features)
     return fused, made, _new_sums(features) if save else sums
@@ -246,7 +246,7 @@ def _forward(
     if fused[0].numel() == 0:
         return fused, made, sums
     accumulator = _library.accumulator(features[0].dtype)
-    nothing = features[0].new_empty(0, dtype=accumulator)
+    nothing = features[0].new_empty((0,), dtype=accumulator)
     work = sums if save else _new_sums(features)
     if gates is None:
         gates = _new_gates(features) if work.numel() > 0 and not save else made
@@ -272,8 +272,8 @@ def _allocate_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     layout = _library.memory_format(features[0])
     grad_features = [_library.empty_map(x.shape, x, layout) for x in features]
-    grad_weight = gates.new_empty(0 if weight is None else weight.shape)
-    grad_bias = gates.new_empty(0 if weight is None else len(features))
+    grad_weight = gates.new_empty((0,) if weight is None else weight.shape)
+    grad_bias = gates.new_empty((0 if weight is None else len(features),))
     return grad_features, torch.empty_like(gates), grad_weight, grad_bias
 
 
@@ -299,7 +299,7 @@ def _backward(
     layout = _library.memory_format(features[0])
     batch, channels = features[0].shape[:2]
     parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
-    partial = gates.new_empty(0 if weight is None else (len(features), parts, channels))
+    partial = gates.new_empty((0,) if weight is None else (len(features), parts, channels))
     targets = _empty_kernel_maps(grad_features)
     _library.launch(
         "gated_fusion_backward", features[0],

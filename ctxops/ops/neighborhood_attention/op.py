@@ -226,10 +226,10 @@ def _allocate(
     num_heads: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = query.new_empty(0) if value is None else _library.empty_map(value.shape, query)
+    output = query.new_empty((0,)) if value is None else _library.empty_map(value.shape, query)
     if save:
         return output, _new_weights(query, kernel_size, border, num_heads)
-    return output, query.new_empty(0, dtype=torch.float32)
+    return output, query.new_empty((0,), dtype=torch.float32)
 
 
 def _forward(

@@ -150,10 +150,10 @@ def _backward(
             wide = grad.double() if finer else grad.float()
             return grad_input.copy_(_backward(wide, argmax, sizes, height, width, channels_last))
     if argmax is None:
-        argmax = grad.new_empty(0, dtype=torch.int32)
+        argmax = grad.new_empty((0,), dtype=torch.int32)
         grad_cells = _new_cells(grad, grad_input.shape, sizes)
     else:
-        grad_cells = grad.new_empty(0, dtype=torch.float32)
+        grad_cells = grad.new_empty((0,), dtype=torch.float32)
     _library.launch(
         "pyramid_pool_backward", grad,
         grad.transpose(1, 2).contiguous(), argmax, grad_cells, grad_input, sizes,
