@@ -67,6 +67,15 @@ def _with_offset(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+class TensorOfTools(Tensor):
+    """As others make them: ``new_empty`` takes a sequence alone."""
+
+    def new_empty(self, size, dtype=None, device=None, requires_grad=False):
+        return super().new_empty(
+            tuple(size), dtype=dtype, device=device, requires_grad=requires_grad
+        )
+
+
 # What hooks on saved tensors, which offload or compress them, may do to one.
 SAVED = {
     "dense": (torch.Tensor.contiguous, lambda x: x),
@@ -492,6 +501,19 @@ class OperatorContract:
         assert_close(run(exported, inputs), run(operator, inputs))
         leaves = self._leaves(case, mode, layout)
         assert_close(run(exported, leaves), run(operator, leaves))
+
+    def test_tensors_of_another_class(self, layout, mode):
+        """Medical and geographic images carry their metadata in a class of their own."""
+        case = self.case(2, 4, 7, 5)
+        operator, _ = self.functions(case, mode)
+        leaves = self._leaves(case, mode, layout)
+        wrapped = [
+            None
+            if x is None
+            else x.detach().as_subclass(TensorOfTools).requires_grad_(x.requires_grad)
+            for x in leaves
+        ]
+        assert_equal([y.as_subclass(Tensor) for y in run(operator, wrapped)], run(operator, leaves))
 
     def test_meta_tensors(self, layout, mode):
         case = self.case(2, 4, 7, 5)

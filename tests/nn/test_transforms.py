@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules under torch.func's transforms, and with fewer channels than they were built with."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from ctxops.nn import (
+    AFNB,
+    APNB,
+    ASPP,
+    CGNL,
+    GALD,
+    AdaptiveContext,
+    AdditionFusion,
+    ConcatFusion,
+    CrissCrossAttention,
+    DenseASPP,
+    DenseFeaturePyramid,
+    DisentangledNonLocal,
+    DualAttention,
+    FeaturePyramidFusion,
+    FusionNonLocal2d,
+    GatedFeaturePyramidFusion,
+    GatedFullyFusion,
+    GlobalConvolution,
+    LDv1,
+    LDv2,
+    NonLocal2d,
+    PointwiseSpatialAttention,
+    PyramidPooling,
+)
+from modules import randomise
+
+LOW, HIGH = (6, 5, 7), (8, 6, 9)
+SAME = (6, 6, 9)
+# A module and the (C, H, W) of its maps; a list of them where it takes a list.
+MODULES = {
+    "APNB": (lambda: APNB(8, 4, 4, output_sizes=(1, 2), fuse="concat"), [HIGH]),
+    "APNB max": (lambda: APNB(8, 4, 4, output_sizes=(1, 2), sampling="max"), [HIGH]),
+    "APNB paper": (lambda: APNB(8, 4, 4, output_sizes=(1, 2), variant="paper"), [HIGH]),
+    "AFNB": (lambda: AFNB(6, 8, 4, 4, output_sizes=(1, 2), fuse="concat"), [LOW, HIGH]),
+    "NonLocal2d": (lambda: NonLocal2d(8, 4, 4, fuse="add"), [HIGH]),
+    "FusionNonLocal2d": (lambda: FusionNonLocal2d(6, 8, 4, 4), [LOW, HIGH]),
+    "ASPP": (lambda: ASPP(8, 4, (2, 3)), [HIGH]),
+    "AdaptiveContext": (lambda: AdaptiveContext(8, 4, (1, 2)), [HIGH]),
+    "CGNL": (lambda: CGNL(8, 8), [HIGH]),
+    "CrissCrossAttention": (lambda: CrissCrossAttention(8, 2), [HIGH]),
+    "DenseASPP": (lambda: DenseASPP(8, 6, 4, (1, 2)), [HIGH]),
+    "DisentangledNonLocal": (lambda: DisentangledNonLocal(8, temperature=5), [HIGH]),
+    "DualAttention": (lambda: DualAttention(8, 6, reduction=2), [HIGH]),
+    "GALD": (lambda: GALD(CGNL(8, 8), LDv2(8, 8, 8, 3), channels=8), [HIGH]),
+    "GlobalConvolution": (lambda: GlobalConvolution(8, 4, 5), [HIGH]),
+    "LDv1": (lambda: LDv1(8), [HIGH]),
+    "LDv2": (lambda: LDv2(6, 8, 4, 3), [SAME, HIGH]),
+    "PyramidPooling": (lambda: PyramidPooling(8, 4, (1, 2)), [HIGH]),
+    "PointwiseSpatialAttention": (lambda: PointwiseSpatialAttention(8, 6, (5, 7)), [HIGH]),
+    "AdditionFusion": (lambda: AdditionFusion([6, 8], 4), [[LOW, HIGH]]),
+    "ConcatFusion": (lambda: ConcatFusion([6, 8], 4), [[LOW, HIGH]]),
+    "FeaturePyramidFusion": (lambda: FeaturePyramidFusion([6, 8], 4), [[LOW, HIGH]]),
+    "GatedFeaturePyramidFusion": (lambda: GatedFeaturePyramidFusion([6, 8], 4), [[LOW, HIGH]]),
+    "GatedFullyFusion": (lambda: GatedFullyFusion([6, 8], 4), [[LOW, HIGH]]),
+    "GatedFullyFusion reduced": (lambda: GatedFullyFusion([6, 8], 4, "reduced"), [[LOW, HIGH]]),
+    "DenseFeaturePyramid": (lambda: DenseFeaturePyramid([6, 8], 8, 4), [[LOW, HIGH], HIGH]),
+}
+
+modules = pytest.mark.parametrize("name", MODULES)
+
+
+def made(name):
+    """The module in evaluation, in float64, and three samples of a batch of two."""
+    build, shapes = MODULES[name]
+
+    def draw(shape):
+        if isinstance(shape, list):
+            return [draw(each) for each in shape]
+        return torch.randn(3, 2, *shape, dtype=torch.float64)
+
+    return randomise(build()).double().eval(), [draw(shape) for shape in shapes]
+
+
+def sample(inputs, i):
+    return [sample(x, i) if isinstance(x, list) else x[i] for x in inputs]
+
+
+def flat(output):
+    return torch.cat([y.flatten() for y in output]) if isinstance(output, tuple) else output
+
+
+@modules
+def test_vmap_is_a_loop(name):
+    module, inputs = made(name)
+    expected = torch.stack([flat(module(*sample(inputs, i))) for i in range(3)])
+    torch.testing.assert_close(vmap(lambda *x: flat(module(*x)))(*inputs), expected)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", [n for n, (_, shapes) in MODULES.items() if len(shapes) == 2])
+def test_vmap_over_one_map_alone(name, which):
+    module, inputs = made(name)
+    fixed = sample(inputs, 0)
+    axes = tuple(0 if i == which else None for i in range(2))
+    mapped = [inputs[i] if i == which else fixed[i] for i in range(2)]
+    expected = torch.stack(
+        [
+            flat(module(*[sample(inputs, k)[i] if i == which else fixed[i] for i in range(2)]))
+            for k in range(3)
+        ]
+    )
+    torch.testing.assert_close(vmap(lambda *x: flat(module(*x)), axes)(*mapped), expected)
+
+
+@modules
+def test_gradients_of_each_sample(name):
+    module, inputs = made(name)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+
+    def loss(parameters, *inputs):
+        return flat(functional_call(module, parameters, inputs)).square().mean()
+
+    axes = (None, *[0] * len(inputs))
+    actual = vmap(grad(loss), axes)(parameters, *inputs)
+    for i in range(3):
+        module.zero_grad()
+        flat(module(*sample(inputs, i))).square().mean().backward()
+        for n, p in module.named_parameters():
+            torch.testing.assert_close(actual[n][i], p.grad, rtol=1e-6, atol=1e-9, msg=n)
+
+
+NARROWED = ("APNB", "ASPP", "CGNL", "CrissCrossAttention", "DenseASPP", "GlobalConvolution")
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_a_module_goes_by_its_convolutions(name):
+    """Structured pruning narrows them in place, and knows of no number beside them."""
+    build, _ = MODULES[name]
+    module = build().eval()
+    for convolution in module.modules():
+        if isinstance(convolution, nn.Conv2d) and convolution.in_channels == 8:
+            convolution.weight = nn.Parameter(convolution.weight[:, :6])
+            convolution.in_channels = 6
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 6, H, W\), got \(2, 5, 6, 9\)"):
+        module(torch.randn(2, 5, 6, 9))
+    if name == "GlobalConvolution":
+        assert module(torch.randn(2, 6, 6, 9)).shape == (2, 4, 6, 9)
