@@ -74,7 +74,8 @@ class LDv1(nn.Module):
     replicated from the border: for "conv" up to a side of ``2 * ratio - 1`` (the released code
     fails on smaller maps), for "avg" up to whole cells. In training, batch norm refuses a single
     position, a batch of one map with both sides below ``3 * ratio - 1`` (23). A graph exported with
-    open sizes serves sides from ``3 * ratio - 1`` on for "conv", ``ratio + 1`` for the others.
+    open sizes, or traced, serves sides from ``3 * ratio - 1`` on for "conv", ``ratio + 1`` for the
+    others.
 
     Raises:
         TypeError: sizes that are no integers, a map that is no floating tensor.

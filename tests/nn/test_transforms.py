@@ -52,7 +52,7 @@ MODULES = {
     "DualAttention": (lambda: DualAttention(8, 6, reduction=2), [HIGH]),
     "GALD": (lambda: GALD(CGNL(8, 8), LDv2(8, 8, 8, 3), channels=8), [HIGH]),
     "GlobalConvolution": (lambda: GlobalConvolution(8, 4, 5), [HIGH]),
-    "LDv1": (lambda: LDv1(8), [HIGH]),
+    "LDv1": (lambda: LDv1(8, ratio=2), [HIGH]),
     "LDv2": (lambda: LDv2(6, 8, 4, 3), [SAME, HIGH]),
     "PyramidPooling": (lambda: PyramidPooling(8, 4, (1, 2)), [HIGH]),
     "PointwiseSpatialAttention": (lambda: PointwiseSpatialAttention(8, 6, (5, 7)), [HIGH]),
@@ -144,3 +144,16 @@ def test_a_module_goes_by_its_convolutions(name):
         module(torch.randn(2, 5, 6, 9))
     if name == "GlobalConvolution":
         assert module(torch.randn(2, 6, 6, 9)).shape == (2, 4, 6, 9)
+
+
+@modules
+def test_traced_modules_take_other_sizes(name):
+    module, inputs = made(name)
+    inputs = sample(inputs, 0)
+    traced = torch.jit.trace(module, tuple(inputs), check_trace=False)
+
+    def doubled(x):
+        return [doubled(y) for y in x] if isinstance(x, list) else torch.cat([x, x.flip(3)], dim=3)
+
+    inputs = [doubled(x) for x in inputs]
+    torch.testing.assert_close(flat(traced(*inputs)), flat(module(*inputs)))
