@@ -29,7 +29,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module], like: Tensor | None = N
     """
     return (
         type(module) in kinds
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__
         and module._compiled_call_impl is None
         and not any(getattr(module, hooks) for hooks in _HOOKS)
         and not _has_global_hooks()

@@ -395,8 +395,8 @@ _OPS = [
         (
             "library-ambiguous-format",
             "a contiguous map of one channel comes out channels_last",
-            "if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):",
-            "if not x.is_contiguous(memory_format=torch.channels_last):",
+            "if x.is_contiguous() or is_transformed():",
+            "if is_transformed():",
         ),
         (
             "library-autocast-double",
@@ -582,7 +582,7 @@ _MODULES = [
         (
             "plain-replaced-forward",
             "a forward that an adapter has put into the instance is passed over",
-            'and "forward" not in vars(module)\n',
+            'and "forward" not in module.__dict__\n',
             "\n",
         ),
         (
@@ -912,8 +912,8 @@ _NETWORKS = [
         (
             "encoder-padding-stays",
             "HRNets: the map keeps what the padding of the image added",
-            "return [y[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]]",
-            "return [y]",
+            "x[:, :, : (height + stride - 1) // stride, : (width + stride - 1) // stride]",
+            "x",
         ),
         (
             "encoder-multi-grid",
