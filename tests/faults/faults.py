@@ -818,7 +818,7 @@ _MODULES = [
     ),
     *_in(
         "ctxops/nn/pyramid_pooling.py",
-        "tests/nn/test_pyramid_pooling.py",
+        "tests/nn/test_pyramid_pooling.py tests/test_defaults.py",
         (
             "ppm-corners-default",
             "the default of align_corners is True",
