@@ -904,7 +904,7 @@ _IMPORTERS = [
     ),
 ]
 
-_PAPERS = "tests/models/test_networks.py tests/models/test_papers.py"
+_PAPERS = "tests/models/test_networks.py tests/models/test_papers.py tests/models/test_options.py"
 _NETWORKS = [
     *_in(
         "models/encoder.py",
@@ -924,7 +924,7 @@ _NETWORKS = [
     ),
     *_in(
         "models/base.py",
-        "tests/models/test_networks.py tests/models/test_registry.py",
+        "tests/models/test_networks.py tests/models/test_registry.py tests/models/test_options.py",
         (
             "network-auxiliary-in-evaluation",
             "evaluation pays for the auxiliary head",
