@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones: any encoder of timm, as a list of maps."""
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -67,8 +68,8 @@ class Encoder(nn.Module):
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
     transformer gives the maps of its last blocks, all at the stride of its patches. Images are
     padded with zeros where the backbone needs it: a DLA, a PVT, a Swin; to 32 at least a ConvNeXt,
-    a DenseNet, a VGG. Where timm fixes the size of the image (BEiT,
-    CaiT, CoaT, CoAtNet, MaxViT) it is fixed here too, by ``options={"img_size": (448, 448)}``.
+    a DenseNet, a VGG. Where timm fixes the size of the image (BEiT, CaiT, CoaT, CoAtNet, MaxViT) it
+    is fixed here too, by ``options={"img_size": (448, 448)}``.
 
     Attributes:
         in_channels: of the image.
@@ -192,16 +193,27 @@ class Encoder(nn.Module):
             return list(self.body(image))
         try:
             return list(self.body(image))
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, AssertionError) as error:
-            stride = max(self.body.feature_info.reduction())
-            if not any(side % stride for side in image.shape[2:]):
-                raise
+            stride, sides = max(self.body.feature_info.reduction()), image.shape[2:]
+            if self._runs_on_meta(image, sides):
+                raise  # it is not for the sides that it fails
+            if self._runs_on_meta(image, [-(-side // stride) * stride for side in sides]):
+                wanted = f"sides that are multiples of {stride}"
+            else:
+                wanted = 'the size that timm fixes, see options={"img_size": (H, W)},'
             raise ValueError(
-                f"backbone {self.name!r} fails at an image of {tuple(image.shape[2:])}; it may "
-                f"need sides that are multiples of {stride}: {error}"
+                f"image must have {wanted} for backbone {self.name!r}, got {tuple(sides)}: {error}"
             ) from error
+
+    def _runs_on_meta(self, image: Tensor, sides: Sequence[int]) -> bool:
+        """Does the backbone take images of these sides? Nothing is computed."""
+        body = copy.deepcopy(self.body).to("meta")
+        dtype = next((p.dtype for p in body.parameters()), image.dtype)
+        try:
+            body(torch.empty((*image.shape[:2], *sides), dtype=dtype, device="meta"))
+        except (RuntimeError, AssertionError):
+            return False
+        return True
 
     def _windows(self, stage: str, argument: str) -> list[list[nn.Conv2d]]:
         """The 3 x 3 convolutions of each block of a ResNet's stage."""

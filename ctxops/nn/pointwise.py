@@ -82,7 +82,7 @@ def convolve_concatenation(convolution: nn.Module, *maps: Tensor) -> Tensor:
         return convolution(torch.cat(maps, dim=1))
     *parts, last = split_weight(convolution, maps)
     y = pointwise(maps[-1], last, convolution.bias)
-    for x, weight in zip(maps, parts, strict=False):
+    for x, weight in zip(maps[:-1], parts, strict=True):
         y = accumulate(y, pointwise(x, weight))
     return y
 

@@ -598,8 +598,8 @@ _MODULES = [
         (
             "pointwise-order-of-parts",
             "the first map of a concatenation is left out",
-            "for x, weight in zip(maps, parts, strict=False):",
-            "for x, weight in zip(maps[1:], parts, strict=False):",
+            "for x, weight in zip(maps[:-1], parts, strict=True):",
+            "for x, weight in zip(maps[1:], parts, strict=True):",
         ),
     ),
     *_in(

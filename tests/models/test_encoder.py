@@ -267,7 +267,18 @@ def test_images_of_any_size(backbone, stride):
             assert network(images(*size)).logits.shape == (1, 5, *size)
 
 
-def test_an_image_that_the_backbone_cannot_take():
-    encoder = Encoder("pit_ti_224", 32).eval()
-    with pytest.raises(ValueError, match=r"'pit_ti_224' fails at .*\(61, 75\).* multiples of 32"):
-        encoder(images(61, 75))
+@pytest.mark.parametrize(
+    ("backbone", "wanted"),
+    [("tresnet_m", "sides that are multiples of 32"), ("pit_ti_224", "the size that timm fixes")],
+)
+def test_an_image_that_the_backbone_cannot_take(backbone, wanted):
+    message = rf"image must have {wanted}.* for backbone '{backbone}', got \(61, 75\)"
+    with pytest.raises(ValueError, match=message):
+        Encoder(backbone, 32).eval()(images(61, 75))
+
+
+def test_an_error_that_is_not_of_the_size():
+    with pytest.raises(RuntimeError, match=r"should be the same|expected scalar type Double"):
+        Encoder("tresnet_m", 32).eval()(images(64, 64).double())
+    with pytest.raises(RuntimeError, match=r"should be the same|expected scalar type Double"):
+        Encoder("resnet18", 8)(images(61, 75).double())

@@ -211,7 +211,7 @@ def test_hooks_of_all_modules_see_every_child(block, made):
         if isinstance(module, nn.ReLU):
             module.inplace = False  # torch refuses backward hooks before one that works in place
     with register_module_full_backward_hook(lambda m, gi, go: seen.add(m)):
-        first_of(block(*[_requiring_grad(x) for x in inputs])).sum().backward()
+        first_of(block(*[_requiring_grad(x) for x in inputs])).square().sum().backward()
     assert {m for m in children if isinstance(m, nn.Conv2d)} <= seen
 
 

@@ -165,7 +165,7 @@ def compile_for(case: Case, capability: int) -> dict[str, int]:
     return found | {"shared": compiled.metadata.shared}
 
 
-# Triton 3.8 spills 8 bytes in these float32 kernels, for one GPU or another; 3.9 spills none.
+# Triton 3.8 spills 8 bytes in these float32 kernels, for one GPU or another.
 SPILLED_BY_3_8 = {
     "asymmetric_attention_bwd_kernel-110-fp32-ieee-nhwc",
     "criss_cross_attention_bwd_kernel-key-fp32-ieee",
