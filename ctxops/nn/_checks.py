@@ -59,7 +59,7 @@ def check_maps(**maps: tuple[Tensor, int] | tuple[Tensor, int, nn.Module]) -> No
     for name, (x, channels, *takers) in maps.items():
         _library.check_map(name, x)
         if x.shape[1] != channels:
-            channels = next(map(_taken_channels, takers), channels)
+            channels = next(filter(None, map(_taken_channels, takers)), channels)
         if x.shape[1] != channels:
             raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
     (first, (x, *_)), *others = maps.items()

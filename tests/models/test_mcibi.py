@@ -100,7 +100,7 @@ def test_training_step(update_first):
 
 
 def test_memory_is_in_the_state_dict():
-    assert {"bank.memory", "bank.initialized", "bank.step"} <= network().state_dict().keys()
+    assert {"bank.memory", "bank.step"} <= network().state_dict().keys()
 
 
 def test_options_reach_the_memory_and_the_decoder():

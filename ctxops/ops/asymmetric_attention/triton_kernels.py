@@ -438,7 +438,7 @@ def backward(
         # whole items while they fit the budget, else blocks of one item's positions
         rows = max(64, WORKSPACE_BYTES // (2 * SP * query.element_size()) // 64 * 64)
         items, rows = (min(B, rows // N), N) if N <= rows else (1, rows)
-        workspace = query.new_empty((2,), items, rows, SP)
+        workspace = query.new_empty((2, items, rows, SP))
         for b in range(0, B, items):
             i_b = slice(b, b + items)
             b_key, b_value = key[i_b], value[i_b]
