@@ -87,7 +87,9 @@ def check_rows(
     """The entries of a case, each as soon as its contender has been run and compared.
 
     Of a contender whose call takes longer than ``long`` seconds in the format that is the faster
-    one in ``case.probe``, the other format is left out.
+    one in ``case.probe``, the other format is left out; where ``long`` is finite, also that of a
+    contender to be compiled whose uncompiled form is slower in it: a compilation takes longer than
+    many calls.
     """
     inputs = case.inputs()
     upstream = _upstream(case, device, dtype)
@@ -97,6 +99,7 @@ def check_rows(
     outputs = len(case.output_shapes)
     probed = _probe(case.probe(), device) if case.probe else {}
     long_rows: dict[str, Contender] = {}
+    eager: dict[Contender, float] = {}
     for contender in sorted_by_format(case.contenders, probed):
         layout = contender.memory_format
         if layout not in formatted:
@@ -106,6 +109,9 @@ def check_rows(
         entry = Entry(contender)
         if contender.name in long_rows:
             entry.left_out = _why_left_out(contender, long_rows[contender.name], probed, case)
+        elif contender.compile and long < float("inf"):
+            entry.left_out = _why_not_compiled(contender, eager)
+        if entry.left_out:
             yield entry
             continue
         if contender.peak_bytes > _USABLE * available_memory(device):
@@ -130,6 +136,8 @@ def check_rows(
             entry.error, entry.against = errors[0], family[0].name
         if all(truth.positions is not None for truth in family):
             family.append(_Truth(contender.label, entry.runner, results))
+        if not contender.compile:
+            eager[contender] = entry.seconds
         if entry.seconds > long and contender.label in probed:
             long_rows[contender.name] = contender
         yield entry
@@ -171,6 +179,17 @@ def _why_left_out(
 ) -> str:
     ratio = probed[contender.label] / probed[faster.label]
     return f"{ratio:.2f} x as slow as {faster.format_name} in a probe at {case.probe().title}"
+
+
+def _why_not_compiled(contender: Contender, eager: dict[Contender, float]) -> str:
+    """Nothing, unless what the contender compiles was faster in another memory format."""
+    forms = {row.memory_format: row for row in eager if row.build == contender.build}
+    faster = min(forms.values(), key=eager.get, default=None)
+    here = forms.get(contender.memory_format, faster)
+    if here is faster:
+        return ""
+    ratio = eager[here] / eager[faster]
+    return f"uncompiled it is {ratio:.2f} x as slow as {faster.format_name}"
 
 
 def _timed(runner: Runner, device: torch.device) -> tuple[float, tuple[Tensor, ...]]:

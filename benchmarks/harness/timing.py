@@ -48,7 +48,7 @@ class Effort:
 
     ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
     Then long calls are timed twice at the least, and run in their faster memory format alone where
-    the case has a probe.
+    the case has a probe; so does what is compiled.
     """
 
     seconds: float = 60.0

@@ -209,6 +209,25 @@ class TestCheck:
         entries = check_rows(whole, CPU, torch.float32, long=1.0)
         assert all(entry.runner is not None for entry in entries)
 
+    def test_a_compiled_row_runs_in_the_faster_format_of_its_eager_form(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+        def sleep(x):
+            time.sleep(0.05 if x.is_contiguous() else 0.03)
+            return x * 1
+
+        eager = contender("eager", sleep)
+        compiled = dataclasses.replace(eager, name="compiled", compile=True)
+        whole = case(*both_formats(eager), *both_formats(compiled))
+        *_, slower, faster = check_rows(whole, CPU, torch.float32, long=1.0)
+        assert faster.runner is not None
+        assert slower.runner is None
+        reason = r"uncompiled it is 1\.\d\d x as slow as channels_last"
+        assert re.fullmatch(reason, slower.left_out)
+        assert all(entry.runner for entry in check_rows(whole, CPU, torch.float32))
+        alone = case(*both_formats(compiled))
+        assert all(entry.runner for entry in check_rows(alone, CPU, torch.float32, long=1.0))
+
     def test_a_row_that_is_compiled_has_the_flops_of_its_eager_form(self, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
         layer = torch.nn.Conv2d(4, 8, 1)
