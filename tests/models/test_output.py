@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 pytest.importorskip("timm")
 
 from ctxops.models import LogitsOnly, SegmentationOutput
-from networks import images, network_of
+from networks import images, network_of, traceable
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_tracing():
     torch.testing.assert_close(traced(image), network(image).logits)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compiled_and_exported(training):
-    network, image = network_of("fcn").train(training), images(33, 37, batch=2)
+    network, image = traceable("pspnet").train(training), images(33, 37, batch=2)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     outputs = [network(image), compiled(image)]
     if not training:

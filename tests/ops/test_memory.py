@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ctxops
+from covering import product
 from ctxops.ops.asymmetric_attention.op import BLOCK_BYTES
 from ctxops.ops.criss_cross_attention.op import BLOCK_BYTES as CRISS_CROSS_BYTES
 from harness import peak_memory
@@ -167,9 +168,11 @@ def test_category_statistics_of_many_classes_and_few_channels():
     assert used <= parts + 8 * own + rows + KIB
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [(64, 512), (8, 3)], ids=str)
+@product(
+    channels=[(64, 512), (8, 3)],
+    dtype=[torch.float32, torch.bfloat16],
+    layout=["contiguous", "channels_last"],
+)
 def test_criss_cross_attention_in_blocks(channels, layout, dtype):
     query, key, value = (
         LAYOUTS[layout](torch.randn(2, c, 97, 97).to(dtype)) for c in (channels[0], *channels)
