@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -22,6 +23,8 @@ TOLERANCES = {
     torch.bfloat16: 4e-2,
     torch.float16: 5e-3,
 }
+# Elements that are compared at a time: their float64 forms stay in the cache.
+_TOGETHER = 2**18
 # Of the memory that is free, what a call may take; the float64 run is a convenience.
 _USABLE, _USABLE_BY_ORACLE = 0.9, 0.5
 
@@ -71,9 +74,18 @@ class _Truth(NamedTuple):
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """``||result - expected|| / ||expected||`` over all elements, in float64."""
     norm = torch.linalg.vector_norm
-    expected = expected.to(torch.float64)
-    size = norm(expected).item()
-    return norm(result - expected).item() / (size if size > 0 else 1.0)
+    dim = max(result.ndim - 2, 0)  # rows of a map, whose elements lie together in either format
+    parts = max(1, -(-result.numel() // _TOGETHER))
+    norms = [
+        (norm(each - exact), norm(exact))
+        for each, exact in zip(
+            torch.atleast_1d(result).chunk(parts, dim),
+            (x.double() for x in torch.atleast_1d(expected).chunk(parts, dim)),
+            strict=True,
+        )
+    ]
+    difference, size = (norm(torch.stack(each)).item() for each in zip(*norms, strict=True))
+    return difference / (size if size > 0 else 1.0)
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Entry]:
@@ -97,7 +109,7 @@ def check_rows(
     truths: dict[str, list[_Truth]] = {}
     counted: dict[Callable[[], Function], int] = {}
     outputs = len(case.output_shapes)
-    probed = _probe(case.probe(), device) if case.probe else {}
+    probed = _probe(case.probe, device) if case.probe else {}
     long_rows: dict[str, Contender] = {}
     eager: dict[Contender, float] = {}
     for contender in sorted_by_format(case.contenders, probed):
@@ -151,11 +163,14 @@ def sorted_by_format(
     return sorted(contenders, key=lambda c: (names.index(c.name), probed.get(c.label, 0.0)))
 
 
-def _probe(case: Case, device: torch.device) -> dict[str, float]:
+@functools.cache
+def _probe(build: Callable[[], Case], device: torch.device) -> dict[str, float]:
     """Seconds of a call of every contender that has two formats, by label.
 
-    What torch compiles is probed uncompiled: to compile takes longer than the probe.
+    Cases with one probe share its seconds. What torch compiles is probed uncompiled: to compile
+    takes longer than the probe.
     """
+    case = build()
     inputs = case.inputs()
     probed: dict[tuple[Callable[[], Function], torch.memory_format], float] = {}
     for contender in case.contenders:

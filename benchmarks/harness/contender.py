@@ -2,6 +2,7 @@
 """What is compared: contenders, the cases that they meet in, and one of them ready to run."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -123,6 +124,9 @@ class Runner:
 
     def compile(self) -> None:
         """From now on the function runs under ``torch.compile``."""
+        # Torch would build and run a program for each instruction set of this processor, to see
+        # whether the compiler knows it. That takes seconds. Read when torch._dynamo is imported.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
         # Formats, sizes and modules share a code object; each needs its own compiled version.
         torch._dynamo.config.recompile_limit = 256
         self.function = torch.compile(self.function, dynamic=False)

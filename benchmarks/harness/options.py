@@ -84,10 +84,9 @@ def _read_effort(arguments: argparse.Namespace) -> Effort:
         arguments.quick or arguments.seconds or getattr(arguments, "thorough", False)
     ):
         budget = arguments.default_budget
+    fewest = min(arguments.rounds, 3 if arguments.quick else 5)
     if budget is None:
-        fewest = min(arguments.rounds, 3 if arguments.quick else 5)
         return Effort(seconds, fewest, arguments.rounds)
-    fewest = min(arguments.rounds, 3)
     return Effort(seconds, fewest, min(arguments.rounds, _MOST), budget)
 
 

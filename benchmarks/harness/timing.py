@@ -10,6 +10,8 @@ import torch
 
 # Seconds of a call beside which a first call's own costs do not count: the check times it as well.
 NEEDS_NO_WARM_UP = 1.0
+# Seconds of samples of a row that suffice under a budget.
+_ENOUGH = 2.0
 
 Clock = Callable[[Callable[[], object]], float]
 
@@ -47,8 +49,8 @@ class Effort:
     """How often each row is timed: as often as the time suffices for, from ``fewest`` to ``most``.
 
     ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
-    Then long calls are timed twice at the least, and run in their faster memory format alone where
-    the case has a probe; so does what is compiled.
+    Then a row is timed ``fewest`` times or for two seconds, and twice at the least; long calls run
+    in their faster memory format alone where the case has a probe, and so does what is compiled.
     """
 
     seconds: float = 60.0
@@ -63,7 +65,9 @@ class Effort:
 
     def least(self, cost: float) -> int:
         """How often a call of ``cost`` seconds is timed at the least."""
-        return min(2, self.fewest) if cost > self.long else self.fewest
+        if self.budget is None:
+            return self.fewest
+        return min(max(2, int(_ENOUGH / cost)), self.fewest)
 
 
 def plan(costs: Sequence[float], seconds: float, effort: Effort) -> list[int]:

@@ -131,10 +131,11 @@ class TestTiming:
         assert plan([1.0, 0.1, 0.01], 1e9, effort) == [50, 50, 50]
         assert plan([], 10.0, effort) == []
 
-    def test_with_a_budget_a_call_of_more_than_a_second_is_timed_twice(self):
+    def test_with_a_budget_a_row_is_timed_for_two_seconds_and_twice(self):
         effort = Effort(fewest=3, most=20, budget=60.0)
         assert plan([19.0, 1.1, 0.1], 1.0, effort) == [2, 2, 3]
         assert plan([19.0, 5.0, 0.1], 56.0, effort) == [2, 3, 20]
+        assert plan([0.6, 0.3], 1.0, Effort(fewest=5, budget=60.0)) == [3, 5]
         assert plan([19.0, 1.1, 0.1], 1.0, Effort(fewest=3)) == [3, 3, 3]
 
     def test_other_programs(self):
