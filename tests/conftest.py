@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import hashlib
 import importlib.util
 import os
@@ -16,6 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Saves a program for each instruction set, which tells whether the compiler knows it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # Its key does not see an operator's autograd rule: after a change it would serve the former one.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
@@ -73,6 +76,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # the workers run the tests
+        return
     hypothesis.settings.load_profile("all" if config.getoption("--all") else "quick")
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from triton_interpreter import index_with_scalars, widen_bfloat16_dot
@@ -81,6 +86,15 @@ def pytest_configure(config):
         index_with_scalars()
     # Fills every allocation with NaN, inside compiled code too: an output that nobody wrote shows.
     torch.use_deterministic_algorithms(True)
+
+
+def pytest_collection(session):
+    gc.disable()  # to look through thousands of new tests again and again takes seconds
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

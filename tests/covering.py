@@ -2,7 +2,7 @@
 """Combinations of test parameters: all of them, of which the quick suite runs every pair once."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -33,27 +33,50 @@ def pairwise(*axes: Sequence) -> list[tuple[int, ...]]:
     return chosen
 
 
-def product(**axes: Sequence):
+def chosen(quick: Callable[[list[range]], Sequence[tuple[int, ...]]], **axes: Sequence | dict):
     """Parametrizes a test with every combination of the axes' values.
 
-    What :func:`pairwise` does not need is marked ``slow``: the quick suite runs a covering array,
-    ``pytest --all`` the whole product. A dictionary's keys name its values.
+    ``quick`` says which of them, as indices, the quick suite runs; the rest are marked ``slow``. A
+    dictionary's keys name its values.
     """
     names = [list(map(_name, axis)) for axis in axes.values()]
     values = [
         list(axis.values()) if isinstance(axis, dict) else list(axis) for axis in axes.values()
     ]
-    quick = set(pairwise(*values))
-    every = itertools.product(*(range(len(axis)) for axis in values))
+    indices = [range(len(axis)) for axis in values]
+    wanted = set(quick(indices))
     rows = [
         pytest.param(
             *(axis[i] for axis, i in zip(values, combination, strict=True)),
             id="-".join(axis[i] for axis, i in zip(names, combination, strict=True)),
-            marks=() if combination in quick else pytest.mark.slow,
+            marks=() if combination in wanted else pytest.mark.slow,
         )
-        for combination in every
+        for combination in itertools.product(*indices)
     ]
     return pytest.mark.parametrize(tuple(axes), rows)
+
+
+def product(**axes: Sequence | dict):
+    """The quick suite runs a covering array of all pairs, ``pytest --all`` the whole product."""
+    return chosen(lambda indices: pairwise(*indices), **axes)
+
+
+def each_value_once(**axes: Sequence | dict):
+    """Where the pairs cost too much: the quick suite runs every value of every axis."""
+
+    def quick(indices):
+        return [tuple(i % len(axis) for axis in indices) for i in range(max(map(len, indices)))]
+
+    return chosen(quick, **axes)
+
+
+def first(**axes: Sequence | dict):
+    """Where even that costs too much: the first value of every axis."""
+    return chosen(lambda indices: [(0,) * len(indices)], **axes)
+
+
+def none(**axes: Sequence | dict):
+    return chosen(lambda indices: [], **axes)
 
 
 def _name(value: object) -> str:

@@ -159,9 +159,8 @@ def test_heads_do_not_change_the_count():
     assert totals == {2 * 36 * 9 * 16}
 
 
-@pytest.mark.parametrize(
-    "first", ["torch.utils.flop_counter", pytest.param("ctxops", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "ctxops"])
 def test_order_of_the_imports(first):
     """The counter imports Triton: whoever does not count should not wait for that."""
     lines = ["import sys, torch", f"import {first}"]

@@ -90,7 +90,8 @@ def test_state_dict_copies_and_pickles(name):
     torch.testing.assert_close(again(image).logits, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", mostly_slow(list_models(), "ccnet"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
 def test_compiles_once_for_all_sizes(name):
     if name == "fcn" and torch.__version__ < (2, 9):
         pytest.skip("torch 2.8 compiles the backbone's pools anew for odd sizes and for even ones")

@@ -75,7 +75,7 @@ def test_keeps_the_memory_format(name, layout, device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", mostly_slow([*CONTEXTS], "DualAttention", "ConcatContext"))
+@pytest.mark.parametrize("name", mostly_slow([*CONTEXTS], "ConcatContext"))
 def test_compiles_once_for_all_sizes(name, device):
     torch._dynamo.reset()
     module, _ = make(name, device=device)

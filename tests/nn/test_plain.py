@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from covering import product
+from covering import chosen, product
 from ctxops.nn import (
     AFNB,
     APNB,
@@ -166,7 +166,13 @@ CHANGES = {
 }
 
 
-@product(block=list(BLOCKS), change=list(CHANGES), training=[True, False])
+def every_block_twice(indices):
+    """In training and in evaluation, under another change; and every change in both as well."""
+    blocks, changes, training = indices
+    return [(i, (i + 3 * t) % len(changes), t) for i in blocks for t in training]
+
+
+@chosen(every_block_twice, block=list(BLOCKS), change=list(CHANGES), training=[True, False])
 def test_what_a_change_does_to_a_convolution_counts(block, made, change, training):
     block, inputs = made
     block.train(training)

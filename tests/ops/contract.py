@@ -29,7 +29,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import ctxops
-from covering import product
+from covering import each_value_once, first, none, product
 from ctxops import _native
 from numerics import DTYPES, LAYOUTS, check_operator
 
@@ -84,38 +84,6 @@ SAVED = {
     "offset": (_with_offset, lambda x: x),
     "copied": (lambda x: (x.device, x.to("cpu", copy=True)), lambda kept: kept[1].to(kept[0])),
 }
-
-
-def chosen(quick: Callable[[Sequence[int]], Sequence[tuple]], **axes: Sequence | dict):
-    """:func:`covering.product` of which the quick suite runs what ``quick`` says of the lengths."""
-    lengths = [len(axis) for axis in axes.values()]
-    names, rows = product(**axes).args
-    wanted = quick(lengths)
-    return pytest.mark.parametrize(
-        names,
-        [
-            pytest.param(*row.values, id=row.id, marks=() if at in wanted else pytest.mark.slow)
-            for at, row in zip(itertools.product(*map(range, lengths)), rows, strict=True)
-        ],
-    )
-
-
-def each_value_once(**axes: Sequence | dict):
-    """Where the pairs of :func:`covering.product` cost too much: every value of every axis."""
-
-    def quick(lengths):
-        return [tuple(i % length for length in lengths) for i in range(max(lengths))]
-
-    return chosen(quick, **axes)
-
-
-def first(**axes: Sequence | dict):
-    """Where even that costs too much: the first value of every axis."""
-    return chosen(lambda lengths: [(0,) * len(lengths)], **axes)
-
-
-def none(**axes: Sequence | dict):
-    return chosen(lambda lengths: [], **axes)
 
 
 def quick(choice: Callable) -> Callable[[Callable], Callable]:
@@ -208,8 +176,6 @@ class OperatorContract:
     modes: Sequence[Any] | dict[str, Any] = ("one",)
     # Has it C++ kernels?
     native: bool = True
-    # Does the quick suite compile it by inductor as well?
-    inductor: bool = False
     # Under autocast: "down" casts to its dtype, "keep" computes as outside.
     autocast: str = "keep"
     # "first": a second derivative and forward mode raise; "all": they are torch's own.
@@ -279,8 +245,6 @@ class OperatorContract:
         for name, axis in axes.items():
             assert len(axis), f"{type(self).__name__} has nothing for the argument {name}"
         choice = getattr(metafunc.function, "choice", product)
-        if metafunc.function.__name__ == "test_compiled_by_inductor" and not self.inductor:
-            choice = none
         metafunc.parametrize(*choice(**axes).args)
 
     def _inputs(self, case, mode, layout="contiguous", dtype=torch.float32, device="cpu") -> list:
@@ -473,7 +437,7 @@ class OperatorContract:
     def test_compiles_once_for_all_sizes(self, mode, device):
         self._check_compiled("aot_eager", mode, device)
 
-    @quick(first)  # of the operators that say `inductor`
+    @quick(none)  # a module's compilation holds operators
     def test_compiled_by_inductor(self, mode, device):
         self._check_compiled("inductor", mode, device)
 

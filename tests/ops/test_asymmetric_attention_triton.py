@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton_interpreter
-from covering import product
+from covering import each_value_once, product
 from ctxops.ops.asymmetric_attention import triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,7 +100,7 @@ SIZES = {  # B, C, Cv, H, W, S
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@product(sizes=SIZES, dtype=DTYPES, layout=list(LAYOUTS))
+@each_value_once(sizes=SIZES, dtype=DTYPES, layout=list(LAYOUTS))
 def test_values_and_gradients(sizes, dtype, layout):
     inputs, grad = draw(*sizes, dtype, layout)
     check(inputs, sizes[1] ** -0.5, grad)

@@ -88,7 +88,7 @@ def test_values_and_gradients(sizes):
     ("dtype", "layout"),
     [
         pytest.param(torch.float32, "contiguous", marks=slow),
-        (torch.float32, "channels_last"),
+        pytest.param(torch.float32, "channels_last", marks=slow),
         (torch.float16, "contiguous"),
         pytest.param(torch.float16, "channels_last", marks=slow),
         pytest.param(torch.bfloat16, "contiguous", marks=slow),
@@ -144,7 +144,7 @@ def test_a_zero_scale_averages():
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        ("query", float("nan")),
+        pytest.param("query", float("nan"), marks=slow),
         pytest.param("query", float("inf"), marks=slow),
         pytest.param("query", -float("inf"), marks=slow),
         pytest.param("key", float("nan"), marks=slow),
@@ -173,8 +173,8 @@ def test_nan_and_inf_propagate_as_in_torch(where, number):
 @pytest.mark.parametrize(
     ("size", "where"),
     [
-        ((2, 3), "column"),
-        ((2, 3), "row"),
+        pytest.param((2, 3), "column", marks=slow),
+        pytest.param((2, 3), "row", marks=slow),
         ((2, 3), "map"),
         pytest.param((1, 3), "column", marks=slow),
         ((1, 3), "row"),

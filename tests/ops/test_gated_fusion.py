@@ -158,7 +158,6 @@ class TestGatedFusion(OperatorContract):
 class TestSelfGatedFusion(TestGatedFusion):
     name = "self_gated_fusion"
     stem = "gated_fusion"
-    inductor = True
     # And is there a bias?
     modes = {
         **{name: (*mode, True) for name, mode in MODES.items()},

@@ -140,7 +140,6 @@ class TestNeighborhoodAttention(OperatorContract):
     cases = CASES
     modes = BORDERS
     autocast = "down"
-    inductor = True
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "value": ONES, "kernel_size": 3}
     errors = ERRORS + ERRORS_OF_VALUES
@@ -172,7 +171,6 @@ class TestNeighborhoodAttention(OperatorContract):
 class TestNeighborhoodAttentionWeights(TestNeighborhoodAttention):
     name = "neighborhood_attention_weights"
     stem = "neighborhood_attention"
-    inductor = False
     # Where a gradient is wanted the reference serves: test_weights_have_gradients.
     constants = (0, 1)
     drawn = _drawn()
