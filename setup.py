@@ -67,7 +67,11 @@ setup(
     # pip asks for these when it prepares the isolated environment of the build.
     setup_requires=missing_tools(),
     # models/ stands at the top of the tree and is a package of ctxops.
-    packages=[*find_packages(include=["ctxops", "ctxops.*"]), "ctxops.models"],
+    packages=[
+        *find_packages(include=["ctxops", "ctxops.*"]),
+        "ctxops.models",
+        *(f"ctxops.models.{name}" for name in find_packages("models")),
+    ],
     package_dir={"ctxops.models": "models"},
     ext_modules=[Extension("ctxops._C", sources=[])],
     cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from conventions import count_operations
 from ctxops.nn import (
@@ -39,6 +38,7 @@ from harness import (
     Verdict,
     add_options,
     both_formats,
+    flop_counter,
     milliseconds,
     parse_size,
     ratio_verdicts,
@@ -182,7 +182,7 @@ def multiply_accumulates() -> dict[str, float]:
     with torch.device("meta"), torch.no_grad():
         inputs = tuple(torch.empty(1, c, *SIZE) for c in (LOW_CHANNELS, IN_CHANNELS))
         for name, row in TABLE_3.items():
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 row.build().eval()(*inputs)
             counts[name] = counter.get_total_flops() / 2e9
     return counts

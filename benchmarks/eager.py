@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ctxops.nn import AFNB, APNB, CrissCrossAttention, GatedFullyFusion, LDv2, PyramidPooling
 from ctxops.nn.dataset_context import _CrossAttention
-from ctxops.nn.feature_fusion import resize
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
+from ctxops.nn.resize import resize
 
 __all__ = [
     "as_rows",

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ctxops.nn import ConvolutionStack, GCNBottleneck, GlobalConvolution
-from harness import Verdict, output_file, report_verdicts
+from harness import Verdict, flop_counter, output_file, report_verdicts
 from network_cases import parameters
 
 CHANNELS, CLASSES = 2048, 21  # of res-5, and of PASCAL VOC
@@ -93,7 +92,7 @@ def resnet50(*, gcn: bool) -> nn.Sequential:
 
 
 def multiply_accumulates(module: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         module(x)
     return counter.get_total_flops() // 2
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context operators for semantic segmentation, with kernels for the CPU and for CUDA."""
 
-from ctxops._library import use_reference
 from ctxops._native import build_info
+from ctxops._operator import flop_formulas, use_reference
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.category_context import category_context
 from ctxops.ops.category_statistics import category_statistics
@@ -28,6 +28,7 @@ __all__ = [
     "category_statistics",
     "criss_cross_attention",
     "criss_cross_attention_weights",
+    "flop_formulas",
     "gated_fusion",
     "neighborhood_attention",
     "neighborhood_attention_weights",

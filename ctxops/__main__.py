@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 import ctxops
-from ctxops import _library
+from ctxops import _operator
 
 
 def _info() -> str:
@@ -32,10 +32,10 @@ def _info() -> str:
     else:
         lines.append(f"extension    none ({build['error']}): the references serve")
     lines.append(f"GPU          {_gpu()}")
-    lines.append(f"triton       {'yes' if _library.has_triton() else 'no'}")
+    lines.append(f"triton       {'yes' if _operator.has_triton() else 'no'}")
     lines.append("")
     table = [("operator", "here on the CPU", "on CUDA", "except")]
-    table += [(name, *_backends(served, build)) for name, served in _library.served.items()]
+    table += [(name, *_backends(served, build)) for name, served in _operator.served.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -43,7 +43,7 @@ def _info() -> str:
     return "\n".join(lines)
 
 
-def _backends(served: _library.Served, build: dict[str, object]) -> tuple[str, str, str]:
+def _backends(served: _operator.Served, build: dict[str, object]) -> tuple[str, str, str]:
     """What serves an operator here, on the CPU and on CUDA, and which calls something else does."""
     cpu, cuda, but = served
     if cpu == "C++":
@@ -52,7 +52,7 @@ def _backends(served: _library.Served, build: dict[str, object]) -> tuple[str, s
         cuda = f"reference ({_why_no_cuda(build)})"
     elif cuda == "C++" and not _built_for_gpu(build):
         cuda = "an error (not built for this GPU)"
-    elif cuda == "Triton" and not _library.has_triton():
+    elif cuda == "Triton" and not _operator.has_triton():
         cuda = "torch, in blocks"
     return cpu, cuda, but
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from ctxops._checks import check_choice, check_sizes
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.cbr import cbr
-from ctxops.nn.feature_fusion import resize
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
+from ctxops.nn.resize import resize
 
 _FUSIONS = (None, "common", "fnb", "afnb")
 _ATTENTIONS = (None, "nb", "apnb")

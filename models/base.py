@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctxops._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.models.encoder import Encoder
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 
 

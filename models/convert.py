@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ctxops.models._checks import check_known
+from ctxops._checks import check_known
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
-from ctxops.models.recipes import RECIPES, STEM, MissingKeyError, Recipe, Shapes
+from ctxops.models.importers import IMPORTERS
+from ctxops.models.importers.importer import STEM, Importer, MissingKeyError, Shapes
 from ctxops.models.registry import create_model
 from ctxops.nn.non_local import NonLocalBlock
 
@@ -89,14 +90,14 @@ def import_checkpoint(
             message names the first keys that are missing and that nothing takes.
     """
     state_dict = _strip_prefixes(state_dict)
-    recipe = _choose_recipe(state_dict, source, model)
-    renamed, unexpected = _rename(state_dict, recipe)
+    importer = _choose(state_dict, source, model)
+    renamed, unexpected = _rename(state_dict, importer)
     try:
-        arguments = recipe.arguments(Shapes(state_dict)) | options
+        arguments = importer.arguments(Shapes(state_dict)) | options
     except MissingKeyError as error:
-        raise _misfit(recipe, missing=[error.name], unexpected=unexpected) from None
+        raise _misfit(importer, missing=[error.name], unexpected=unexpected) from None
     with torch.device("meta"):
-        network = create_model(recipe.model, **arguments)
+        network = create_model(importer.model, **arguments)
     for name, module in network.named_modules():
         if isinstance(module, NonLocalBlock):
             module.merge_twins(renamed, f"{name}.")
@@ -104,11 +105,11 @@ def import_checkpoint(
     zeros = [
         name
         for name in expected.keys() - renamed.keys()
-        if name.endswith(".num_batches_tracked") or name in recipe.zeros
+        if name.endswith(".num_batches_tracked") or name in importer.zeros
     ]
     renamed |= {name: torch.zeros_like(expected[name], device="cpu") for name in zeros}
     extra = renamed.keys() - expected.keys()
-    unexpected += [theirs for theirs, ours in _renamings(state_dict, recipe) if ours in extra]
+    unexpected += [theirs for theirs, ours in _renamings(state_dict, importer) if ours in extra]
     missing = [name for name in expected if name not in renamed]
     shapes = [
         f"{name} {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
@@ -116,10 +117,10 @@ def import_checkpoint(
         if name in renamed and not _fits(renamed[name], tensor)
     ]
     if missing or unexpected or shapes:
-        raise _misfit(recipe, missing, unexpected, shapes)
+        raise _misfit(importer, missing, unexpected, shapes)
     filled = {n: renamed[n].detach().reshape(tensor.shape) for n, tensor in expected.items()}
     network.load_state_dict(filled, assign=True)
-    return ImportedModel(recipe.source, recipe.model, arguments, filled, sorted(zeros))
+    return ImportedModel(importer.source, importer.model, arguments, filled, sorted(zeros))
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -253,37 +254,35 @@ def _backbone_name(ours: str, theirs: Mapping[str, Tensor]) -> str | None:
     return next((name for name in candidates if name in theirs), None)
 
 
-def _choose_recipe(
-    state_dict: Mapping[str, Tensor], source: str | None, model: str | None
-) -> Recipe:
-    recipes = RECIPES
+def _choose(state_dict: Mapping[str, Tensor], source: str | None, model: str | None) -> Importer:
+    importers = IMPORTERS
     if source is not None:
-        check_known("source", source, {recipe.source for recipe in recipes})
-        recipes = [recipe for recipe in recipes if recipe.source == source]
+        check_known("source", source, {importer.source for importer in importers})
+        importers = [importer for importer in importers if importer.source == source]
     if model is not None:
-        check_known("imported model", model, {recipe.model for recipe in recipes})
-        recipes = [recipe for recipe in recipes if recipe.model == model]
-    marked = [recipe for recipe in recipes if _has_markers(state_dict, recipe)]
+        check_known("imported model", model, {importer.model for importer in importers})
+        importers = [importer for importer in importers if importer.model == model]
+    marked = [importer for importer in importers if _has_markers(state_dict, importer)]
     if marked:
         return marked[0]
-    if len(recipes) == 1:
-        return recipes[0]
-    known = ", ".join(f"{recipe.source} {recipe.model}" for recipe in recipes)
+    if len(importers) == 1:
+        return importers[0]
+    known = ", ".join(f"{importer.source} {importer.model}" for importer in importers)
     raise ValueError(
         f"the checkpoint is of no known architecture ({known}): it has {_spell(list(state_dict))}"
     )
 
 
-def _has_markers(state_dict: Mapping[str, Tensor], recipe: Recipe) -> bool:
-    return all(any(name.startswith(marker) for name in state_dict) for marker in recipe.markers)
+def _has_markers(state_dict: Mapping[str, Tensor], importer: Importer) -> bool:
+    return all(any(name.startswith(marker) for name in state_dict) for marker in importer.markers)
 
 
 def _rename(
-    state_dict: Mapping[str, Tensor], recipe: Recipe
+    state_dict: Mapping[str, Tensor], importer: Importer
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by our names, and the names that are none of the recipe's."""
+    """The tensors by our names, and the names that are none of the importer's."""
     renamed, unexpected = {}, []
-    for theirs, ours in _renamings(state_dict, recipe):
+    for theirs, ours in _renamings(state_dict, importer):
         if ours is None or ours in renamed:  # a second name for the same
             unexpected.append(theirs)
         else:
@@ -291,8 +290,8 @@ def _rename(
     return renamed, unexpected
 
 
-def _renamings(names: Iterable[str], recipe: Recipe) -> Iterable[tuple[str, str | None]]:
-    patterns = [(re.compile(_pattern(theirs)), ours) for theirs, ours in recipe.modules.items()]
+def _renamings(names: Iterable[str], importer: Importer) -> Iterable[tuple[str, str | None]]:
+    patterns = [(re.compile(_pattern(theirs)), ours) for theirs, ours in importer.modules.items()]
     for name in names:
         for pattern, ours in patterns:
             match = pattern.fullmatch(name)
@@ -330,13 +329,13 @@ def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _misfit(
-    recipe: Recipe,
+    importer: Importer,
     missing: list[str],
     unexpected: list[str],
     shapes: list[str] = (),
 ) -> ValueError:
     return ValueError(
-        f"the checkpoint does not fit {recipe.source}'s {recipe.model}: "
+        f"the checkpoint does not fit {importer.source}'s {importer.model}: "
         + _differences(missing, unexpected, shapes)
     )
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.models._checks import check_flags, check_known, require_timm
-from ctxops.nn._checks import check_sizes
-from ctxops.nn.feature_fusion import resize
+from ctxops._checks import check_flags, check_known, check_sizes
+from ctxops.models._timm import require_timm
+from ctxops.nn.resize import resize
 
 _MOST_LEVELS = 4
 

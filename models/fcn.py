@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ctxops._checks import check_kernel_size, check_sizes
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_kernel_size, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.concat_context import ConcatContext
 

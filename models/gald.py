@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from ctxops._checks import check_choice, check_sizes
 from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ctxops._checks import check_choice, check_kernel_size
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice, check_kernel_size
-from ctxops.nn.feature_fusion import resize
 from ctxops.nn.global_convolution import (
     BoundaryRefinement,
     ConvolutionStack,
     GCNBottleneck,
     GlobalConvolution,
 )
+from ctxops.nn.resize import resize
 
 _SCORES = ("gcn", "pointwise", "conv", "stack")
 # Kernel size and width of ResNet50-GCN's last two stages.

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ctxops._checks import check_choice, check_sizes
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.dense_aspp import DenseASPP
 from ctxops.nn.feature_fusion import (

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ctxops._checks import check_choice
 from ctxops.models.base import FCNHead, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_choice
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.dataset_context import DatasetContextAggregation
 from ctxops.nn.feature_memory import FeatureMemory

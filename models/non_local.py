@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ctxops._checks import check_sizes
 from ctxops.models._decoders import concat_block
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_sizes
 from ctxops.nn.non_local import NonLocal2d
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from ctxops._checks import check_sizes
 from ctxops.models.base import FCNHead, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
-from ctxops.nn._checks import check_sizes
-from ctxops.nn.feature_fusion import resize
 from ctxops.nn.object_context import ObjectContext
+from ctxops.nn.resize import resize
 
 
 class OCRNet(SegmentationNetwork):

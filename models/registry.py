@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ctxops.models._checks import check_flags, check_known, require_timm
+from ctxops._checks import check_flags, check_known, check_sizes
+from ctxops.models._timm import require_timm
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
-from ctxops.nn._checks import check_sizes
 
 Builder = Callable[..., SegmentationNetwork]
 

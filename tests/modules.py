@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import ctxops
 from numerics import random_like
 
 
@@ -93,3 +95,8 @@ def pool(x, n):
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's, with the products of our operators."""
+    return FlopCounterMode(display=False, custom_mapping=ctxops.flop_formulas)

@@ -12,9 +12,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import ctxops
-from ctxops import __main__, _library, _native
+from ctxops import __main__, _native, _operator
+from ctxops._checks import FLOATING
 
-NO_OPERATORS = {"build_info", "random_anchor_indices", "use_reference"}
+NO_OPERATORS = {"build_info", "flop_formulas", "random_anchor_indices", "use_reference"}
 FOLDERS = {  # of the operators that have no folder of their name
     "criss_cross_attention_weights": "criss_cross_attention",
     "neighborhood_attention_weights": "neighborhood_attention",
@@ -65,8 +66,8 @@ def ran(monkeypatch):
 
             monkeypatch.setattr(module, function, watched)
 
-    watch(_library, "launch", "C++")
-    for name in {FOLDERS.get(name, name) for name in _library.served}:
+    watch(_operator, "launch", "C++")
+    for name in {FOLDERS.get(name, name) for name in _operator.served}:
         op = importlib.import_module(f"ctxops.ops.{name}.op")
         for function in ("_forward_in_blocks", "_backward_in_blocks"):
             watch(op, function, "torch, in blocks")
@@ -74,7 +75,7 @@ def ran(monkeypatch):
             watch(op, "reference", "reference")
         if name != "criss_cross_attention":  # likewise, for the weights
             watch(op, "reference_weights", "reference")
-        if _library.has_triton() and name in ("asymmetric_attention", "criss_cross_attention"):
+        if _operator.has_triton() and name in ("asymmetric_attention", "criss_cross_attention"):
             kernels = importlib.import_module(f"ctxops.ops.{name}.triton_kernels")
             for function in ("forward", "backward"):
                 watch(kernels, function, "Triton")
@@ -108,18 +109,18 @@ def claimed(cell: str) -> set[str]:
 
 
 def test_the_table_has_every_operator():
-    assert set(table()) == set(_library.served) == set(ctxops.__all__) - NO_OPERATORS
+    assert set(table()) == set(_operator.served) == set(ctxops.__all__) - NO_OPERATORS
 
 
 def test_the_command_prints_the_table():
     done = subprocess.run(
         [sys.executable, "-m", "ctxops", "info"], capture_output=True, text=True, check=True
     )
-    assert all(f"\n{name} " in done.stdout for name in _library.served)
+    assert all(f"\n{name} " in done.stdout for name in _operator.served)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", _library.served)
+@pytest.mark.parametrize("name", _operator.served)
 def test_what_serves_on_the_cpu(name, grad, ran):
     cell, _, but = table()[name]
     if grad and but == "with gradient: reference":
@@ -131,7 +132,7 @@ def test_what_serves_on_the_cpu(name, grad, ran):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", _library.served)
+@pytest.mark.parametrize("name", _operator.served)
 def test_what_serves_on_cuda(name, dtype, ran):
     _, cell, but = table()[name]
     if dtype == torch.float64 and but.startswith("float64 on CUDA: "):
@@ -160,12 +161,12 @@ def test_triton_serves_where_the_table_says_so(name, ran, monkeypatch):
     pytest.importorskip("triton")
     assert table()[name][1] == "Triton"
     with FakeTensorMode():
-        for dtype in _library.FLOATING:
+        for dtype in FLOATING:
             x = torch.empty(1, device="cuda", dtype=dtype)
-            assert _library.uses_triton(x) == (dtype != torch.float64)
+            assert _operator.uses_triton(x) == (dtype != torch.float64)
     if torch.cuda.is_available():
         return  # run above
-    monkeypatch.setattr(_library, "uses_triton", lambda x: True)
+    monkeypatch.setattr(_operator, "uses_triton", lambda x: True)
     call(name, grad=True)
     assert ran == {"Triton"}
 
@@ -195,7 +196,7 @@ def native(column):
     """The one text that this column has for all operators with C++ kernels."""
     rows = table()
     (cell,) = {
-        rows[name][column] for name, served in _library.served.items() if served.cpu == "C++"
+        rows[name][column] for name, served in _operator.served.items() if served.cpu == "C++"
     }
     return cell
 
@@ -233,15 +234,15 @@ def test_what_other_machines_are_told(machine, cpu, cuda, monkeypatch):
     assert native(0) == cpu
     assert native(1) == cuda
     # What the dispatcher is given agrees.
-    devices = _library.native_devices(print)
+    devices = _operator.native_devices(print)
     assert ("cpu" in devices) == cpu.startswith("C++")
     assert ("cuda" in devices) == (not cuda.startswith("reference"))
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(_library, "has_triton", lambda: False)
+    monkeypatch.setattr(_operator, "has_triton", lambda: False)
     rows = table()
     for name in ("asymmetric_attention", "criss_cross_attention"):
         assert rows[name][1] == "torch, in blocks"
     with FakeTensorMode():
-        assert not _library.uses_triton(torch.empty(1, device="cuda"))
+        assert not _operator.uses_triton(torch.empty(1, device="cuda"))

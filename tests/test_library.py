@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import ctxops
-from ctxops import _library
+from ctxops import _layout, _operator
 from ctxops.ops.pyramid_pool import op
 from ctxops.ops.pyramid_pool.reference import reference
 from numerics import LAYOUTS
@@ -12,13 +12,13 @@ from numerics import LAYOUTS
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_empty_map_takes_the_memory_format(layout):
     like = LAYOUTS[layout](torch.randn(2, 3, 4, 5))
-    empty = _library.empty_map((2, 7, 4, 5), like)
+    empty = _layout.empty_map((2, 7, 4, 5), like)
     assert empty.stride() == LAYOUTS[layout](torch.randn(2, 7, 4, 5)).stride()
 
 
 def test_memory_format_of_an_ambiguous_map_is_contiguous():
     one_channel = torch.randn(2, 1, 4, 5).contiguous(memory_format=torch.channels_last)
-    assert _library.memory_format(one_channel) == torch.contiguous_format
+    assert _layout.memory_format(one_channel) == torch.contiguous_format
 
 
 def test_use_reference_switches_and_restores(monkeypatch):
@@ -44,9 +44,9 @@ def test_overlapping_contexts_end_with_the_last():
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert _library.reference_active
+    assert _operator.reference_active
     second.__exit__(None, None, None)
-    assert not _library.reference_active
+    assert not _operator.reference_active
 
 
 class Graphs:
@@ -86,7 +86,7 @@ def test_use_reference_inside_a_compiled_function():
 
     torch.testing.assert_close(*both(torch.randn(1, 2, 6, 6)))
     assert graphs.operators == 1
-    assert not _library.reference_active
+    assert not _operator.reference_active
 
 
 def test_a_device_without_kernels_is_served_by_the_reference(monkeypatch):

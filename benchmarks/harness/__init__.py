@@ -2,7 +2,7 @@
 """The shared harness of the benchmarks: a Case of Contenders in, a table, a file, a figure out."""
 
 from harness.breakdown import time_by_operation
-from harness.check import Entry, MismatchError, check_case, relative_error
+from harness.check import Entry, MismatchError, check_case, flop_counter, relative_error
 from harness.contender import Case, Contender, Oracle, Paper, both_formats
 from harness.memory import peak_memory
 from harness.options import (
@@ -33,6 +33,7 @@ __all__ = [
     "add_options",
     "both_formats",
     "check_case",
+    "flop_counter",
     "markdown",
     "megabytes",
     "milliseconds",

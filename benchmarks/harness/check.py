@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import ctxops
 from harness.contender import Case, Contender, Function, Oracle, Runner, as_format
 from harness.memory import available_memory, observe_memory, storage_bytes
 from harness.timing import NEEDS_NO_WARM_UP
@@ -86,6 +87,11 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     ]
     difference, size = (norm(torch.stack(each)).item() for each in zip(*norms, strict=True))
     return difference / (size if size > 0 else 1.0)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Of products, at 2 per multiply-accumulate, those of ctxops included."""
+    return FlopCounterMode(display=False, custom_mapping=ctxops.flop_formulas)
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> list[Entry]:
@@ -247,12 +253,12 @@ def _first_run(
     flops = contender.flops if contender.flops is not None else counted.get(contender.build)
     if contender.compile:  # it may have no uncompiled form
         if flops is None:
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 runner()
             flops = counter.get_total_flops()
         runner.compile()
         runner()
-    with FlopCounterMode(display=False) if flops is None else contextlib.nullcontext() as counter:
+    with flop_counter() if flops is None else contextlib.nullcontext() as counter:
         results = _observe(entry, device)
     entry.flops = counter.get_total_flops() if flops is None else flops
     counted[contender.build] = entry.flops

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_maps, check_sizes
+from ctxops import _layout
+from ctxops._checks import check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.nn.pyramid_pooling import pyramid_grids
@@ -38,7 +38,7 @@ class _AdaptiveContextModule(nn.Module):
         cells = self.reduce_grid(grid).flatten(2)
         affinity = self.affinity(x + self.image(x.mean((2, 3), keepdim=True))).sigmoid()
         context = torch.bmm(cells, affinity.flatten(2)).unflatten(2, x.shape[2:])
-        context = context.contiguous(memory_format=_library.memory_format(x))
+        context = context.contiguous(memory_format=_layout.memory_format(x))
         return self.fuse((self.residual(context) + x).relu())
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
+from ctxops._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
-from ctxops.nn.feature_fusion import broadcast_like
+from ctxops.nn.resize import broadcast_like
 
 
 class ASPP(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_sizes
+from ctxops._checks import check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.non_local import AFNB, APNB
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
+from ctxops._checks import check_kernel_size, check_map, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 
 
@@ -62,7 +61,7 @@ class ConcatContext(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))
         context = self.context(x)
-        _library.check_map("context(x)", context)
+        check_map("context(x)", context)
         expected = (x.shape[0], self.context_channels, *x.shape[2:])
         if tuple(context.shape) != expected:
             raise ValueError(f"context(x) must have shape {expected}, got {tuple(context.shape)}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_maps, check_sizes
+from ctxops._checks import check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.criss_cross_attention import criss_cross_attention

@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ctxops import _library
-from ctxops.nn._checks import check_choice, check_kernel_size, check_maps, check_sizes
+from ctxops import _autocast, _operator
+from ctxops._checks import (
+    check_choice,
+    check_kernel_size,
+    check_map,
+    check_maps,
+    check_same_dtype,
+    check_shape,
+    check_sizes,
+)
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.category_context import category_context
@@ -218,7 +226,7 @@ class DatasetContextAggregation(nn.Module):
         return self.fuse_within(self.attention_within(r, within), self.fuse(r, context))
 
     def _check(self, r: Tensor, logits: Tensor, memory: Tensor, within: Tensor | None) -> None:
-        _library.check_map("logits", logits)
+        check_map("logits", logits)
         classes = logits.shape[1]
         maps = {"r": (r, self.channels), "logits": (logits, classes)}
         if self.within_channels:
@@ -234,9 +242,9 @@ class DatasetContextAggregation(nn.Module):
                     f"{name} must have the height and width of r, {tuple(r.shape[2:])}, "
                     f"got {tuple(x.shape[2:])}"
                 )
-        if not _library.autocast_active(r.device.type):
-            _library.check_same_dtype(**{name: x for name, (x, _) in maps.items()})
-        _library.check_shape("memory", memory, r, (classes, self.channels), "(K, channels)")
+        if not _autocast.is_active(r.device.type):
+            check_same_dtype(**{name: x for name, (x, _) in maps.items()})
+        check_shape("memory", memory, r, (classes, self.channels), "(K, channels)")
 
 
 @contextlib.contextmanager
@@ -294,7 +302,7 @@ def representation_consistency_loss(
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
-    _library.check_shape("memory", memory, memory, (None, None), "(K, C)")
+    check_shape("memory", memory, memory, (None, None), "(K, C)")
     classes = memory.shape[0]
     if not isinstance(initialized, Tensor) or initialized.dtype != torch.bool:
         got = initialized.dtype if isinstance(initialized, Tensor) else type(initialized).__name__
@@ -315,7 +323,7 @@ def representation_consistency_loss(
             f"head must return (K, K, 1, 1) = {(classes, classes, 1, 1)} for the rows of the "
             f"memory, got {tuple(logits.shape)}"
         )
-    logits = logits.flatten(1).to(_library.accumulator(logits.dtype))
+    logits = logits.flatten(1).to(_operator.accumulator(logits.dtype))
     targets = torch.arange(classes, device=logits.device)
     losses = F.cross_entropy(logits, targets, reduction="none")
     losses = torch.where(initialized, losses, 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_maps, check_sizes
+from ctxops._checks import check_maps, check_sizes
 from ctxops.nn.aspp import check_dilations
 from ctxops.nn.pointwise import PointwiseConv2d
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_maps, check_sizes
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.nonlocal_attention import nonlocal_attention
@@ -94,13 +94,13 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.channels, self))
-        with _library.no_autocast(x.device.type):
+        with _autocast.disabled(x.device.type):
             rows = x.flatten(2)
-            wide = rows.to(_library.accumulator(x.dtype))
+            wide = rows.to(_operator.accumulator(x.dtype))
             # The maximum of each row cancels in the softmax.
             weights = (wide @ wide.mT).neg().softmax(dim=2)
             attended = (weights.to(x.dtype) @ rows).unflatten(2, x.shape[2:])
-        attended = attended.contiguous(memory_format=_library.memory_format(x))
+        attended = attended.contiguous(memory_format=_layout.memory_format(x))
         return self.gamma * attended + x
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_choice, check_maps, check_sizes
+from ctxops import _operator
+from ctxops._checks import check_choice, check_maps, check_sizes
 from ctxops.ops.category_statistics import category_statistics
 
 _MOMENTA = ("poly", "constant", "lr")
@@ -273,7 +273,7 @@ class FeatureMemory(nn.Module):
 
         The labels' lines are counted first, so that only one line per number is looked through.
         """
-        dtype = _library.accumulator(features.dtype)
+        dtype = _operator.accumulator(features.dtype)
         if features.shape[0] == 0 or numbers.shape[1] == 0:
             return features.new_zeros((*numbers.shape, self.channels), dtype=dtype)
         height, width = labels.shape[1:]

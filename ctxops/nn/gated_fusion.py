@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_choice, check_features, check_levels, check_sizes
+from ctxops._checks import check_choice, check_features, check_levels, check_sizes
 from ctxops.nn.cbr import cbr
-from ctxops.nn.feature_fusion import LevelFusion, resize, resized_sum
+from ctxops.nn.feature_fusion import LevelFusion, resized_sum
 from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
+from ctxops.nn.resize import resize
 from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 
 _GATE_SOURCES = ("input", "reduced")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
+from ctxops._checks import check_kernel_size, check_maps, check_sizes
 
 
 def _separable(

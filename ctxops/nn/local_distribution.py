@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import (
+from ctxops._checks import (
     check_choice,
     check_groups,
     check_maps,
     check_module,
     check_power_of_two,
     check_sizes,
+    resolve_scale,
 )
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from ctxops.ops.neighborhood_attention import BORDERS, check_pair, neighborhood_attention
@@ -199,7 +199,7 @@ class LDv2(nn.Module):
         self.channels, self.key_channels, self.num_heads = channels, key_channels, num_heads
         self.kernel_size = check_pair("kernel_size", kernel_size)
         self.dilation = check_pair("dilation", dilation)
-        self.scale = _library.resolve_scale(scale, key_channels // num_heads)
+        self.scale = resolve_scale(scale, key_channels // num_heads)
         self.border = border
         self.query_from, self.key_from, self.value_from = query_from, key_from, value_from
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops.nn._checks import check_choice, check_maps, check_sizes
+from ctxops._checks import check_choice, check_maps, check_sizes
 from ctxops.nn.plain import is_plain
 from ctxops.nn.pointwise import (
     PointwiseConv2d,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
+from ctxops import _autocast
+from ctxops._checks import check_kernel_size, check_map, check_maps, check_same_dtype, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 
@@ -90,12 +90,12 @@ class ObjectContext(nn.Module):
         return self.fuse(torch.cat([context, pixels], dim=1))
 
     def _check(self, x: Tensor, logits: Tensor) -> None:
-        _library.check_map("logits", logits)
+        check_map("logits", logits)
         check_maps(x=(x, self.in_channels, self), logits=(logits, logits.shape[1]))
         if logits.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"logits must have the height and width of x, {tuple(x.shape[2:])}, "
                 f"got {tuple(logits.shape[2:])}"
             )
-        if not _library.autocast_active(x.device.type):
-            _library.check_same_dtype(x=x, logits=logits)
+        if not _autocast.is_active(x.device.type):
+            check_same_dtype(x=x, logits=logits)

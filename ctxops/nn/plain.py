@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ctxops._library import autocast_active
+from ctxops import _autocast
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRACKER = "torch.utils.module_tracker"
@@ -66,4 +66,4 @@ def _is_here(tensor: Tensor, like: Tensor | None) -> bool:
     if like is None:
         return tensor.device.type != "meta"
     fits = not tensor.is_floating_point() or tensor.dtype == like.dtype
-    return tensor.device == like.device and (fits or autocast_active(like.device.type))
+    return tensor.device == like.device and (fits or _autocast.is_active(like.device.type))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops import _library
+from ctxops import _autocast
+from ctxops._torch import is_transformed
 from ctxops.nn.plain import is_plain
 
 
@@ -19,7 +20,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: ``(O, I, 1, 1)``.
         bias: ``(O,)`` or None.
     """
-    x, weight, bias = _library.autocast(x, weight, bias)
+    x, weight, bias = _autocast.cast(x, weight, bias)
     # oneDNN reorders a contiguous map twice: 193 ms for 2048 -> 256 channels at 96 x 96 where a
     # matrix product takes 39. That wants the weight once per image, which a few anchors do not
     # repay; but compiled by torch 2.8, their convolution fixes the size of the map.
@@ -94,4 +95,4 @@ def split_weight(convolution: PointwiseConv2d, maps: Sequence[Tensor]) -> tuple[
 
 def accumulate(y: Tensor, x: Tensor) -> Tensor:
     """``y + x``, into ``y`` where nobody else needs it and torch.func's transforms allow it."""
-    return y + x if _library.is_transformed() else y.add_(x)
+    return y + x if is_transformed() else y.add_(x)

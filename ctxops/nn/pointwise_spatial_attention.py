@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ctxops import _library
-from ctxops.nn._checks import check_kernel_size, check_maps, check_sizes
+from ctxops import _layout
+from ctxops._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
-from ctxops.nn.feature_fusion import resize, resize_like
 from ctxops.nn.pointwise import PointwiseConv2d
+from ctxops.nn.resize import resize, resize_like
 
 
 class PointwiseSpatialAttention(nn.Module):
@@ -102,7 +102,7 @@ class PointwiseSpatialAttention(nn.Module):
             torch.bmm(y.flatten(2), w.mT).unflatten(2, size)
             for y, w in zip(maps, weights, strict=True)
         ]
-        joined = torch.cat(context, dim=1).contiguous(memory_format=_library.memory_format(x))
+        joined = torch.cat(context, dim=1).contiguous(memory_format=_layout.memory_format(x))
         y = self.out(joined)
         return y if self.shrink_factor == 1 else resize_like(y, x, self.align_corners)
 

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import nonlocal_vs_apnb
 from ctxops.nn import APNB
 from harness import Effort, Options, check_case, relative_error
+from modules import flop_counter
 from nonlocal_vs_apnb import Block
 from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 
@@ -84,7 +84,7 @@ class TestCounts:
 
     def test_our_count(self):
         block = APNB(2048, 256, 256).to("meta")
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             block(torch.empty(1, 2048, 256, 128, device="meta"))
         assert counter.get_total_flops() / 2e9 == pytest.approx(25.6, abs=0.05)
 

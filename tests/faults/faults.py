@@ -390,7 +390,7 @@ _TRITON = [
 
 _OPS = [
     *_in(
-        "ctxops/_library.py",
+        "ctxops/_layout.py",
         "tests/test_library.py tests/ops/test_asymmetric_attention.py",
         (
             "library-ambiguous-format",
@@ -398,6 +398,10 @@ _OPS = [
             "if x.is_contiguous() or is_transformed():",
             "if is_transformed():",
         ),
+    ),
+    *_in(
+        "ctxops/_autocast.py",
+        "tests/test_library.py tests/ops/test_asymmetric_attention.py",
         (
             "library-autocast-double",
             "autocast casts float64 down",
@@ -405,22 +409,30 @@ _OPS = [
             "if t is not None and t.is_floating_point() else t",
         ),
         (
+            "library-kernel-under-autocast",
+            "under autocast the products inside a kernel are rounded once more",
+            "with torch.autocast(device, enabled=False):",
+            "with torch.autocast(device, enabled=True):",
+        ),
+    ),
+    *_in(
+        "ctxops/_operator.py",
+        "tests/test_library.py tests/ops/test_asymmetric_attention.py",
+        (
             "library-nested-reference",
             "the end of an inner use_reference() ends the outer one",
             "reference_active = _reference_depth > 0",
             "reference_active = False",
         ),
+    ),
+    *_in(
+        "ctxops/_checks.py",
+        "tests/test_library.py tests/ops/test_asymmetric_attention.py",
         (
             "library-forward-mode",
             "forward-mode derivatives are silently zero",
             "if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:",
             "if tensor is None and forward_ad.unpack_dual(tensor).tangent is not None:",
-        ),
-        (
-            "library-kernel-under-autocast",
-            "under autocast the products inside a kernel are rounded once more",
-            "with torch.autocast(device, enabled=False):",
-            "with torch.autocast(device, enabled=True):",
         ),
     ),
     *_in(
@@ -483,8 +495,8 @@ _OPS = [
         (
             "gates-format-of-each",
             "the results are in the format of their own level, not in that of the first",
-            "fused = [_library.empty_map(x.shape, x, layout) for x in features]",
-            "fused = [_library.empty_map(x.shape, x) for x in features]",
+            "fused = [_layout.empty_map(x.shape, x, layout) for x in features]",
+            "fused = [_layout.empty_map(x.shape, x) for x in features]",
         ),
         (
             "gates-autocast-first",
@@ -527,7 +539,7 @@ _OPS = [
         (
             "pool-gradient-format",
             "the gradient of a channels_last map is contiguous",
-            "ctx.channels_last = _library.memory_format(input) == torch.channels_last",
+            "ctx.channels_last = _layout.memory_format(input) == torch.channels_last",
             "ctx.channels_last = False",
         ),
     ),
@@ -776,8 +788,8 @@ _MODULES = [
         (
             "ldv2-scale-of-heads",
             "scale=None ignores the heads",
-            "self.scale = _library.resolve_scale(scale, key_channels // num_heads)",
-            "self.scale = _library.resolve_scale(scale, key_channels)",
+            "self.scale = resolve_scale(scale, key_channels // num_heads)",
+            "self.scale = resolve_scale(scale, key_channels)",
         ),
         (
             "gald-residual-default",
@@ -831,10 +843,10 @@ _MODULES = [
 _IMPORT = "tests/models/test_convert.py tests/models/test_convert_mmsegmentation.py"
 _IMPORTERS = [
     *_in(
-        "models/recipes.py",
+        "models/importers/mmsegmentation.py",
         _IMPORT,
         (
-            "recipe-dnlnet-swapped",
+            "importer-dnlnet-swapped",
             "DNLNet: the weights of query and key are exchanged",
             '"decode_head.dnl_block.theta.conv": "decoder.context.1.query",\n'
             '            "decode_head.dnl_block.phi.conv": "decoder.context.1.key",',
@@ -842,7 +854,29 @@ _IMPORTERS = [
             '            "decode_head.dnl_block.phi.conv": "decoder.context.1.query",',
         ),
         (
-            "recipe-gald-swapped",
+            "importer-hrnet-branches",
+            "HRNets: the branches are resized to the nearest",
+            '"output_stride": 4, "bilinear_branches": True}',
+            '"output_stride": 4, "bilinear_branches": False}',
+        ),
+        (
+            "importer-corners",
+            "mmsegmentation's networks are built with align_corners=True",
+            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}',
+            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": True}',
+        ),
+        (
+            "importer-basic-blocks",
+            "mmsegmentation's ResNet-18 and -34: both convolutions of a block are dilated",
+            'arguments["dilate_both"] = False',
+            'arguments["dilate_both"] = True',
+        ),
+    ),
+    *_in(
+        "models/importers/released_gald.py",
+        _IMPORT,
+        (
+            "importer-gald-swapped",
             "GALD: the weights of theta and phi are exchanged",
             'theta",\n            "head.a2block.long_relation.p": '
             '"decoder.context.1.global_aggregation.phi"',
@@ -850,28 +884,10 @@ _IMPORTERS = [
             '"decoder.context.1.global_aggregation.theta"',
         ),
         (
-            "recipe-gald-multi-grid",
+            "importer-gald-multi-grid",
             "GALD: imported without its multi-grid",
             '            "multi_grid": (1, 2, 4),\n',
             "",
-        ),
-        (
-            "recipe-hrnet-branches",
-            "HRNets: the branches are resized to the nearest",
-            '"output_stride": 4, "bilinear_branches": True}',
-            '"output_stride": 4, "bilinear_branches": False}',
-        ),
-        (
-            "recipe-corners",
-            "mmsegmentation's networks are built with align_corners=True",
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}',
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": True}',
-        ),
-        (
-            "recipe-basic-blocks",
-            "mmsegmentation's ResNet-18 and -34: both convolutions of a block are dilated",
-            'arguments["dilate_both"] = False',
-            'arguments["dilate_both"] = True',
         ),
     ),
     *_in(

@@ -3,10 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ctxops.nn import BoundaryRefinement, ConvolutionStack, GCNBottleneck, GlobalConvolution
-from modules import assert_same, mostly_slow, randomise
+from modules import assert_same, flop_counter, mostly_slow, randomise
 from numerics import LAYOUTS, random_like
 
 
@@ -181,7 +180,7 @@ def test_costs_of_table_11():
         assert weights_of_convolutions(stages[0][1]) == 1_029_690
         x, macs = torch.empty(1, 512, 28, 28), []
         for stage, size in zip(stages, (14, 7), strict=True):
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 x = stage(x)
             assert x.shape[2:] == (size, size)
             macs.append(counter.get_total_flops() / 2e6)

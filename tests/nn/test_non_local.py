@@ -10,7 +10,7 @@ import ctxops
 from covering import product
 from ctxops.nn import AFNB, APNB, FusionNonLocal2d, NonLocal2d, non_local
 from harness import peak_memory
-from modules import assert_same, mostly_slow, randomise
+from modules import assert_same, flop_counter, mostly_slow, randomise
 from numerics import LAYOUTS, random_like
 
 
@@ -175,12 +175,11 @@ def test_folding_decided_by_any_widths(widths, fuse, variant):
 
 
 def test_folding_does_fewer_operations():
-    from torch.utils.flop_counter import FlopCounterMode
 
     x, counts = torch.randn(1, 64, 16, 16), {}
     for fold in (True, False):
         block = APNB(64, 32, 32, output_sizes=(1, 2), fold=fold, variant="paper").eval()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             block(x)
         counts[fold] = counter.get_total_flops()
     assert counts[True] < counts[False] / 4

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
 from covering import chosen, product
 from ctxops.nn import (
@@ -24,7 +23,7 @@ from ctxops.nn import (
 )
 from ctxops.nn.plain import is_plain
 from ctxops.nn.pointwise import PointwiseConv2d
-from modules import randomise
+from modules import flop_counter, randomise
 
 LOW, HIGH = (2, 6, 5, 7), (2, 8, 6, 9)
 PAPER = {"variant": "paper", "output_sizes": (1, 2)}
@@ -321,7 +320,7 @@ def test_a_flop_counter_counts_what_runs_without_it():
     counts = []
     for fold in (True, False):
         block.fold = fold
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             block(x)
         counts.append(counter.get_total_flops())
     assert counts[0] < counts[1]

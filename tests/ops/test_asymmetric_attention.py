@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 import ctxops
-from ctxops import _library
+from ctxops import _operator
 from ctxops.ops.asymmetric_attention import op
 from ctxops.ops.asymmetric_attention.reference import reference
 from numerics import LAYOUTS, check_operator, random_like
@@ -89,7 +89,7 @@ class TestAsymmetricAttention(OperatorContract):
 
     def opchecks(self, inputs, case, bias):
         forward = "asymmetric_attention"
-        save = _library.uses_triton(inputs[0])
+        save = _operator.uses_triton(inputs[0])
         leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
         yield forward, (*inputs, 0.3, save)
         yield forward, (*leaves, 0.3, save)

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton")
 
 import triton_interpreter
-from ctxops import _library
+from ctxops import _operator
 from ctxops.ops.criss_cross_attention import op, triton_kernels
 from ctxops.ops.criss_cross_attention.reference import reference
 from numerics import LAYOUTS, assert_close
@@ -257,7 +257,7 @@ def test_operator_launches_them_on_maps_of_a_gpu(monkeypatch):
     """The dispatch inside the operator, on the interpreter's tensors."""
     if not INTERPRETED:
         pytest.skip("on a GPU every test of the operator shows that")
-    monkeypatch.setattr(_library, "uses_triton", lambda query: True)
+    monkeypatch.setattr(_operator, "uses_triton", lambda query: True)
     calls = []
     for name in ("forward", "backward"):
         kernel = getattr(triton_kernels, name)

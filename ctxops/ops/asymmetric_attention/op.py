@@ -6,14 +6,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import (
+    check_forward_mode,
+    check_map,
+    check_same_dtype,
+    check_shape,
+    resolve_scale,
+)
 from ctxops.ops.asymmetric_attention.reference import reference
 
 # The logits and weights of one block of positions on the CPU stay below this many bytes.
 BLOCK_BYTES = 16 * 2**20
 
 
-@_library.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
+@_operator.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
 def asymmetric_attention(
     query: Tensor,
     key: Tensor,
@@ -57,37 +64,37 @@ def asymmetric_attention(
         which takes 64 MiB. An upstream gradient in the other memory format is copied.
     """
     _check(query, key, value, bias)
-    scale = _library.resolve_scale(scale, query.shape[1])
-    query, key, value, bias = _library.autocast(query, key, value, bias)
-    _library.check_same_dtype(query=query, key=key, value=value, bias=bias)
+    scale = resolve_scale(scale, query.shape[1])
+    query, key, value, bias = _autocast.cast(query, key, value, bias)
+    check_same_dtype(query=query, key=key, value=value, bias=bias)
     if not _FORWARD.serves(query):
         output = reference(query, key, value, bias, scale)
-        return output.contiguous(memory_format=_library.memory_format(query))
-    _library.check_forward_mode("asymmetric_attention", query, key, value, bias)
-    grad = _library.needs_grad(query, key, value, bias)
-    save = grad and _library.uses_triton(query)
-    return _FORWARD(query, key, value, bias, scale, save, differentiable=grad)[0]
+        return output.contiguous(memory_format=_layout.memory_format(query))
+    check_forward_mode("asymmetric_attention", query, key, value, bias)
+    grad = _operator.needs_grad(query, key, value, bias)
+    save = grad and _operator.uses_triton(query)
+    return _FORWARD(query, key, value, bias, scale, save)[0]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> None:
-    _library.check_map("query", query)
+    check_map("query", query)
     batch, channels, _, _ = query.shape
-    _library.check_shape("key", key, query, (batch, channels, None), "(B, C, S)")
+    check_shape("key", key, query, (batch, channels, None), "(B, C, S)")
     anchors = key.shape[2]
     if anchors == 0:
         raise ValueError(f"key must have at least one anchor, got {tuple(key.shape)}")
-    _library.check_shape("value", value, query, (batch, None, anchors), "(B, Cv, S)")
+    check_shape("value", value, query, (batch, None, anchors), "(B, Cv, S)")
     if value.shape[1] == 0:
         raise ValueError(f"value must have at least one channel, got {tuple(value.shape)}")
     if bias is not None:
-        _library.check_shape("bias", bias, query, (batch, anchors), "(B, S)")
+        check_shape("bias", bias, query, (batch, anchors), "(B, S)")
 
 
 def _allocate(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
     batch, _, height, width = query.shape
-    output = _library.empty_map((batch, value.shape[1], height, width), query)
+    output = _layout.empty_map((batch, value.shape[1], height, width), query)
     # The logarithm of each position's softmax denominator, (B, N): spares the backward a pass.
     lse = query.new_empty((batch, height * width) if save else (0,), dtype=torch.float32)
     return output, lse
@@ -99,9 +106,9 @@ def _forward(
     output, lse = _allocate(query, key, value, bias, scale, save)
     if output.numel() == 0:
         return output, lse
-    query = query.contiguous(memory_format=_library.memory_format(query))
-    with _library.no_autocast(query.device.type):
-        if _library.uses_triton(query):
+    query = query.contiguous(memory_format=_layout.memory_format(query))
+    with _autocast.disabled(query.device.type):
+        if _operator.uses_triton(query):
             from ctxops.ops.asymmetric_attention import triton_kernels
 
             triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
@@ -135,7 +142,7 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
 def _forward_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, output: Tensor
 ) -> None:
-    dtype = _library.accumulator(query.dtype)
+    dtype = _operator.accumulator(query.dtype)
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (2 * anchors + (0 if exact else channels + value.shape[1]))
     for image in range(len(query)):
@@ -162,7 +169,7 @@ def _allocate_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _library.empty_map(query.shape, query),
+        _layout.empty_map(query.shape, query),
         key.new_empty(key.shape),
         value.new_empty(value.shape),
         query.new_empty((0,) if bias is None else bias.shape),
@@ -181,10 +188,10 @@ def _backward(
     grads = _allocate_backward(grad, query, key, value, bias, lse, scale)
     if query.numel() == 0:
         return grads
-    layout = _library.memory_format(query)
+    layout = _layout.memory_format(query)
     query, grad = query.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
-    with _library.no_autocast(query.device.type):
-        if _library.uses_triton(query):
+    with _autocast.disabled(query.device.type):
+        if _operator.uses_triton(query):
             from ctxops.ops.asymmetric_attention import triton_kernels
 
             grad_bias = grads[3] if bias is not None else None
@@ -208,7 +215,7 @@ def _backward_in_blocks(
     grad_value: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    dtype = _library.accumulator(query.dtype)
+    dtype = _operator.accumulator(query.dtype)
     channels, anchors, exact = query.shape[1], key.shape[2], dtype == query.dtype
     bytes_each = dtype.itemsize * (4 * anchors + (0 if exact else 2 * channels + value.shape[1]))
     for image in range(len(query)):
@@ -266,7 +273,7 @@ def _flops_backward(grad: torch.Size, query: torch.Size, key: torch.Size, *_) ->
 
 
 _KERNELS = ("cpu", "cuda")
-_FORWARD = _library.Operator(
+_FORWARD = _operator.Operator(
     "asymmetric_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, "
     "bool save) -> (Tensor, Tensor)",
     fake=_allocate,
@@ -275,11 +282,11 @@ _FORWARD = _library.Operator(
     backward=_autograd,
     flops=_flops,
 )
-_BACKWARD = _library.Operator(
+_BACKWARD = _operator.Operator(
     "asymmetric_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
     "Tensor lse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),
-    backward=_library.no_second_derivative("asymmetric_attention"),
+    backward=_operator.no_second_derivative("asymmetric_attention"),
     flops=_flops_backward,
 )

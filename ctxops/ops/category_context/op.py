@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import check_map, check_same_dtype, check_shape
 from ctxops.ops.category_context.reference import reference
 
 
-@_library.served_by(cpu="torch", cuda="torch")
+@_operator.served_by(cpu="torch", cuda="torch")
 def category_context(logits: Tensor, memory: Tensor, *, hard: bool = False) -> Tensor:
     r"""The mean of a memory's rows, one per class, by the class probabilities of each position.
 
@@ -39,12 +40,12 @@ def category_context(logits: Tensor, memory: Tensor, *, hard: bool = False) -> T
         and the output twice where it is contiguous. In bfloat16 on the CPU torch's product may hold
         the output in float32 besides.
     """
-    _library.check_map("logits", logits)
-    _library.check_shape("memory", memory, logits, (logits.shape[1], None), "(K, C)")
-    logits, memory = _library.autocast(logits, memory)
-    _library.check_same_dtype(logits=logits, memory=memory)
-    channels_last = _library.memory_format(logits) == torch.channels_last
-    if _library.reference_active:
+    check_map("logits", logits)
+    check_shape("memory", memory, logits, (logits.shape[1], None), "(K, C)")
+    logits, memory = _autocast.cast(logits, memory)
+    check_same_dtype(logits=logits, memory=memory)
+    channels_last = _layout.memory_format(logits) == torch.channels_last
+    if _operator.reference_active:
         output = reference(logits, memory, hard)
     elif hard:
         output = _rows(logits, memory, channels_last)

@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import check_map, check_shape
 from ctxops.ops.category_statistics.reference import reference
 
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -23,7 +24,7 @@ _TILE_BYTES = 512 << 10
 _CLASS_BYTES = 12
 
 
-@_library.served_by(cpu="C++", cuda="C++")
+@_operator.served_by(cpu="C++", cuda="C++")
 def category_statistics(
     features: Tensor,
     labels: Tensor,
@@ -74,7 +75,7 @@ def category_statistics(
         float64) where there is a memory, and a channels_last copy of features that are not so. P is
         B * ceil(h / 8) at most, on CUDA 256. Besides, two float64 copies of the memory.
     """
-    _library.check_map("features", features)
+    check_map("features", features)
     classes = _check(features, labels, memory, num_classes)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
@@ -83,10 +84,10 @@ def category_statistics(
     if not _STATISTICS.serves(features):
         if not torch.compiler.is_compiling() and labels.device.type == "cpu":
             _check_range(labels, classes, ignore_index)
-        with _library.no_autocast(features.device.type):
+        with _autocast.disabled(features.device.type):
             return reference(features, labels, memory, classes, ignore_index, align_corners)
     options = (classes, ignore_index, align_corners)
-    return _STATISTICS(features, labels, memory, *options, differentiable=False)
+    return _STATISTICS(features, labels, memory, *options)
 
 
 def _check(features: Tensor, labels: Tensor, memory: Tensor | None, num_classes: int | None) -> int:
@@ -115,7 +116,7 @@ def _check(features: Tensor, labels: Tensor, memory: Tensor | None, num_classes:
         raise ValueError("num_classes must be given without a memory, got None")
     if memory is None:
         return num_classes
-    _library.check_shape("memory", memory, features, (num_classes, features.shape[1]), "(K, C)")
+    check_shape("memory", memory, features, (num_classes, features.shape[1]), "(K, C)")
     if memory.shape[0] == 0:
         raise ValueError(f"memory must have at least one row, got {tuple(memory.shape)}")
     return memory.shape[0]
@@ -140,7 +141,7 @@ def _allocate(
     ignore_index: int,
     align_corners: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _library.accumulator(features.dtype)
+    dtype = _operator.accumulator(features.dtype)
     return (
         features.new_empty((num_classes, features.shape[1]), dtype=dtype),
         features.new_empty((num_classes,), dtype=dtype),
@@ -178,14 +179,14 @@ def _statistics(
         features = features.contiguous(memory_format=torch.channels_last)
         own = features.new_empty((0,) if memory is None else labels.shape, dtype=results[0].dtype)
     else:
-        features = _library.inner_dense(features)
+        features = _layout.inner_dense(features)
         size = max(4, features.itemsize)
         largest = max(2 * channels * size, _CLASS_BYTES * num_classes)
         columns = -(-width // -(-width * largest // _TILE_BYTES)) + 1
         values = 2 * -(-channels * size // 8) + 6 * num_classes + 11
         values += 2 * -(-labels.shape[2] // columns)
         own = features.new_empty((parts, columns, values), dtype=dtype)
-    _library.launch(
+    _operator.launch(
         "category_statistics", features, features, labels, directions, *results, outside,
         part_sums, part_weights, part_counts, own, ignore_index, align_corners,
     )  # fmt: skip
@@ -207,11 +208,11 @@ def _flops(features: torch.Size, labels: object, memory: torch.Size | None, *_) 
     return 2 * batch * channels * height * width * (1 if memory is None else 7)
 
 
-_STATISTICS = _library.Operator(
+_STATISTICS = _operator.Operator(
     "category_statistics(Tensor features, Tensor labels, Tensor? memory, SymInt num_classes, "
     "int ignore_index, bool align_corners) -> (Tensor, Tensor, Tensor)",
     fake=_allocate,
-    kernels=_library.native_devices(_statistics),
+    kernels=_operator.native_devices(_statistics),
     backward=_not_differentiable,
     flops=_flops,
 )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _operator
 
 
 def reference(
@@ -20,7 +20,7 @@ def reference(
 
     A label that is neither a class nor ignored turns all sums and weights into NaN.
     """
-    dtype = _library.accumulator(features.dtype)
+    dtype = _operator.accumulator(features.dtype)
     resized = F.interpolate(
         features.to(dtype), labels.shape[1:], mode="bilinear", align_corners=align_corners
     )

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import (
+    check_forward_mode,
+    check_map,
+    check_same_dtype,
+    check_shape,
+    resolve_scale,
+)
 from ctxops.ops.criss_cross_attention.reference import reference, reference_weights
 
 # What the CPU needs for a block of columns or rows stays below this many bytes.
@@ -15,7 +22,7 @@ BLOCK_BYTES = 4 * 2**20
 COPIED_CHANNELS = 64
 
 
-@_library.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
+@_operator.served_by(cpu="torch, in blocks", cuda="Triton", but="float64 on CUDA: torch, in blocks")
 def criss_cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
 ) -> Tensor:
@@ -54,18 +61,17 @@ def criss_cross_attention(
         float32 for each position. Maps whose rows and channels are both strided are copied.
     """
     _check(query, key, value)
-    scale = _library.resolve_scale(scale, query.shape[1])
-    query, key, value = _library.autocast(query, key, value)
-    _library.check_same_dtype(query=query, key=key, value=value)
+    scale = resolve_scale(scale, query.shape[1])
+    query, key, value = _autocast.cast(query, key, value)
+    check_same_dtype(query=query, key=key, value=value)
     if not _FORWARD.serves(query):
         output = reference(query, key, value, scale)
-        return output.contiguous(memory_format=_library.memory_format(query))
-    _library.check_forward_mode("criss_cross_attention", query, key, value)
-    grad = _library.needs_grad(query, key, value)
-    return _FORWARD(query, key, value, scale, differentiable=grad)[0]
+        return output.contiguous(memory_format=_layout.memory_format(query))
+    check_forward_mode("criss_cross_attention", query, key, value)
+    return _FORWARD(query, key, value, scale)[0]
 
 
-@_library.served_by(cpu="torch", cuda="torch")
+@_operator.served_by(cpu="torch", cuda="torch")
 def criss_cross_attention_weights(
     query: Tensor, key: Tensor, *, scale: float | None = None
 ) -> Tensor:
@@ -87,19 +93,19 @@ def criss_cross_attention_weights(
     Memory: four times the weights.
     """
     _check(query, key, None)
-    scale = _library.resolve_scale(scale, query.shape[1])
-    query, key = _library.autocast(query, key)
-    _library.check_same_dtype(query=query, key=key)
+    scale = resolve_scale(scale, query.shape[1])
+    query, key = _autocast.cast(query, key)
+    check_same_dtype(query=query, key=key)
     return reference_weights(query, key, scale).permute(0, 3, 1, 2)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor | None) -> None:
-    _library.check_map("query", query)
+    check_map("query", query)
     batch, _, height, width = query.shape
-    _library.check_shape("key", key, query, query.shape, "(B, C, H, W)")
+    check_shape("key", key, query, query.shape, "(B, C, H, W)")
     if value is None:
         return
-    _library.check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H, W)")
+    check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H, W)")
     if value.shape[1] == 0:
         raise ValueError(f"value must have at least one channel, got {tuple(value.shape)}")
 
@@ -107,16 +113,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor | None) -> None:
 def _allocate(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, _, height, width = query.shape
     # The logarithm of each position's softmax denominator: it merges the column with the row.
-    lse = query.new_empty((batch, height, width), dtype=_library.accumulator(query.dtype))
-    return _library.empty_map(value.shape, query), lse
+    lse = query.new_empty((batch, height, width), dtype=_operator.accumulator(query.dtype))
+    return _layout.empty_map(value.shape, query), lse
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     output, lse = _allocate(query, key, value, scale)
     if output.numel() == 0:
         return output, lse
-    with _library.no_autocast(query.device.type):
-        if _library.uses_triton(query):
+    with _autocast.disabled(query.device.type):
+        if _operator.uses_triton(query):
             from ctxops.ops.criss_cross_attention import triton_kernels
 
             triton_kernels.forward(query, key, value, scale, output, lse)
@@ -194,7 +200,7 @@ def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _forward_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, lse: Tensor
 ) -> None:
-    query, key, value = (_library.inner_dense(x) for x in (query, key, value))
+    query, key, value = (_layout.inner_dense(x) for x in (query, key, value))
     for image in zip(query, key, value, output, lse, strict=True):
         _forward_image(*image, scale)
 
@@ -264,7 +270,7 @@ def _allocate_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_library.empty_map(x.shape, x) for x in (query, key, value))
+    return tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
 
 
 def _backward(
@@ -279,8 +285,8 @@ def _backward(
     grads = _allocate_backward(grad, query, key, value, output, lse, scale)
     if output.numel() == 0:
         return grads
-    with _library.no_autocast(query.device.type):
-        if _library.uses_triton(query):
+    with _autocast.disabled(query.device.type):
+        if _operator.uses_triton(query):
             from ctxops.ops.criss_cross_attention import triton_kernels
 
             triton_kernels.backward(grad, query, key, value, scale, output, lse, *grads)
@@ -301,7 +307,7 @@ def _backward_in_blocks(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
-    maps = [_library.inner_dense(x) for x in (grad, query, key, value, output)]
+    maps = [_layout.inner_dense(x) for x in (grad, query, key, value, output)]
     for image in zip(*maps, lse, grad_query, grad_key, grad_value, strict=True):
         _backward_image(*image, scale)
 
@@ -399,7 +405,7 @@ def _flops_backward(grad: torch.Size, query: torch.Size, *_) -> int:
 
 
 _KERNELS = ("cpu", "cuda")
-_FORWARD = _library.Operator(
+_FORWARD = _operator.Operator(
     "criss_cross_attention(Tensor query, Tensor key, Tensor value, float scale) -> "
     "(Tensor, Tensor)",
     fake=_allocate,
@@ -408,11 +414,11 @@ _FORWARD = _library.Operator(
     backward=_autograd,
     flops=_flops,
 )
-_BACKWARD = _library.Operator(
+_BACKWARD = _operator.Operator(
     "criss_cross_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
     "Tensor output, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),
-    backward=_library.no_second_derivative("criss_cross_attention"),
+    backward=_operator.no_second_derivative("criss_cross_attention"),
     flops=_flops_backward,
 )

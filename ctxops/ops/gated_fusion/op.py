@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import check_forward_mode, check_map, check_same_dtype, check_shape
 from ctxops.ops.gated_fusion.reference import reference, reference_gates
 
 # csrc/common/tensor.h
@@ -17,7 +18,7 @@ _BUT = f"more than {_MAX_LEVELS} levels: reference"
 _PART = 64
 
 
-@_library.served_by(cpu="C++", cuda="C++", but=_BUT)
+@_operator.served_by(cpu="C++", cuda="C++", but=_BUT)
 def gated_fusion(
     features: Sequence[Tensor], gates: Sequence[Tensor], *, align_corners: bool = False
 ) -> tuple[Tensor, ...]:
@@ -63,22 +64,24 @@ def gated_fusion(
         )
     for level, (x, gate) in enumerate(zip(features, gates, strict=True)):
         shape = (x.shape[0], 1, *x.shape[2:])
-        _library.check_shape(f"gates[{level}]", gate, x, shape, "(B, 1, H, W)")
+        check_shape(f"gates[{level}]", gate, x, shape, "(B, 1, H, W)")
     maps = _promote(features[0].device.type, *features, *gates)
     features, gates = maps[: len(features)], maps[len(features) :]
     named = {f"features[{level}]": x for level, x in enumerate(features)}
     named |= {f"gates[{level}]": gate for level, gate in enumerate(gates)}
-    _library.check_same_dtype(**named)
+    check_same_dtype(**named)
     if not _serves(features):
         return _in_format_of(features[0], reference(features, gates, align_corners))
-    _library.check_forward_mode("gated_fusion", *features, *gates)
-    grad = _library.needs_grad(*features, *gates)
-    flat = torch.cat([gate.flatten() for gate in gates]).to(_library.accumulator(features[0].dtype))
-    fused = _FORWARD(features, flat, None, None, align_corners, grad, differentiable=grad)[0]
+    check_forward_mode("gated_fusion", *features, *gates)
+    grad = _operator.needs_grad(*features, *gates)
+    flat = torch.cat([gate.flatten() for gate in gates]).to(
+        _operator.accumulator(features[0].dtype)
+    )
+    fused = _FORWARD(features, flat, None, None, align_corners, grad)[0]
     return tuple(fused)
 
 
-@_library.served_by(cpu="C++", cuda="C++", but=_BUT)
+@_operator.served_by(cpu="C++", cuda="C++", but=_BUT)
 def self_gated_fusion(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -115,21 +118,21 @@ def self_gated_fusion(
     """
     _check_features(features)
     levels, channels = len(features), features[0].shape[1]
-    _library.check_shape("weight", weight, features[0], (levels, channels), "(L, C)")
+    check_shape("weight", weight, features[0], (levels, channels), "(L, C)")
     if bias is not None:
-        _library.check_shape("bias", bias, features[0], (levels,), "(L,)")
+        check_shape("bias", bias, features[0], (levels,), "(L,)")
     features = _promote(features[0].device.type, *features)
-    if _library.autocast_active(features[0].device.type):
+    if _autocast.is_active(features[0].device.type):
         weight, bias = (t if t is None else t.to(features[0].dtype) for t in (weight, bias))
     named = {f"features[{level}]": x for level, x in enumerate(features)}
-    _library.check_same_dtype(**named, weight=weight, bias=bias)
+    check_same_dtype(**named, weight=weight, bias=bias)
     if not _serves(features):
         gates = reference_gates(features, weight, bias)
         return _in_format_of(features[0], reference(features, gates, align_corners))
-    _library.check_forward_mode("self_gated_fusion", *features, weight, bias)
-    grad = _library.needs_grad(*features, weight, bias)
+    check_forward_mode("self_gated_fusion", *features, weight, bias)
+    grad = _operator.needs_grad(*features, weight, bias)
     arguments = (features, None, weight, bias, align_corners, grad)
-    return tuple(_FORWARD(*arguments, differentiable=grad)[0])
+    return tuple(_FORWARD(*arguments)[0])
 
 
 def _check_features(features: Sequence[Tensor]) -> None:
@@ -140,14 +143,14 @@ def _check_features(features: Sequence[Tensor]) -> None:
     if len(features) < 2:
         raise ValueError(f"features must have at least two levels, got {len(features)}")
     for level, x in enumerate(features):
-        _library.check_map(f"features[{level}]", x)
+        check_map(f"features[{level}]", x)
         shape = (*features[0].shape[:2], None, None)
-        _library.check_shape(f"features[{level}]", x, features[0], shape, "(B, C, H, W)")
+        check_shape(f"features[{level}]", x, features[0], shape, "(B, C, H, W)")
 
 
 def _promote(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the widest dtype among them where autocast is on, as torch.cat does it."""
-    if not _library.autocast_active(device):
+    if not _autocast.is_active(device):
         return tensors
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return tuple(t.to(dtype) for t in tensors)
@@ -158,7 +161,7 @@ def _serves(features: Sequence[Tensor]) -> bool:
 
 
 def _in_format_of(first: Tensor, fused: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(y.contiguous(memory_format=_library.memory_format(first)) for y in fused)
+    return tuple(y.contiguous(memory_format=_layout.memory_format(first)) for y in fused)
 
 
 def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
@@ -174,7 +177,7 @@ def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Te
             return channels == 1 or stride_c == 1
         return (width == 1 or stride_w == 1) and (height == 1 or stride_h == width)
 
-    dtype = maps[0].dtype if maps[0].is_cuda else _library.accumulator(maps[0].dtype)
+    dtype = maps[0].dtype if maps[0].is_cuda else _operator.accumulator(maps[0].dtype)
     return [
         x if x.dtype == dtype and fits(x) else x.to(dtype).contiguous(memory_format=layout)
         for x in maps
@@ -208,12 +211,12 @@ def _new_sums(features: Sequence[Tensor]) -> Tensor:
     batch, channels = features[0].shape[:2]
     sizes = _sizes(features)
     count = 0 if len(sizes) == 1 else sum(batch * channels * h * w for h, w in sizes)
-    return features[0].new_empty((count,), dtype=_library.accumulator(features[0].dtype))
+    return features[0].new_empty((count,), dtype=_operator.accumulator(features[0].dtype))
 
 
 def _new_gates(features: Sequence[Tensor]) -> Tensor:
     count = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
-    return features[0].new_empty((count,), dtype=_library.accumulator(features[0].dtype))
+    return features[0].new_empty((count,), dtype=_operator.accumulator(features[0].dtype))
 
 
 def _allocate(
@@ -224,10 +227,10 @@ def _allocate(
     align_corners: bool,
     save: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    layout = _library.memory_format(features[0])
-    fused = [_library.empty_map(x.shape, x, layout) for x in features]
+    layout = _layout.memory_format(features[0])
+    fused = [_layout.empty_map(x.shape, x, layout) for x in features]
     # Two tensors without elements, not one twice: results must not alias.
-    dtype = _library.accumulator(features[0].dtype)
+    dtype = _operator.accumulator(features[0].dtype)
     made, sums = (features[0].new_empty((0,), dtype=dtype) for _ in range(2))
     if save and gates is None:
         made = _new_gates(features)
@@ -245,15 +248,15 @@ def _forward(
     fused, made, sums = _allocate(features, gates, weight, bias, align_corners, save)
     if fused[0].numel() == 0:
         return fused, made, sums
-    accumulator = _library.accumulator(features[0].dtype)
+    accumulator = _operator.accumulator(features[0].dtype)
     nothing = features[0].new_empty((0,), dtype=accumulator)
     work = sums if save else _new_sums(features)
     if gates is None:
         gates = _new_gates(features) if work.numel() > 0 and not save else made
     targets = _empty_kernel_maps(fused)
-    _library.launch(
+    _operator.launch(
         "gated_fusion_forward", features[0],
-        _kernel_maps(features, _library.memory_format(features[0])), gates.contiguous(),
+        _kernel_maps(features, _layout.memory_format(features[0])), gates.contiguous(),
         nothing if weight is None else weight.to(accumulator).contiguous(),
         nothing if bias is None else bias.to(accumulator).contiguous(),
         targets, work, align_corners,
@@ -270,8 +273,8 @@ def _allocate_backward(
     sums: Tensor,
     align_corners: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    layout = _library.memory_format(features[0])
-    grad_features = [_library.empty_map(x.shape, x, layout) for x in features]
+    layout = _layout.memory_format(features[0])
+    grad_features = [_layout.empty_map(x.shape, x, layout) for x in features]
     grad_weight = gates.new_empty((0,) if weight is None else weight.shape)
     grad_bias = gates.new_empty((0 if weight is None else len(features),))
     return grad_features, torch.empty_like(gates), grad_weight, grad_bias
@@ -296,12 +299,12 @@ def _backward(
     grad_features, grad_gates, grad_weight, grad_bias = made
     if features[0].numel() == 0:
         return grad_features, grad_gates, grad_weight.zero_(), grad_bias.zero_()
-    layout = _library.memory_format(features[0])
+    layout = _layout.memory_format(features[0])
     batch, channels = features[0].shape[:2]
     parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
     partial = gates.new_empty((0,) if weight is None else (len(features), parts, channels))
     targets = _empty_kernel_maps(grad_features)
-    _library.launch(
+    _operator.launch(
         "gated_fusion_backward", features[0],
         _kernel_maps(grads, layout), _kernel_maps(features, layout), gates.contiguous(),
         grad_weight if weight is None else weight.to(gates.dtype).contiguous(), sums.contiguous(),
@@ -320,7 +323,7 @@ def _setup_context(ctx, inputs, output):
     _, made, sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(made, sums)
-    ctx.saved, ctx.layout = saved, _library.memory_format(features[0])
+    ctx.saved, ctx.layout = saved, _layout.memory_format(features[0])
     ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
 
 
@@ -360,20 +363,20 @@ def _flops_backward(
     return 0 if weight is None else 2 * _gate_flops(features)
 
 
-_FORWARD = _library.Operator(
+_FORWARD = _operator.Operator(
     "gated_fusion(Tensor[] features, Tensor? gates, Tensor? weight, Tensor? bias, "
     "bool align_corners, bool save) -> (Tensor[], Tensor, Tensor)",
     fake=_allocate,
-    kernels=_library.native_devices(_forward),
+    kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
     flops=_flops,
 )
-_BACKWARD = _library.Operator(
+_BACKWARD = _operator.Operator(
     "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
     "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
-    kernels=_library.native_devices(_backward),
-    backward=_library.no_second_derivative("gated_fusion"),
+    kernels=_operator.native_devices(_backward),
+    backward=_operator.no_second_derivative("gated_fusion"),
     flops=_flops_backward,
 )

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import (
+    check_dtype,
+    check_forward_mode,
+    check_map,
+    check_same_dtype,
+    check_shape,
+    resolve_scale,
+)
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
 
 # In the order of csrc/common/window.h.
@@ -15,7 +23,7 @@ BORDERS = ("zeros", "mask", "shift")
 _MAX_WINDOW = 4096
 
 
-@_library.served_by(cpu="C++", cuda="C++")
+@_operator.served_by(cpu="C++", cuda="C++")
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -70,22 +78,22 @@ def neighborhood_attention(
         kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
         on the CPU) of every map that is not so.
     """
-    _library.check_dtype("value", value)
+    check_dtype("value", value)
     kernel, steps, scale = _check(
         query, key, value, kernel_size, dilation, scale, border, num_heads
     )
-    query, key, value = _library.autocast(query, key, value)
-    _library.check_same_dtype(query=query, key=key, value=value)
+    query, key, value = _autocast.cast(query, key, value)
+    check_same_dtype(query=query, key=key, value=value)
     if not _FORWARD.serves(query):
         output = reference(query, key, value, kernel, steps, scale, border, num_heads)
-        return output.contiguous(memory_format=_library.memory_format(query))
-    _library.check_forward_mode("neighborhood_attention", query, key, value)
-    grad = _library.needs_grad(query, key, value)
+        return output.contiguous(memory_format=_layout.memory_format(query))
+    check_forward_mode("neighborhood_attention", query, key, value)
+    grad = _operator.needs_grad(query, key, value)
     options = (kernel, steps, scale, border, num_heads)
-    return _FORWARD(query, key, value, *options, grad, differentiable=grad)[0]
+    return _FORWARD(query, key, value, *options, grad)[0]
 
 
-@_library.served_by(cpu="C++", cuda="C++", but="with gradient: reference")
+@_operator.served_by(cpu="C++", cuda="C++", but="with gradient: reference")
 def neighborhood_attention_weights(
     query: Tensor,
     key: Tensor,
@@ -114,13 +122,13 @@ def neighborhood_attention_weights(
         so; for half precision the weights in float32.
     """
     kernel, steps, scale = _check(query, key, None, kernel_size, dilation, scale, border, num_heads)
-    query, key = _library.autocast(query, key)
-    _library.check_same_dtype(query=query, key=key)
+    query, key = _autocast.cast(query, key)
+    check_same_dtype(query=query, key=key)
     options = (kernel, steps, scale, border, num_heads)
-    if _library.needs_grad(query, key) or not _FORWARD.serves(query):
+    if _operator.needs_grad(query, key) or not _FORWARD.serves(query):
         return reference_weights(query, key, *options).flatten(2, 3)
-    _library.check_forward_mode("neighborhood_attention_weights", query, key)
-    weights = _FORWARD(query, key, None, *options, True, differentiable=False)[1]
+    check_forward_mode("neighborhood_attention_weights", query, key)
+    weights = _FORWARD(query, key, None, *options, True)[1]
     return weights.to(query.dtype)
 
 
@@ -134,15 +142,15 @@ def _check(
     border: str,
     num_heads: int,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
-    _library.check_map("query", query)
+    check_map("query", query)
     batch, channels, height, width = query.shape
-    _library.check_shape("key", key, query, query.shape, "(B, C, H, W)")
+    check_shape("key", key, query, query.shape, "(B, C, H, W)")
     if not isinstance(num_heads, int) or isinstance(num_heads, bool):
         raise TypeError(f"num_heads must be an integer, got {num_heads!r}")
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"num_heads must divide the query's {channels} channels, got {num_heads}")
     if value is not None:
-        _library.check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H, W)")
+        check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H, W)")
         if value.shape[1] == 0 or value.shape[1] % num_heads:
             raise ValueError(
                 f"value must have a multiple of num_heads = {num_heads} channels, "
@@ -165,7 +173,7 @@ def _check(
                     f"dilation: {axis} of at least {k * d} for kernel_size {k} and dilation {d}, "
                     f"got {extent}; use border='mask' or a smaller window"
                 )
-    return kernel, steps, _library.resolve_scale(scale, channels // num_heads)
+    return kernel, steps, resolve_scale(scale, channels // num_heads)
 
 
 def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -189,7 +197,7 @@ def _new_weights(query: Tensor, kernel_size: Sequence[int], border: str, num_hea
     """
     batch, _, height, width = query.shape
     count = kernel_size[0] * kernel_size[1]
-    dtype = _library.accumulator(query.dtype)
+    dtype = _operator.accumulator(query.dtype)
     square = kernel_size[0] == kernel_size[1] and kernel_size[0] in (3, 5, 7)
     if query.is_cuda and square and border != "shift" and dtype == torch.float32:
         return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)
@@ -226,7 +234,7 @@ def _allocate(
     num_heads: int,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((0,)) if value is None else _library.empty_map(value.shape, query)
+    output = query.new_empty((0,)) if value is None else _layout.empty_map(value.shape, query)
     if save:
         return output, _new_weights(query, kernel_size, border, num_heads)
     return output, query.new_empty((0,), dtype=torch.float32)
@@ -249,7 +257,7 @@ def _forward(
     if query.numel() == 0:
         return output, weights
     target = output if value is None else _empty_kernel_map(output)
-    _library.launch(
+    _operator.launch(
         "neighborhood_attention_forward", query,
         _kernel_map(query), _kernel_map(key), target if value is None else _kernel_map(value),
         target, weights, [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
@@ -271,7 +279,7 @@ def _allocate_backward(
     border: str,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_library.empty_map(x.shape, x) for x in (query, key, value))
+    return tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
 
 
 def _backward(
@@ -294,7 +302,7 @@ def _backward(
     grad_logits = _new_weights(query, kernel_size, border, num_heads)
     if weights.stride() != grad_logits.stride():  # hooks on saved tensors may have moved them
         weights = _new_weights(query, kernel_size, border, num_heads).copy_(weights)
-    _library.launch(
+    _operator.launch(
         "neighborhood_attention_backward", query,
         *map(_kernel_map, (grad, query, key, value)), weights, grad_logits, *targets,
         [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
@@ -350,20 +358,20 @@ def _flops_backward(
 
 
 _OPTIONS = "int[] kernel_size, int[] dilation, float scale, str border, int num_heads"
-_FORWARD = _library.Operator(
+_FORWARD = _operator.Operator(
     f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save) "
     "-> (Tensor, Tensor)",
     fake=_allocate,
-    kernels=_library.native_devices(_forward),
+    kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
     flops=_flops,
 )
-_BACKWARD = _library.Operator(
+_BACKWARD = _operator.Operator(
     "neighborhood_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
-    kernels=_library.native_devices(_backward),
-    backward=_library.no_second_derivative("neighborhood_attention"),
+    kernels=_operator.native_devices(_backward),
+    backward=_operator.no_second_derivative("neighborhood_attention"),
     flops=_flops_backward,
 )

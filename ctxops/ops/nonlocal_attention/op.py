@@ -10,7 +10,14 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 
-from ctxops import _library
+from ctxops import _autocast, _layout, _operator
+from ctxops._checks import (
+    check_forward_mode,
+    check_map,
+    check_same_dtype,
+    check_shape,
+    resolve_scale,
+)
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 from ctxops.ops.nonlocal_attention.reference import reference
 
@@ -18,7 +25,7 @@ from ctxops.ops.nonlocal_attention.reference import reference
 _FLASH_WIDTH = 256
 
 
-@_library.served_by(
+@_operator.served_by(
     cpu="torch, fused", cuda="torch, fused", but="float64 on CUDA: torch, in blocks"
 )
 def nonlocal_attention(
@@ -61,24 +68,24 @@ def nonlocal_attention(
         to the wider; and what the backend needs, which is linear in the positions.
     """
     _check(query, key, value)
-    scale = _library.resolve_scale(scale, query.shape[1])
-    query, key, value = _library.autocast(query, key, value)
-    _library.check_same_dtype(query=query, key=key, value=value)
-    if _library.reference_active or query.device.type not in ("cpu", "cuda"):
+    scale = resolve_scale(scale, query.shape[1])
+    query, key, value = _autocast.cast(query, key, value)
+    check_same_dtype(query=query, key=key, value=value)
+    if _operator.reference_active or query.device.type not in ("cpu", "cuda"):
         output = reference(query, key, value, scale)
-        return output.contiguous(memory_format=_library.memory_format(query))
-    _library.check_forward_mode("nonlocal_attention", query, key, value)
+        return output.contiguous(memory_format=_layout.memory_format(query))
+    check_forward_mode("nonlocal_attention", query, key, value)
     return _fused(query, key, value, scale)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    _library.check_map("query", query)
+    check_map("query", query)
     batch, channels, _, _ = query.shape
-    _library.check_map("key", key)
-    _library.check_shape("key", key, query, (batch, channels, None, None), "(B, C, H2, W2)")
+    check_map("key", key)
+    check_shape("key", key, query, (batch, channels, None, None), "(B, C, H2, W2)")
     height, width = key.shape[2:]
-    _library.check_map("value", value)
-    _library.check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H2, W2)")
+    check_map("value", value)
+    check_shape("value", value, query, (batch, None, height, width), "(B, Cv, H2, W2)")
 
 
 def _sequence(x: Tensor, width: int) -> Tensor:
@@ -109,7 +116,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outputs.append(attended[:, 0, :, : v.shape[1]])
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     output = output.view(batch, height, width, value_channels).permute(0, 3, 1, 2)
-    return output.contiguous(memory_format=_library.memory_format(query))
+    return output.contiguous(memory_format=_layout.memory_format(query))
 
 
 def _is_taken(q: Tensor, k: Tensor) -> bool:

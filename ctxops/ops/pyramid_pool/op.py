@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxops import _library, _native
+from ctxops import _layout, _native, _operator
+from ctxops._checks import check_forward_mode, check_map
 from ctxops.ops.pyramid_pool.reference import reference
 
 _MODES = ("avg", "max")
 
 
-@_library.served_by(cpu="C++", cuda="C++")
+@_operator.served_by(cpu="C++", cuda="C++")
 def pyramid_pool(
     input: Tensor, output_sizes: Sequence[int] = (1, 3, 6, 8), *, mode: str = "avg"
 ) -> Tensor:
@@ -55,14 +56,14 @@ def pyramid_pool(
     sizes = _check(input, output_sizes, mode)
     if not _FORWARD.serves(input):
         return reference(input, sizes, mode)
-    _library.check_forward_mode("pyramid_pool", input)
+    check_forward_mode("pyramid_pool", input)
     maximum = mode == "max"
-    grad = _library.needs_grad(input)
-    return _FORWARD(input, sizes, maximum, maximum and grad, differentiable=grad)[0]
+    grad = _operator.needs_grad(input)
+    return _FORWARD(input, sizes, maximum, maximum and grad)[0]
 
 
 def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, ...]:
-    _library.check_map("input", input)
+    check_map("input", input)
     sizes = check_output_sizes(output_sizes)
     if input.shape[2] * input.shape[3] >= 2**31 - 1:
         raise ValueError(
@@ -92,7 +93,7 @@ def _new_cells(like: Tensor, size: Sequence[int], sizes: list[int]) -> Tensor:
     batch, channels, height, width = size
     count = _native.extension.pyramid_pool_cells
     shape = (batch, count(height, sizes), count(width, sizes), channels)
-    dtype = _library.accumulator(like.dtype)
+    dtype = _operator.accumulator(like.dtype)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
@@ -111,9 +112,9 @@ def _forward(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tupl
         return output, argmax
     cells = _new_cells(input, input.shape, sizes)
     cell_argmax = torch.empty_like(cells, dtype=torch.int32) if save else argmax
-    _library.launch(
+    _operator.launch(
         "pyramid_pool_forward", input,
-        _library.inner_dense(input), output, argmax, cells, cell_argmax, sizes, maximum,
+        _layout.inner_dense(input), output, argmax, cells, cell_argmax, sizes, maximum,
     )  # fmt: skip
     return output, argmax
 
@@ -128,7 +129,7 @@ def _allocate_backward(
 ) -> Tensor:
     shape = (grad.shape[0], grad.shape[1], height, width)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return _library.empty_map(shape, grad, layout)
+    return _layout.empty_map(shape, grad, layout)
 
 
 def _backward(
@@ -154,7 +155,7 @@ def _backward(
         grad_cells = _new_cells(grad, grad_input.shape, sizes)
     else:
         grad_cells = grad.new_empty((0,), dtype=torch.float32)
-    _library.launch(
+    _operator.launch(
         "pyramid_pool_backward", grad,
         grad.transpose(1, 2).contiguous(), argmax, grad_cells, grad_input, sizes,
     )  # fmt: skip
@@ -171,7 +172,7 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(argmax if saved else input)
     ctx.saved = saved
     ctx.map_size = input.shape[2:]
-    ctx.channels_last = _library.memory_format(input) == torch.channels_last
+    ctx.channels_last = _layout.memory_format(input) == torch.channels_last
 
 
 def _autograd(ctx, grad, _):
@@ -187,19 +188,19 @@ def _autograd(ctx, grad, _):
     return grad_input, None, None, None
 
 
-_FORWARD = _library.Operator(
+_FORWARD = _operator.Operator(
     "pyramid_pool(Tensor input, int[] sizes, bool maximum, bool save) -> (Tensor, Tensor)",
     fake=_allocate,
-    kernels=_library.native_devices(_forward),
+    kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
-    flops=_library.no_products,
+    flops=_operator.no_products,
 )
-_BACKWARD = _library.Operator(
+_BACKWARD = _operator.Operator(
     "pyramid_pool_bwd(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
     "bool channels_last) -> Tensor",
     fake=_allocate_backward,
-    kernels=_library.native_devices(_backward),
-    backward=_library.no_second_derivative("pyramid_pool"),
-    flops=_library.no_products,
+    kernels=_operator.native_devices(_backward),
+    backward=_operator.no_second_derivative("pyramid_pool"),
+    flops=_operator.no_products,
 )

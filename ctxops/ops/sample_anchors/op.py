@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxops import _library
+from ctxops import _operator
+from ctxops._checks import check_map
 from ctxops.ops.pyramid_pool import check_output_sizes
 from ctxops.ops.sample_anchors.reference import reference
 
 
-@_library.served_by(cpu="torch", cuda="torch")
+@_operator.served_by(cpu="torch", cuda="torch")
 def sample_anchors(input: Tensor, indices: Tensor) -> Tensor:
     r"""Takes the vectors of a map at the given positions.
 
@@ -39,7 +40,7 @@ def sample_anchors(input: Tensor, indices: Tensor) -> Tensor:
     Deterministic: as torch's indexing.
     Memory: S int64 twice; the gradient is a map.
     """
-    _library.check_map("input", input)
+    check_map("input", input)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be an int64 tensor, got {got}")

@@ -1,11 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What modules check, of their arguments and of the maps they are given."""
+"""What operators, modules and networks check of their arguments, and of the maps they are given.
 
-from collections.abc import Sequence
+A message names the argument, what was expected and what came.
+"""
 
+import difflib
+from collections.abc import Iterable, Sequence
+
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ctxops import _library
+from ctxops._torch import in_forward_mode
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_map(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a floating, strided (B, C, H, W) with C, H and W at least 1."""
+    check_dtype(name, x)
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(shape)}")
+    _, channels, height, width = shape
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"{name} must have C, H and W of at least 1, got {tuple(shape)}")
+
+
+def check_shape(
+    name: str, x: Tensor, like: Tensor, shape: tuple[int | None, ...], meaning: str
+) -> None:
+    """Raises unless ``x`` is floating, on the device of ``like``, of that shape (None: any)."""
+    check_dtype(name, x)
+    if x.dim() != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape {meaning} = ({wanted}), got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device {like.device}, got {x.device}")
+
+
+def check_same_dtype(**tensors: Tensor | None) -> None:
+    """Raises unless all tensors have the dtype of the first."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}"
+            )
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raises unless ``x`` is a strided tensor of a floating dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a dense, strided tensor, got {layout}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def resolve_scale(scale: float | None, channels: int) -> float:
+    """``scale`` as a float, ``channels ** -0.5`` for None; raises unless it is a number."""
+    if scale is None:
+        return channels**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    return float(scale)
+
+
+def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raises for dual tensors: kernels have no forward-mode rule, and torch would yield zeros."""
+    if not in_forward_mode():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative; call it under ctxops.use_reference()"
+            )
 
 
 def check_choice(name: str, value: object, choices: Sequence) -> None:
@@ -57,7 +131,7 @@ def check_maps(**maps: tuple[Tensor, int] | tuple[Tensor, int, nn.Module]) -> No
     narrows the module's convolutions, and knows nothing of numbers that are kept beside them.
     """
     for name, (x, channels, *takers) in maps.items():
-        _library.check_map(name, x)
+        check_map(name, x)
         if x.shape[1] != channels:
             channels = next(filter(None, map(_taken_channels, takers)), channels)
         if x.shape[1] != channels:
@@ -102,3 +176,26 @@ def check_features(
         raise ValueError(f"features must have {len(channels)} levels, got {len(features)}")
     levels = enumerate(zip(*filter(len, (features, channels, takers)), strict=True))
     check_maps(**{f"features[{level}]": x for level, x in levels}, **others)
+
+
+def check_flags(**flags: bool) -> None:
+    """Raises unless each is a bool: the word "false", given by a command, would count as true."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def check_known(what: str, name: str, choices: Iterable[str], listed: str | None = None) -> None:
+    """Raises unless ``name`` is one of the choices: it names the closest, and all or where to look.
+
+    ``listed``: the call that lists them, for more than one would read.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{what} must be a string, got {name!r}")
+    choices = sorted(choices)
+    if name in choices:
+        return
+    close = difflib.get_close_matches(name, choices, n=1)
+    closest = f", the closest is {close[0]!r}" if close else ""
+    known = f"{listed} names all" if listed else f"choose from {', '.join(choices) or 'none'}"
+    raise ValueError(f"unknown {what} {name!r}{closest}; {known}")

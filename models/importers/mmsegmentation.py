@@ -1,51 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the checkpoints of other code name what the networks of this package hold.
+"""The checkpoints of mmsegmentation, 1.x and 0.x."""
 
-A recipe is one architecture of one source. Its table leads from their modules to ours; ``{}``
-stands for a number, the same on both sides. What the tables do not say, the options of the network,
-is read from the shapes.
-"""
-
-import dataclasses
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from ctxops.models.importers.importer import (
+    RESNET,
+    STEM,
+    Importer,
+    Shapes,
+    prefixed,
+    resnet_arguments,
+)
 
-from ctxops.models._checks import require_timm
-
-# Blocks in the stages of a ResNet, and whether these are bottlenecks.
-_DEPTHS = {
-    (2, 2, 2, 2, False): 18,
-    (3, 4, 6, 3, False): 34,
-    (3, 4, 6, 3, True): 50,
-    (3, 4, 23, 3, True): 101,
-    (3, 8, 36, 3, True): 152,
-}
-
-# timm's letter for a stem of three convolutions, by the width of the first.
-_STEM_LETTERS = {32: "c", 64: "s"}
-
-# The three convolutions of a stem, as mmsegmentation numbers them.
-STEM = {
-    "stem.0": "conv1.0",
-    "stem.1": "conv1.1",
-    "stem.3": "conv1.3",
-    "stem.4": "conv1.4",
-    "stem.6": "conv1.6",
-    "stem.7": "bn1",
-}
-
-# The same in the code of which ANN's is a part, which has two names for the stem.
-_NAMED_STEM = {
-    "conv1": "conv1.0",
-    "bn1": "conv1.1",
-    "conv2": "conv1.3",
-    "bn2": "conv1.4",
-    "conv3": "conv1.6",
-    "bn3": "bn1",
-}
-
-_STAGES = ("layer{}.{}.conv{}", "layer{}.{}.bn{}", "layer{}.{}.downsample.{}")
 _HRNET = {
     name: name
     for name in (
@@ -59,91 +25,6 @@ _HRNET = {
         "stage{}.{}.fuse_layers.{}.{}.{}.{}",
     )
 }
-_PLAIN_RESNET = {
-    name: name for name in ("conv1", "bn1", "conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6")
-} | {name: name for name in _STAGES}
-
-
-class MissingKeyError(Exception):
-    """A checkpoint lacks what an option would be read from."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-class Shapes:
-    """The shapes of a checkpoint's tensors."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def __getitem__(self, name: str) -> tuple[int, ...]:
-        if name not in self._shapes:
-            raise MissingKeyError(name)
-        return self._shapes[name]
-
-    def has(self, prefix: str) -> bool:
-        return any(name.startswith(prefix + ".") for name in self._shapes)
-
-    def count(self, prefix: str) -> int:
-        """How many modules of a list the checkpoint holds."""
-        number = 0
-        while self.has(f"{prefix}.{number}"):
-            number += 1
-        return number
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One architecture of one source.
-
-    Attributes:
-        source: whose code.
-        model: what :func:`create_model` calls the network.
-        markers: beginnings of names that tell the architecture from the source's others.
-        modules: from their modules, or single tensors, to ours.
-        arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
-        zeros: our tensors that the source has none of, and that change nothing at zero.
-    """
-
-    source: str
-    model: str
-    markers: tuple[str, ...]
-    modules: Mapping[str, str]
-    arguments: Callable[[Shapes], dict[str, object]]
-    zeros: tuple[str, ...] = ()
-
-
-def _prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.") -> dict[str, str]:
-    return {theirs + name: ours + other for name, other in names.items()}
-
-
-def _resnet(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
-    """The backbone by timm's name. ``stem``: the first of three convolutions, if there are such."""
-    counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
-    bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
-    depth = _DEPTHS.get((*counts, bottlenecks))
-    if depth is None:
-        raise MissingKeyError(f"{prefix}layer4 of a ResNet: its stages have {counts} blocks")
-    if len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4:
-        # Dilated, timm's average pooling on shortcuts has windows of 2 x 2, the others' of 1 x 1.
-        raise ValueError("ResNets with average pooling on their shortcuts are not imported")
-    if f"{stem}.weight" not in shapes:
-        return {"backbone": f"resnet{depth}"}
-    width = shapes[f"{stem}.weight"][0]
-    if width in _STEM_LETTERS:
-        name = f"resnet{depth}{_STEM_LETTERS[width]}"
-        if name in require_timm().list_models():
-            return {"backbone": name}
-    options = {"stem_type": "deep", "stem_width": width}
-    return {"backbone": f"resnet{depth}", "backbone_options": options}
-
-
-# mmsegmentation -----------------------------------------------------------------------------------
 
 
 def _module(theirs: str, ours: str) -> dict[str, str]:
@@ -151,8 +32,8 @@ def _module(theirs: str, ours: str) -> dict[str, str]:
     return {f"{theirs}.conv": f"{ours}.0", f"{theirs}.bn": f"{ours}.1"}
 
 
-_MMSEG_COMMON = (
-    _prefixed(_PLAIN_RESNET | STEM | _HRNET, "backbone.")
+_COMMON = (
+    prefixed(RESNET | STEM | _HRNET, "backbone.")
     | {"decode_head.conv_seg": "classifier.1", "auxiliary_head.conv_seg": "auxiliary.1.1"}
     | _module("auxiliary_head.convs.0", "auxiliary.0")
 )
@@ -170,7 +51,7 @@ def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, objec
     if shapes.has("backbone.stage4"):
         arguments = _hrnet(shapes)
     else:
-        arguments = _resnet(shapes, "backbone.", "backbone.stem.0")
+        arguments = resnet_arguments(shapes, "backbone.", "backbone.stem.0")
     arguments |= {"num_classes": shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}
     if arguments["backbone"].startswith(("resnet18", "resnet34")):
         arguments["dilate_both"] = False
@@ -207,9 +88,9 @@ def _mmseg(
     modules: Mapping[str, str],
     arguments: Callable[[Shapes], dict[str, object]],
     zeros: tuple[str, ...] = (),
-) -> Recipe:
-    common = _MMSEG_COMMON
-    return Recipe(
+) -> Importer:
+    common = _COMMON
+    return Importer(
         "mmsegmentation", model, ("backbone.", marker), common | modules, arguments, zeros
     )
 
@@ -257,7 +138,7 @@ def _ocr_arguments(shapes: Shapes) -> dict[str, object]:
 
 _OCR_BLOCK = "decode_head.1.object_context_block"
 
-_MMSEG = [
+IMPORTERS = [
     _mmseg(
         "pspnet",
         "decode_head.psp_modules.",
@@ -401,11 +282,11 @@ _MMSEG = [
             kernel_size=lambda shapes, _: shapes["decode_head.convs.0.conv.weight"][2],
         ),
     ),
-    Recipe(
+    Importer(
         "mmsegmentation",
         "ocrnet",
         ("backbone.", "decode_head.1.object_context_block."),
-        _prefixed(_PLAIN_RESNET | STEM | _HRNET, "backbone.")
+        prefixed(RESNET | STEM | _HRNET, "backbone.")
         | _module("decode_head.0.convs.0", "regions.0")
         | {"decode_head.0.conv_seg": "regions.1.1", "decode_head.1.conv_seg": "classifier.1"}
         | _module("decode_head.1.bottleneck", "decoder.reduce")
@@ -423,148 +304,3 @@ _MMSEG = [
         _ocr_arguments,
     ),
 ]
-
-# torchvision --------------------------------------------------------------------------------------
-
-
-def _torchvision_fcn(shapes: Shapes) -> dict[str, object]:
-    auxiliary = "aux_classifier.0.weight"
-    return _resnet(shapes, "backbone.", "backbone.conv1.0") | {
-        "num_classes": shapes["classifier.4.weight"][0],
-        "channels": shapes["classifier.0.weight"][0],
-        "align_corners": False,
-        "auxiliary_channels": shapes[auxiliary][0] if auxiliary in shapes else 0,
-    }
-
-
-_TORCHVISION = [
-    Recipe(
-        "torchvision",
-        "fcn",
-        ("backbone.layer4.", "classifier.0.weight"),
-        _prefixed(_PLAIN_RESNET, "backbone.")
-        | {
-            "classifier.0": "decoder.0",
-            "classifier.1": "decoder.1",
-            "classifier.4": "classifier.1",
-            "aux_classifier.0": "auxiliary.0.0",
-            "aux_classifier.1": "auxiliary.0.1",
-            "aux_classifier.4": "auxiliary.1.1",
-        },
-        _torchvision_fcn,
-    )
-]
-
-# The code released with ANN and GALD -------------------------------------------------------------
-
-
-def _released_auxiliary(shapes: Shapes) -> dict[str, object]:
-    if not shapes.has("dsn"):
-        return {"auxiliary_channels": 0}
-    return {"auxiliary_channels": shapes["dsn.0.weight"][0], "auxiliary_bias": True}
-
-
-def _ann_block(theirs: str, ours: str) -> dict[str, str]:
-    """A block of ANN; its norm and ReLU are one module, or two in a list."""
-    stage = f"{theirs}.stages.0"
-    names = {f"{stage}.f_value": f"{ours}.value", f"{stage}.W": f"{ours}.out"}
-    for embedding in ("query", "key"):
-        names |= {
-            f"{stage}.f_{embedding}.0": f"{ours}.{embedding}.0",
-            f"{stage}.f_{embedding}.1": f"{ours}.{embedding}.1",
-            f"{stage}.f_{embedding}.1.0": f"{ours}.{embedding}.1",
-        }
-    return names | {
-        f"{theirs}.conv_bn_dropout.0": f"{ours}.fusion.0",
-        f"{theirs}.conv_bn_dropout.1": f"{ours}.fusion.1",
-        f"{theirs}.conv_bn_dropout.1.0": f"{ours}.fusion.1",
-    }
-
-
-def _ann_arguments(shapes: Shapes) -> dict[str, object]:
-    stem = "resinit" if shapes.has("backbone.resinit") else "prefix"
-    return (
-        _resnet(shapes, "backbone.", f"backbone.{stem}.conv1")
-        | _released_auxiliary(shapes)
-        | {
-            "num_classes": shapes["cls.weight"][0],
-            "channels": shapes["context.0.weight"][0],
-            "key_channels": shapes["fusion.stages.0.f_key.0.weight"][0],
-            "value_channels": shapes["fusion.stages.0.f_value.weight"][0],
-            "ceil_mode": True,
-        }
-    )
-
-
-def _gald_arguments(shapes: Shapes) -> dict[str, object]:
-    return (
-        _resnet(shapes, "", "conv1.0")
-        | _released_auxiliary(shapes)
-        | {
-            "num_classes": shapes["head.bottleneck.3.weight"][0],
-            "channels": shapes["head.conva.0.weight"][0],
-            "ceil_mode": True,
-            "contract_dilation": False,
-            "multi_grid": (1, 2, 4),
-        }
-    )
-
-
-_RELEASED = [
-    Recipe(
-        "ann",
-        "ann",
-        ("fusion.stages.0.f_key.", "context.2.stages.0.f_value."),
-        _prefixed({name: name for name in _STAGES}, "backbone.")
-        | _prefixed(_NAMED_STEM, "backbone.prefix.")
-        | _prefixed(_NAMED_STEM, "backbone.resinit.")
-        | _ann_block("fusion", "decoder.fusion")
-        | {
-            "context.0": "decoder.reduce.0",
-            "context.1": "decoder.reduce.1",
-            "context.1.0": "decoder.reduce.1",
-        }
-        | _ann_block("context.2", "decoder.context")
-        | {
-            "cls": "classifier.1",
-            "dsn.0": "auxiliary.0.0",
-            "dsn.1": "auxiliary.0.1",
-            "dsn.1.0": "auxiliary.0.1",
-            "dsn.3": "auxiliary.1.1",
-        },
-        _ann_arguments,
-    ),
-    Recipe(
-        "gald",
-        "gald",
-        ("head.a2block.",),
-        _prefixed(_PLAIN_RESNET, "")
-        | {
-            "head.conva.0": "decoder.context.0.0",
-            "head.conva.1": "decoder.context.0.1",
-            "head.a2block.down.0": "decoder.context.1.down.0.0",
-            "head.a2block.down.1": "decoder.context.1.down.0.1",
-            "head.a2block.long_relation.t": "decoder.context.1.global_aggregation.theta",
-            "head.a2block.long_relation.p": "decoder.context.1.global_aggregation.phi",
-            "head.a2block.long_relation.g": "decoder.context.1.global_aggregation.g",
-            "head.a2block.long_relation.z": "decoder.context.1.global_aggregation.z",
-            "head.a2block.long_relation.gn": "decoder.context.1.global_aggregation.norm",
-            "head.convb.0": "decoder.context.2.0",
-            "head.convb.1": "decoder.context.2.1",
-            "head.bottleneck.0": "decoder.fuse.0",
-            "head.bottleneck.1": "decoder.fuse.1",
-            "head.bottleneck.3": "classifier.1",
-        }
-        | {
-            f"head.a2block.local_attention.dconv{i + 1}.{j}": (
-                f"decoder.context.1.local_distribution.down.{i}.{j}"
-            )
-            for i in range(3)
-            for j in range(2)
-        }
-        | {"dsn.0": "auxiliary.0.0", "dsn.1": "auxiliary.0.1", "dsn.4": "auxiliary.1.1"},
-        _gald_arguments,
-    ),
-]
-
-RECIPES = [*_MMSEG, *_TORCHVISION, *_RELEASED]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What importers are, and what they share: the names of ResNets, what shapes tell of one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from ctxops.models._timm import require_timm
+
+# Blocks in the stages of a ResNet, and whether these are bottlenecks.
+_DEPTHS = {
+    (2, 2, 2, 2, False): 18,
+    (3, 4, 6, 3, False): 34,
+    (3, 4, 6, 3, True): 50,
+    (3, 4, 23, 3, True): 101,
+    (3, 8, 36, 3, True): 152,
+}
+
+# timm's letter for a stem of three convolutions, by the width of the first.
+_STEM_LETTERS = {32: "c", 64: "s"}
+
+# The three convolutions of a stem, as mmsegmentation numbers them.
+STEM = {
+    "stem.0": "conv1.0",
+    "stem.1": "conv1.1",
+    "stem.3": "conv1.3",
+    "stem.4": "conv1.4",
+    "stem.6": "conv1.6",
+    "stem.7": "bn1",
+}
+
+RESNET_STAGES = ("layer{}.{}.conv{}", "layer{}.{}.bn{}", "layer{}.{}.downsample.{}")
+RESNET = {
+    name: name for name in ("conv1", "bn1", "conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6")
+} | {name: name for name in RESNET_STAGES}
+
+
+class MissingKeyError(Exception):
+    """A checkpoint lacks what an option would be read from."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Shapes:
+    """The shapes of a checkpoint's tensors."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self._shapes:
+            raise MissingKeyError(name)
+        return self._shapes[name]
+
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix + ".") for name in self._shapes)
+
+    def count(self, prefix: str) -> int:
+        """How many modules of a list the checkpoint holds."""
+        number = 0
+        while self.has(f"{prefix}.{number}"):
+            number += 1
+        return number
+
+
+@dataclasses.dataclass(frozen=True)
+class Importer:
+    """One architecture of one source.
+
+    Attributes:
+        source: whose code.
+        model: what :func:`create_model` calls the network.
+        markers: beginnings of names that tell the architecture from the source's others.
+        modules: from their modules, or single tensors, to ours.
+        arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
+        zeros: our tensors that the source has none of, and that change nothing at zero.
+    """
+
+    source: str
+    model: str
+    markers: tuple[str, ...]
+    modules: Mapping[str, str]
+    arguments: Callable[[Shapes], dict[str, object]]
+    zeros: tuple[str, ...] = ()
+
+
+def prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.") -> dict[str, str]:
+    return {theirs + name: ours + other for name, other in names.items()}
+
+
+def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
+    """The backbone by timm's name. ``stem``: the first of three convolutions, if there are such."""
+    counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
+    bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
+    depth = _DEPTHS.get((*counts, bottlenecks))
+    if depth is None:
+        raise MissingKeyError(f"{prefix}layer4 of a ResNet: its stages have {counts} blocks")
+    if len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4:
+        # Dilated, timm's average pooling on shortcuts has windows of 2 x 2, the others' of 1 x 1.
+        raise ValueError("ResNets with average pooling on their shortcuts are not imported")
+    if f"{stem}.weight" not in shapes:
+        return {"backbone": f"resnet{depth}"}
+    width = shapes[f"{stem}.weight"][0]
+    if width in _STEM_LETTERS:
+        name = f"resnet{depth}{_STEM_LETTERS[width]}"
+        if name in require_timm().list_models():
+            return {"backbone": name}
+    options = {"stem_type": "deep", "stem_width": width}
+    return {"backbone": f"resnet{depth}", "backbone_options": options}
+
+
+def released_auxiliary(shapes: Shapes) -> dict[str, object]:
+    if not shapes.has("dsn"):
+        return {"auxiliary_channels": 0}
+    return {"auxiliary_channels": shapes["dsn.0.weight"][0], "auxiliary_bias": True}
