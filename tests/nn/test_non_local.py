@@ -175,7 +175,6 @@ def test_folding_decided_by_any_widths(widths, fuse, variant):
 
 
 def test_folding_does_fewer_operations():
-
     x, counts = torch.randn(1, 64, 16, 16), {}
     for fold in (True, False):
         block = APNB(64, 32, 32, output_sizes=(1, 2), fold=fold, variant="paper").eval()
