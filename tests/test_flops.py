@@ -182,7 +182,7 @@ COUNTS = [
             "import ctxops, ctxops.nn",
             "assert 'torch.utils.flop_counter' not in sys.modules",
             "from torch.utils.flop_counter import FlopCounterMode",
-            "counter = flop_counter()",
+            "counter = FlopCounterMode(display=False, custom_mapping=ctxops.flop_formulas)",
         ],
     ],
     ids=["counter first", "ctxops first"],
