@@ -134,10 +134,7 @@ def test_attention_counts_what_its_reference_counts():
     query, key, value = (torch.randn(shape) for shape in shapes)
     totals = []
     for context in (ctxops.use_reference(), torch.no_grad()):
-        with (
-            context,
-            flop_counter() as counter,
-        ):
+        with context, flop_counter() as counter:
             ctxops.asymmetric_attention(query, key, value)
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] == 5040

@@ -74,9 +74,8 @@ def gated_fusion(
         return _in_format_of(features[0], reference(features, gates, align_corners))
     check_forward_mode("gated_fusion", *features, *gates)
     grad = _operator.needs_grad(*features, *gates)
-    flat = torch.cat([gate.flatten() for gate in gates]).to(
-        _operator.accumulator(features[0].dtype)
-    )
+    dtype = _operator.accumulator(features[0].dtype)
+    flat = torch.cat([gate.flatten() for gate in gates]).to(dtype)
     fused = _FORWARD(features, flat, None, None, align_corners, grad)[0]
     return tuple(fused)
 
