@@ -6,6 +6,7 @@ A message names the argument, what was expected and what came.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,9 @@ def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
             )
 
 
-def check_choice(name: str, value: object, choices: Sequence) -> None:
+def check_choice(name: str, value: object, mode: object) -> None:
+    """``mode``: a Literal, or the values themselves."""
+    choices = get_args(mode) or mode
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.category_context import category_context
 from ctxops.ops.nonlocal_attention import nonlocal_attention
 
-_PROJECTION_LAYERS = (1, 2)
-_FUSIONS = ("concat", "add", "weighted_add")
+ProjectionLayers = Literal[1, 2]
+MemoryFusion = Literal["concat", "add", "weighted_add"]
 
 
 class _CrossAttention(nn.Module):
@@ -37,7 +38,7 @@ class _CrossAttention(nn.Module):
         self,
         channels: int,
         context_channels: int,
-        projection_layers: int,
+        projection_layers: ProjectionLayers,
         norm_layer: Callable[[int], nn.Module],
     ) -> None:
         super().__init__()
@@ -151,9 +152,9 @@ class DatasetContextAggregation(nn.Module):
         within_channels: int = 0,
         *,
         within_attention: bool = True,
-        projection_layers: int = 2,
+        projection_layers: ProjectionLayers = 2,
         kernel_size: int | None = None,
-        fusion: str = "concat",
+        fusion: MemoryFusion = "concat",
         hard: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
@@ -163,8 +164,8 @@ class DatasetContextAggregation(nn.Module):
             raise ValueError(f"channels must be at least 2, got {channels}")
         if within_channels != 0:
             check_sizes(within_channels=within_channels)
-        check_choice("projection_layers", projection_layers, _PROJECTION_LAYERS)
-        check_choice("fusion", fusion, _FUSIONS)
+        check_choice("projection_layers", projection_layers, ProjectionLayers)
+        check_choice("fusion", fusion, MemoryFusion)
         if kernel_size is None:
             kernel_size = 1 if within_channels else 3
         check_kernel_size(kernel_size)

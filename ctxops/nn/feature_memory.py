@@ -2,6 +2,7 @@
 """The feature memory of MCIBI: one vector per category, gathered over the whole data set."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,11 @@ from ctxops import _operator
 from ctxops._checks import check_choice, check_maps, check_sizes
 from ctxops.ops.category_statistics import category_statistics
 
-_MOMENTA = ("poly", "constant", "lr")
+Momentum = Literal["poly", "constant", "lr"]
+Init = Literal["random", "mean", "clustering"]
+Sync = Literal["statistics", "reference", None]
 # How many random pixels of a category its first row is made from.
 _PIXELS = {"random": 1, "mean": 0, "clustering": 64}
-_SYNCS = ("statistics", "reference", None)
 _CLUSTERING_ROUNDS = 10
 # Pixels whose weights, 1 - cosine, are that small on average are parallel to their row: in float32
 # a cosine is known to about 1e-7.
@@ -113,23 +115,23 @@ class FeatureMemory(nn.Module):
         num_classes: int,
         channels: int,
         *,
-        momentum: str = "poly",
+        momentum: Momentum = "poly",
         base_momentum: float = 0.9,
         total_steps: int | None = None,
         power: float = 0.9,
         base_lr: float | None = None,
-        init: str = "random",
+        init: Init = "random",
         cosine: bool = True,
-        sync: str | None = "statistics",
+        sync: Sync = "statistics",
         process_group: "dist.ProcessGroup | None" = None,
         ignore_index: int = 255,
         align_corners: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes, channels=channels)
-        check_choice("momentum", momentum, _MOMENTA)
-        check_choice("init", init, tuple(_PIXELS))
-        check_choice("sync", sync, _SYNCS)
+        check_choice("momentum", momentum, Momentum)
+        check_choice("init", init, Init)
+        check_choice("sync", sync, Sync)
         _check_numbers(base_momentum=base_momentum, power=power)
         if not 0 <= base_momentum <= 1:
             raise ValueError(f"base_momentum must be in [0, 1], got {base_momentum}")

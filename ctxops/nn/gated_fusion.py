@@ -2,6 +2,7 @@
 """Gated fully fusion and the dense feature pyramid (Li et al., AAAI 2020)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_w
 from ctxops.nn.resize import resize
 from ctxops.ops.gated_fusion import gated_fusion, self_gated_fusion
 
-_GATE_SOURCES = ("input", "reduced")
+GateSource = Literal["input", "reduced"]
 
 
 class GatedFullyFusion(LevelFusion):
@@ -59,13 +60,13 @@ class GatedFullyFusion(LevelFusion):
         self,
         in_channels: Sequence[int],
         channels: int = 256,
-        gate_from: str = "input",
+        gate_from: GateSource = "input",
         *,
         align_corners: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__(in_channels, channels, align_corners=align_corners, norm_layer=norm_layer)
-        check_choice("gate_from", gate_from, _GATE_SOURCES)
+        check_choice("gate_from", gate_from, GateSource)
         self.gate_from = gate_from
         self.gate = nn.ModuleList(
             PointwiseConv2d(width if gate_from == "input" else channels, 1)

@@ -2,6 +2,7 @@
 """Global aggregation then local distribution (Li et al., TIP 2021)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,9 @@ from ctxops._checks import (
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from ctxops.ops.neighborhood_attention import BORDERS, check_pair, neighborhood_attention
 
-_DOWNSAMPLES = ("conv", "bilinear", "avg")
-_SOURCES = ("both", "global", "local")
-_ARRANGEMENTS = ("gald", "ldga", "parallel")
+Downsample = Literal["conv", "bilinear", "avg"]
+Source = Literal["both", "global", "local"]
+Arrangement = Literal["gald", "ldga", "parallel"]
 
 
 class _DepthwiseDownsampling(nn.Sequential):
@@ -89,7 +90,7 @@ class LDv1(nn.Module):
     def __init__(
         self,
         channels: int,
-        downsample: str = "conv",
+        downsample: Downsample = "conv",
         ratio: int = 8,
         *,
         align_corners: bool = True,
@@ -97,7 +98,7 @@ class LDv1(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(channels=channels, ratio=ratio)
-        check_choice("downsample", downsample, _DOWNSAMPLES)
+        check_choice("downsample", downsample, Downsample)
         self.channels, self.downsample, self.ratio = channels, downsample, ratio
         self.align_corners = align_corners
         self.down = None
@@ -183,9 +184,9 @@ class LDv2(nn.Module):
         scale: float | None = 1.0,
         border: str = "zeros",
         num_heads: int = 1,
-        query_from: str = "both",
-        key_from: str = "both",
-        value_from: str = "both",
+        query_from: Source = "both",
+        key_from: Source = "both",
+        value_from: Source = "both",
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -203,8 +204,8 @@ class LDv2(nn.Module):
         self.border = border
         self.query_from, self.key_from, self.value_from = query_from, key_from, value_from
 
-        def projection(name: str, source: str, width: int) -> nn.Module:
-            check_choice(name, source, _SOURCES)
+        def projection(name: str, source: Source, width: int) -> nn.Module:
+            check_choice(name, source, Source)
             if source == "global":
                 if global_channels == 0:
                     raise ValueError(f"{name}='global' needs global_channels of at least 1, got 0")
@@ -299,7 +300,7 @@ class GALD(nn.Module):
         self,
         global_aggregation: nn.Module | None,
         local_distribution: LDv1 | LDv2 | None,
-        arrangement: str = "gald",
+        arrangement: Arrangement = "gald",
         downsample: int = 2,
         *,
         channels: int,
@@ -313,7 +314,7 @@ class GALD(nn.Module):
         check_module("local_distribution", local_distribution, (LDv1, LDv2))
         if global_aggregation is None and local_distribution is None:
             raise ValueError("global_aggregation and local_distribution must not both be None")
-        check_choice("arrangement", arrangement, _ARRANGEMENTS)
+        check_choice("arrangement", arrangement, Arrangement)
         if arrangement != "gald" and (global_aggregation is None or local_distribution is None):
             raise ValueError(
                 f"arrangement={arrangement!r} needs global_aggregation and local_distribution, "
