@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ctxops._checks import check_sizes
 from ctxops.nn.cbr import cbr
-from ctxops.nn.non_local import AFNB, APNB
+from ctxops.nn.non_local import AFNB, APNB, Fuse, Sampling, Variant
 
 
 class AsymmetricNonLocalContext(nn.Module):
@@ -58,10 +58,10 @@ class AsymmetricNonLocalContext(nn.Module):
         key_channels: int = 256,
         value_channels: int = 256,
         output_sizes: Sequence[int] = (1, 3, 6, 8),
-        fuse: str | None = "concat",
+        fuse: Fuse = "concat",
         bias: bool = True,
-        variant: str = "released",
-        sampling: str = "avg",
+        variant: Variant = "released",
+        sampling: Sampling = "avg",
         fold: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_choice, check_maps, check_sizes
+from ctxops.nn.folding import Folding, on_anchors
 from ctxops.nn.plain import is_plain
 from ctxops.nn.pointwise import (
     PointwiseConv2d,
     accumulate,
     convolve_concatenation,
-    is_readable,
     pointwise,
     split_weight,
 )
@@ -22,11 +22,10 @@ from ctxops.ops.nonlocal_attention import nonlocal_attention
 from ctxops.ops.pyramid_pool import check_output_sizes, pyramid_pool
 from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
 
-_SHARE = ("query_key", "key_value", None)
-_FUSE = (None, "add", "concat")
-_VARIANTS = ("released", "paper")
-_SAMPLING = ("avg", "max", "random")
-
+Share = Literal["query_key", "key_value", None]
+Fuse = Literal[None, "add", "concat"]
+Variant = Literal["released", "paper"]
+Sampling = Literal["avg", "max", "random"]
 
 # What else a shared embedding, which is registered as the key, stands for.
 _TWIN = {"query_key": "query", "key_value": "value"}
@@ -42,7 +41,10 @@ def _may_be_equal(a: Tensor, b: Tensor) -> bool:
 
 
 class NonLocalBlock(nn.Module):
-    """Projections of a query map and a context map, W_o, and the fusion with the query map."""
+    """Embeddings of a query map and a context map, a sampler, attention, W_o, and the fusion.
+
+    The arguments are those of :class:`APNB`; ``sampling=None`` attends to all positions.
+    """
 
     def __init__(
         self,
@@ -52,14 +54,17 @@ class NonLocalBlock(nn.Module):
         value_channels: int,
         out_channels: int | None,
         *,
-        share: str | None,
-        fuse: str | None,
+        share: Share,
+        fuse: Fuse,
         fuse_activation: bool,
         bias: bool,
-        variant: str,
+        variant: Variant,
         scale: float | None,
         out_norm: bool,
         norm_layer: Callable[[int], nn.Module],
+        sampling: Sampling | None = None,
+        output_sizes: Sequence[int] = (),
+        fold: bool = False,
     ) -> None:
         super().__init__()
         out_channels = query_channels if out_channels is None else out_channels
@@ -70,9 +75,12 @@ class NonLocalBlock(nn.Module):
             value_channels=value_channels,
             out_channels=out_channels,
         )
-        check_choice("share", share, _SHARE)
-        check_choice("fuse", fuse, _FUSE)
-        check_choice("variant", variant, _VARIANTS)
+        check_choice("share", share, Share)
+        check_choice("fuse", fuse, Fuse)
+        check_choice("variant", variant, Variant)
+        if sampling is not None:
+            check_choice("sampling", sampling, Sampling)
+            output_sizes = check_output_sizes(output_sizes)
         if share == "key_value" and key_channels != value_channels:
             raise ValueError(
                 f"share='key_value' needs equal widths, got key_channels {key_channels} and "
@@ -87,6 +95,7 @@ class NonLocalBlock(nn.Module):
         self.query_channels, self.context_channels = query_channels, context_channels
         self.key_channels, self.value_channels = key_channels, value_channels
         self.out_channels = out_channels
+        self.sampling, self.output_sizes, self.fold = sampling, output_sizes, fold
         released_scale = key_channels**-0.5
         self.scale = (released_scale if variant == "released" else 1.0) if scale is None else scale
 
@@ -118,8 +127,14 @@ class NonLocalBlock(nn.Module):
             self.fusion = None
 
     def extra_repr(self) -> str:
+        anchors = ""
+        if self.sampling is not None:
+            anchors = (
+                f"output_sizes={self.output_sizes}, sampling={self.sampling!r}, fold={self.fold} "
+                f"(on the anchors: {Folding.of(self)}), "
+            )
         return (
-            f"variant={self.variant!r}, share={self.share!r}, fuse={self.fuse!r}, "
+            f"{anchors}variant={self.variant!r}, share={self.share!r}, fuse={self.fuse!r}, "
             f"scale={self.scale:.6g}, out projection starts at zero"
         )
 
@@ -149,6 +164,50 @@ class NonLocalBlock(nn.Module):
                     f"from its twin of {one[:-1]}: it was saved with share=None"
                 )
 
+    def _sampler(self, context: Tensor) -> Callable[[Tensor], Tensor]:
+        """What takes a map to its anchors: the same positions for key and value."""
+        if self.sampling is None:
+            return lambda x: x
+        if self.sampling != "random":
+            return lambda x: pyramid_pool(x, self.output_sizes, mode=self.sampling)
+        height, width = context.shape[2:]
+        indices = random_anchor_indices(height, width, self.output_sizes, device=context.device)
+        return lambda x: sample_anchors(x, indices)
+
+    def _attend(self, x: Tensor, context: Tensor) -> Tensor:
+        """The block on the query's map ``x`` and the context, of which key and value are made."""
+        sample, folding = self._sampler(context), Folding.of(self, x)
+        anchors = sample(context) if folding.key or folding.value else None
+        key_map = None if folding.key else folding.embed(self.key, context)
+        key = on_anchors(self.key, anchors) if folding.key else sample(key_map)
+        if self.share == "key_value":
+            value = key
+        elif folding.value:
+            value = on_anchors(self.value, anchors)
+        else:
+            value = sample(self.value(context))
+
+        bias = None
+        if folding.query:
+            # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
+            query, weight = x, self.query.weight.flatten(1)
+            if self.query.bias is not None:
+                bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
+            key = torch.einsum("ci,bcs->bis", weight, key)
+        elif self.share == "query_key" and key_map is not None:
+            query = key_map
+        else:
+            query = folding.embed(self.query, x)
+
+        if self.sampling is None:
+            attended = nonlocal_attention(query, key, value, scale=self.scale)
+        else:
+            value = folding.project(self, value, x)
+            attended = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
+        if not folding.out:
+            attended = self.out(attended)
+        return self._fuse(attended, x, projected=folding.fusion)
+
     def _fuse(self, context: Tensor, x: Tensor, *, projected: bool = False) -> Tensor:
         """The block's last step, on W_o's output and the query's map ``x``.
 
@@ -173,18 +232,7 @@ class NonLocalBlock(nn.Module):
         return y
 
 
-class _DenseBlock(NonLocalBlock):
-    """Attention between all positions."""
-
-    def _attend(self, x: Tensor, context: Tensor) -> Tensor:
-        key = self.key(context)
-        query = key if self.share == "query_key" else self.query(x)
-        value = key if self.share == "key_value" else self.value(context)
-        attended = nonlocal_attention(query, key, value, scale=self.scale)
-        return self._fuse(self.out(attended), x)
-
-
-class NonLocal2d(_DenseBlock):
+class NonLocal2d(NonLocalBlock):
     """Non-local block: every position attends to every other (ANN, eq. 1-5).
 
     ``O = softmax(scale * query^T key) value``, then ``W_o(O)``, then the fusion.
@@ -219,10 +267,10 @@ class NonLocal2d(_DenseBlock):
         value_channels: int,
         out_channels: int | None = None,
         *,
-        share: str | None = "query_key",
-        fuse: str | None = None,
+        share: Share = "query_key",
+        fuse: Fuse = None,
         bias: bool = True,
-        variant: str = "released",
+        variant: Variant = "released",
         scale: float | None = None,
         out_norm: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
@@ -248,7 +296,7 @@ class NonLocal2d(_DenseBlock):
         return self._attend(x, x)
 
 
-class FusionNonLocal2d(_DenseBlock):
+class FusionNonLocal2d(NonLocalBlock):
     """Fusion non-local block: a high-level map attends to a low-level one (ANN, eq. 14-17).
 
     Args:
@@ -270,9 +318,9 @@ class FusionNonLocal2d(_DenseBlock):
         value_channels: int,
         out_channels: int | None = None,
         *,
-        fuse: str | None = None,
+        fuse: Fuse = None,
         bias: bool = True,
-        variant: str = "released",
+        variant: Variant = "released",
         scale: float | None = None,
         out_norm: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
@@ -301,185 +349,7 @@ class FusionNonLocal2d(_DenseBlock):
         return self._attend(high, low)
 
 
-class _AnchorBlock(NonLocalBlock):
-    """Attention of all positions to S sampled anchors."""
-
-    def __init__(
-        self,
-        query_channels: int,
-        context_channels: int,
-        key_channels: int,
-        value_channels: int,
-        out_channels: int | None,
-        output_sizes: Sequence[int],
-        *,
-        sampling: str,
-        fold: bool,
-        share: str | None,
-        fuse: str | None,
-        fuse_activation: bool,
-        bias: bool,
-        variant: str,
-        scale: float | None,
-        out_norm: bool,
-        norm_layer: Callable[[int], nn.Module],
-    ) -> None:
-        super().__init__(
-            query_channels,
-            context_channels,
-            key_channels,
-            value_channels,
-            out_channels,
-            share=share,
-            fuse=fuse,
-            fuse_activation=fuse_activation,
-            bias=bias,
-            variant=variant,
-            scale=scale,
-            out_norm=out_norm,
-            norm_layer=norm_layer,
-        )
-        check_choice("sampling", sampling, _SAMPLING)
-        self.output_sizes = check_output_sizes(output_sizes)
-        self.sampling, self.fold = sampling, fold
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_sizes={self.output_sizes}, sampling={self.sampling!r}, fold={self.fold} "
-            f"(on the anchors: {_Folding.of(self)}), " + super().extra_repr()
-        )
-
-    def _sampler(self, context: Tensor) -> Callable[[Tensor], Tensor]:
-        """What takes a map to its anchors: the same positions for key and value."""
-        if self.sampling != "random":
-            return lambda x: pyramid_pool(x, self.output_sizes, mode=self.sampling)
-        height, width = context.shape[2:]
-        indices = random_anchor_indices(height, width, self.output_sizes, device=context.device)
-        return lambda x: sample_anchors(x, indices)
-
-    def _attend(self, x: Tensor, context: Tensor) -> Tensor:
-        sample, folding = self._sampler(context), _Folding.of(self, x)
-        anchors = sample(context) if folding.key or folding.value else None
-        key_map = None
-        if folding.key:
-            key = _on_anchors(self.key, anchors)
-        else:
-            key_map = folding.embed(self.key, context)
-            key = sample(key_map)
-        if self.share == "key_value":
-            value = key
-        elif folding.value:
-            value = _on_anchors(self.value, anchors)
-        else:
-            value = sample(self.value(context))
-
-        bias = None
-        if folding.query:
-            # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
-            query, weight = x, self.query.weight.flatten(1)
-            if self.query.bias is not None:
-                bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
-            key = torch.einsum("ci,bcs->bis", weight, key)
-        elif self.share == "query_key" and key_map is not None:
-            query = key_map
-        else:
-            query = folding.embed(self.query, x)
-
-        if folding.out:
-            value = _on_anchors(self.out, value)
-        if folding.fusion:
-            weight, _ = split_weight(self.fusion[0], (value, x))
-            value = pointwise(value.unsqueeze(3), weight).squeeze(3)
-        attended = asymmetric_attention(query, key, value, bias=bias, scale=self.scale)
-        if not folding.out:
-            attended = self.out(attended)
-        return self._fuse(attended, x, projected=folding.fusion)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Folding:
-    """Which linear steps of a block are taken on its few anchors instead of the map.
-
-    Average and random sampling commute with a 1 x 1 convolution; a norm and a ReLU do not. A step
-    is folded if that saves operations and its convolution's weights may be read.
-    """
-
-    key: bool  # the key's linear embedding
-    query: bool  # <W_q x, k> = <x, W_q^T k>
-    value: bool  # the value's
-    out: bool  # W_o (V P) + b = (W_o V + b) P, for the weights P of a position sum to one
-    fusion: bool  # so does what follows W_o: the context's part of the fusion's convolution
-    norm: bool  # in evaluation, the batch norm of query and key, which is linear then
-
-    @classmethod
-    def of(cls, block: "_AnchorBlock", like: Tensor | None = None) -> "_Folding":
-        """``like``: a map, for the device and the dtype that the weights must have."""
-        if not block.fold or block.sampling == "max":
-            return cls(*[False] * 6)
-        count = sum(size * size for size in block.output_sizes)
-        linear = block.variant == "paper"
-        key = linear and is_readable(block.key, like)
-        value = block.share != "key_value" and is_readable(block.value, like)
-        out = (
-            _is_cheaper(count, block.value_channels, block.out_channels)
-            and is_readable(block.out, like)
-        )  # fmt: skip
-        fusion = (
-            out
-            and block.fuse == "concat"
-            and block.out_norm is None
-            and is_plain(block.fusion, nn.Sequential)
-            and is_readable(block.fusion[0], like)
-        )
-        query = (
-            linear
-            and _is_cheaper(count, block.key_channels, block.query_channels)
-            and is_readable(block.query, like)
-        )
-        return cls(key, query, value, out, fusion, norm=not linear)
-
-    def __str__(self) -> str:
-        steps = [field.name for field in dataclasses.fields(self) if getattr(self, field.name)]
-        return ", ".join(steps) or "nothing"
-
-    def embed(self, embedding: nn.Module, x: Tensor) -> Tensor:
-        """``embedding(x)``; in evaluation its batch norm goes into the convolution."""
-        if not (self.norm and _norm_folds(embedding, x)):
-            return embedding(x)
-        convolution, norm, activation = embedding
-        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = 0 if convolution.bias is None else convolution.bias
-        weight = convolution.weight * gain[:, None, None, None]
-        return activation(pointwise(x, weight, norm.bias + (bias - norm.running_mean) * gain))
-
-
-def _norm_folds(embedding: nn.Module, x: Tensor) -> bool:
-    """Is it a plain convolution with a plain batch norm in evaluation?"""
-    if not (is_plain(embedding, nn.Sequential) and len(embedding) == 3):
-        return False
-    convolution, norm, _ = embedding
-    return (
-        is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm, like=x)
-        and norm.affine
-        and norm.running_var is not None
-        and not norm.training
-        and is_readable(convolution, x)
-        and convolution.weight.dtype.itemsize >= 4  # half precision would round the weights twice
-    )
-
-
-def _on_anchors(convolution: nn.Conv2d, anchors: Tensor) -> Tensor:
-    """A 1 x 1 convolution on anchors (B, C, S), which it sees as the map (B, C, S, 1)."""
-    y = pointwise(anchors.unsqueeze(3), convolution.weight, convolution.bias)
-    return y.squeeze(3)
-
-
-def _is_cheaper(anchors: int, inner: int, outer: int) -> bool:
-    """Does attention of width ``outer`` cost less than one of ``inner`` and a convolution?"""
-    return anchors * outer <= anchors * inner + inner * outer
-
-
-class APNB(_AnchorBlock):
+class APNB(NonLocalBlock):
     """Asymmetric pyramid non-local block: attention to S pooled anchors (ANN, eq. 8-11, Fig. 3).
 
     ``O = softmax(scale * query^T P(key)) P(value)`` with the pyramid sampling ``P``, then
@@ -523,11 +393,11 @@ class APNB(_AnchorBlock):
         out_channels: int | None = None,
         output_sizes: Sequence[int] = (1, 3, 6, 8),
         *,
-        share: str | None = "query_key",
-        fuse: str | None = None,
+        share: Share = "query_key",
+        fuse: Fuse = None,
         bias: bool = True,
-        variant: str = "released",
-        sampling: str = "avg",
+        variant: Variant = "released",
+        sampling: Sampling = "avg",
         fold: bool = True,
         scale: float | None = None,
         out_norm: bool = False,
@@ -539,7 +409,7 @@ class APNB(_AnchorBlock):
             key_channels,
             value_channels,
             out_channels,
-            output_sizes,
+            output_sizes=output_sizes,
             sampling=sampling,
             fold=fold,
             share=share,
@@ -557,7 +427,7 @@ class APNB(_AnchorBlock):
         return self._attend(x, x)
 
 
-class AFNB(_AnchorBlock):
+class AFNB(NonLocalBlock):
     """Asymmetric fusion non-local block: a high-level map attends to anchors of a low-level one.
 
     ANN, section 3.3: :class:`FusionNonLocal2d` with the pyramid sampling of :class:`APNB` on key
@@ -584,10 +454,10 @@ class AFNB(_AnchorBlock):
         out_channels: int | None = None,
         output_sizes: Sequence[int] = (1, 3, 6, 8),
         *,
-        fuse: str | None = None,
+        fuse: Fuse = None,
         bias: bool = True,
-        variant: str = "released",
-        sampling: str = "avg",
+        variant: Variant = "released",
+        sampling: Sampling = "avg",
         fold: bool = True,
         scale: float | None = None,
         out_norm: bool = False,
@@ -599,7 +469,7 @@ class AFNB(_AnchorBlock):
             key_channels,
             value_channels,
             out_channels,
-            output_sizes,
+            output_sizes=output_sizes,
             sampling=sampling,
             fold=fold,
             share=None,

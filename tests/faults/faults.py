@@ -615,7 +615,7 @@ _MODULES = [
         ),
     ),
     *_in(
-        "ctxops/nn/non_local.py",
+        "ctxops/nn/folding.py",
         "tests/nn/test_non_local.py",
         (
             "nonlocal-folded-bias",
@@ -629,6 +629,10 @@ _MODULES = [
             "and not norm.training\n",
             "\n",
         ),
+    ),
+    *_in(
+        "ctxops/nn/non_local.py",
+        "tests/nn/test_non_local.py",
         (
             "nonlocal-paper-scale",
             'variant="paper" scales its logits',
