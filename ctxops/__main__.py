@@ -4,6 +4,7 @@
 import argparse
 import ast
 import sys
+from typing import Any
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,7 @@ def _info() -> str:
     return "\n".join(lines)
 
 
-def _backends(served: _operator.Served, build: dict[str, object]) -> tuple[str, str, str]:
+def _backends(served: _operator.Served, build: dict[str, Any]) -> tuple[str, str, str]:
     """What serves an operator here, on the CPU and on CUDA, and which calls something else does."""
     cpu, cuda, but = served
     if cpu == "C++":
@@ -57,7 +58,7 @@ def _backends(served: _operator.Served, build: dict[str, object]) -> tuple[str, 
     return cpu, cuda, but
 
 
-def _why_no_cuda(build: dict[str, object]) -> str:
+def _why_no_cuda(build: dict[str, Any]) -> str:
     if not build["extension"]:
         return "no extension"
     if not build["cuda_compiler"]:
@@ -65,7 +66,7 @@ def _why_no_cuda(build: dict[str, object]) -> str:
     return "driver too old" if build["cuda_driver"] else "no driver"
 
 
-def _built_for_gpu(build: dict[str, object]) -> bool:
+def _built_for_gpu(build: dict[str, Any]) -> bool:
     """Has the build machine code for the current GPU, or PTX that its driver can compile?"""
     if not torch.cuda.is_available():
         return True
@@ -89,7 +90,7 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _driver(build: dict[str, object]) -> str:
+def _driver(build: dict[str, Any]) -> str:
     if build["cuda_driver"] is None:
         return "none" if build["cuda_compiler"] else "not asked for"
     return f"for CUDA {build['cuda_driver']}{'' if build['cuda'] else ', too old for this build'}"

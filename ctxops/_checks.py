@@ -6,7 +6,7 @@ A message names the argument, what was expected and what came.
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
             )
 
 
-def check_choice(name: str, value: object, mode: object) -> None:
+def check_choice(name: str, value: object, mode: Any) -> None:
     """``mode``: a Literal, or the values themselves."""
     choices = get_args(mode) or mode
     if value not in choices:
@@ -167,7 +167,7 @@ def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
 def check_features(
     features: Sequence[Tensor],
     channels: Sequence[int],
-    takers: Sequence[nn.Module] = (),
+    takers: nn.ModuleList | tuple[()] = (),
     **others: tuple[Tensor, int],
 ) -> None:
     """Raises unless there is a map for each level; these and the others as in check_maps."""
@@ -177,7 +177,8 @@ def check_features(
         )
     if len(features) != len(channels):
         raise ValueError(f"features must have {len(channels)} levels, got {len(features)}")
-    levels = enumerate(zip(*filter(len, (features, channels, takers)), strict=True))
+    columns = [features, channels, *([takers] if takers else [])]
+    levels = enumerate(zip(*columns, strict=True))
     check_maps(**{f"features[{level}]": x for level, x in levels}, **others)
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import types
 import warnings
+from typing import Any
 
 __all__ = ["INSTRUCTION_SETS", "build_info", "cpu", "cuda", "extension"]
 
@@ -58,7 +59,7 @@ cpu: types.ModuleType | None = _best_cpu()
 cuda: types.ModuleType | None = _usable_cuda()
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """What was built and what of it runs here.
 
     Returns a dictionary: ``extension`` (loaded or not), ``error``, ``compiler``, ``kernels`` (the
@@ -66,7 +67,7 @@ def build_info() -> dict[str, object]:
     last), ``cuda_compiler``, ``cuda_archs``, ``cuda_driver`` (its CUDA version, or None), ``cuda``
     (are the CUDA kernels offered here).
     """
-    info: dict[str, object] = {"extension": extension is not None, "error": load_error}
+    info: dict[str, Any] = {"extension": extension is not None, "error": load_error}
     if extension is None:
         return info
     _, driver = _cuda_versions()

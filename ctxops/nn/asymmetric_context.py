@@ -2,6 +2,7 @@
 """The head of ANN: fusion of two levels, then self-attention (Zhu et al., ICCV 2019)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class AsymmetricNonLocalContext(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(low_channels=low_channels, high_channels=high_channels, channels=channels)
-        options = {
+        options: dict[str, Any] = {
             "output_sizes": output_sizes,
             "fuse": fuse,
             "bias": bias,

@@ -19,6 +19,7 @@ def cbr(
     activation: bool = True,
 ) -> nn.Sequential:
     """Convolution that keeps the size, norm, and with ``activation`` ReLU."""
+    convolution: nn.Conv2d
     if kernel_size == 1:
         convolution = PointwiseConv2d(in_channels, channels, bias=bias)
     else:

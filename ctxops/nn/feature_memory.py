@@ -110,6 +110,9 @@ class FeatureMemory(nn.Module):
         to find the pixels, and with "clustering" about 64 * K * max(14 * W, 24 * C) more.
     """
 
+    memory: Tensor
+    step: Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -237,8 +240,8 @@ class FeatureMemory(nn.Module):
             if isinstance(lr, Tensor):
                 if lr.dim() != 0:
                     raise ValueError(f"lr must be a number or have shape (), got {tuple(lr.shape)}")
-                momentum = self.base_momentum * lr.double() / self.base_lr
-                return momentum.where((momentum >= 0) & (momentum <= 1), torch.nan)
+                given = self.base_momentum * lr.double() / self.base_lr
+                return given.where((given >= 0) & (given <= 1), torch.nan)
             _check_numbers(lr=lr)
             momentum = self.base_momentum * lr / self.base_lr
             if not 0 <= momentum <= 1:

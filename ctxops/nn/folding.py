@@ -2,12 +2,13 @@
 """Linear steps of a non-local block, taken on its few anchors instead of the map."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctxops.nn.plain import is_plain
-from ctxops.nn.pointwise import is_readable, pointwise, split_weight
+from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
 
 if TYPE_CHECKING:
     from ctxops.nn.non_local import NonLocalBlock
@@ -60,9 +61,10 @@ class Folding:
 
     def embed(self, embedding: nn.Module, x: Tensor) -> Tensor:
         """``embedding(x)``; in evaluation its batch norm goes into the convolution."""
-        if not (self.norm and _norm_folds(embedding, x)):
+        steps = _plain_steps(embedding, x) if self.norm else None
+        if steps is None:
             return embedding(x)
-        convolution, norm, activation = embedding
+        convolution, norm, activation = steps
         gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = 0 if convolution.bias is None else convolution.bias
         weight = convolution.weight * gain[:, None, None, None]
@@ -73,30 +75,36 @@ class Folding:
         if self.out:
             value = on_anchors(block.out, value)
         if self.fusion:
-            weight, _ = split_weight(block.fusion[0], (value, x))
+            convolution = cast(PointwiseConv2d, block.fusion[0])
+            weight, _ = split_weight(convolution, (value, x))
             value = pointwise(value.unsqueeze(3), weight).squeeze(3)
         return value
 
 
-def on_anchors(convolution: nn.Conv2d, anchors: Tensor) -> Tensor:
+def on_anchors(convolution: nn.Module, anchors: Tensor) -> Tensor:
     """A 1 x 1 convolution on anchors (B, C, S), which it sees as the map (B, C, S, 1)."""
+    convolution = cast(PointwiseConv2d, convolution)
     y = pointwise(anchors.unsqueeze(3), convolution.weight, convolution.bias)
     return y.squeeze(3)
 
 
-def _norm_folds(embedding: nn.Module, x: Tensor) -> bool:
-    """Is it a plain convolution with a plain batch norm in evaluation?"""
+def _plain_steps(
+    embedding: nn.Module, x: Tensor
+) -> tuple[PointwiseConv2d, _BatchNorm, nn.Module] | None:
+    """Its plain convolution, plain batch norm in evaluation, and activation, if it is made so."""
     if not (is_plain(embedding, nn.Sequential) and len(embedding) == 3):
-        return False
-    convolution, norm, _ = embedding
-    return (
+        return None
+    convolution, norm, activation = embedding
+    if (
         is_plain(norm, nn.BatchNorm2d, nn.SyncBatchNorm, like=x)
         and norm.affine
         and norm.running_var is not None
         and not norm.training
         and is_readable(convolution, x)
         and convolution.weight.dtype.itemsize >= 4  # half precision would round the weights twice
-    )
+    ):
+        return convolution, norm, activation
+    return None
 
 
 def _is_cheaper(anchors: int, inner: int, outer: int) -> bool:

@@ -92,14 +92,16 @@ class GatedFullyFusion(LevelFusion):
                 f"closed must be a list or tuple of levels from 0 to {levels[-1]}, got {closed!r}"
             )
         maps = self._reduce(features)
-        if self.gate_from == "reduced" and all(
-            is_readable(gate, x) and gate.bias is not None
+        readable = [
+            gate
             for gate, x in zip(self.gate, maps, strict=True)
-        ):
-            weight = torch.cat([gate.weight.flatten(1) for gate in self.gate])
+            if is_readable(gate, x) and gate.bias is not None
+        ]
+        if self.gate_from == "reduced" and len(readable) == len(maps):
+            weight = torch.cat([gate.weight.flatten(1) for gate in readable])
             bias = [
                 torch.full_like(gate.bias, -torch.inf) if level in closed else gate.bias
-                for level, gate in enumerate(self.gate)
+                for level, gate in enumerate(readable)
             ]
             return self_gated_fusion(
                 maps, weight, torch.cat(bias), align_corners=self.align_corners

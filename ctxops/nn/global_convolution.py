@@ -3,6 +3,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def _separable(
     stride: int = 1,
 ) -> list[nn.Conv2d]:
     """k x 1 and 1 x k in either order, each with the stride of its own axis."""
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {"kernel_size": (kernel_size, 1), "padding": (kernel_size // 2, 0), "stride": (stride, 1)},
         {"kernel_size": (1, kernel_size), "padding": (0, kernel_size // 2), "stride": (1, stride)},
     ]

@@ -226,6 +226,7 @@ class LDv2(nn.Module):
         )
 
     def forward(self, x_global: Tensor, x_local: Tensor | None = None) -> Tensor:
+        sources: dict[str, tuple[Tensor, ...]]
         if self.global_channels == 0:
             if x_local is not None:
                 raise TypeError("with global_channels=0 LDv2 takes x_local alone, got two maps")

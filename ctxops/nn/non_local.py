@@ -2,7 +2,7 @@
 """Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +107,11 @@ class NonLocalBlock(nn.Module):
 
         self.key = embedding(context_channels)
         if share != "query_key":
-            self.query = embedding(query_channels)
+            self.query = embedding(query_channels)  # type: ignore[misc]
         if share != "key_value":
-            self.value = PointwiseConv2d(context_channels, value_channels, bias=bias)
+            self.value = PointwiseConv2d(  # type: ignore[misc]
+                context_channels, value_channels, bias=bias
+            )
         self.out = PointwiseConv2d(value_channels, out_channels, bias=bias)
         nn.init.zeros_(self.out.weight)
         if bias:
@@ -138,7 +140,8 @@ class NonLocalBlock(nn.Module):
             f"scale={self.scale:.6g}, out projection starts at zero"
         )
 
-    # A shared embedding is registered once, as the key, and answers to both names.
+    # A shared embedding is registered once, as the key, and answers to both names. nn.Module sets
+    # what is a module past these properties.
     @property
     def query(self) -> nn.Module:
         return self._modules["key" if self.share == "query_key" else "query"]
@@ -190,10 +193,10 @@ class NonLocalBlock(nn.Module):
         bias = None
         if folding.query:
             # <W_q x + b_q, k> = <x, W_q^T k> + <b_q, k>
-            query, weight = x, self.query.weight.flatten(1)
-            if self.query.bias is not None:
-                bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)
-            key = torch.einsum("ci,bcs->bis", weight, key)
+            query, embedding = x, cast(PointwiseConv2d, self.query)
+            if embedding.bias is not None:
+                bias = self.scale * torch.einsum("c,bcs->bs", embedding.bias, key)
+            key = torch.einsum("ci,bcs->bis", embedding.weight.flatten(1), key)
         elif self.share == "query_key" and key_map is not None:
             query = key_map
         else:
@@ -221,7 +224,8 @@ class NonLocalBlock(nn.Module):
             return context + x
         if not is_plain(self.fusion, nn.Sequential):
             return self.fusion(torch.cat([context, x], dim=1))
-        convolution, *rest = self.fusion
+        first, *rest = self.fusion
+        convolution = cast(PointwiseConv2d, first)
         if projected:
             _, weight = split_weight(convolution, (context, x))
             y = accumulate(pointwise(x, weight, convolution.bias), context)

@@ -2,6 +2,7 @@
 """When a module's weights may be read, so that its work is done elsewhere."""
 
 import itertools
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,15 @@ from torch.nn.modules import module as torch_module
 
 from ctxops import _autocast
 
+Module = TypeVar("Module", bound=nn.Module)
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRACKER = "torch.utils.module_tracker"
 
 
-def is_plain(module: nn.Module, *kinds: type[nn.Module], like: Tensor | None = None) -> bool:
+def is_plain(
+    module: nn.Module, *kinds: type[Module], like: Tensor | None = None
+) -> TypeGuard[Module]:
     """May the caller read the weights of ``module`` instead of calling it?
 
     Only if a call would do nothing but compute its class's ``forward`` on weights that are there. A

@@ -2,6 +2,7 @@
 """The 1 x 1 convolution, in the product that suits the map."""
 
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,8 @@ class PointwiseConv2d(nn.Conv2d):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int] = 1,
-        *args: object,
-        **options: object,
+        *args: Any,
+        **options: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, *args, **options)
 
@@ -68,7 +69,7 @@ class PointwiseConv2d(nn.Conv2d):
         )
 
 
-def is_readable(convolution: nn.Module, like: Tensor | None = None) -> bool:
+def is_readable(convolution: nn.Module, like: Tensor | None = None) -> TypeGuard[PointwiseConv2d]:
     """May the weights of this 1 x 1 convolution be read? See :func:`ctxops.nn.plain.is_plain`."""
     return is_plain(convolution, PointwiseConv2d, like=like) and convolution.is_pointwise
 

@@ -642,8 +642,8 @@ _MODULES = [
         (
             "nonlocal-query-bias",
             "folded into the keys, the query's bias is not scaled",
-            'bias = self.scale * torch.einsum("c,bcs->bs", self.query.bias, key)',
-            'bias = torch.einsum("c,bcs->bs", self.query.bias, key)',
+            'bias = self.scale * torch.einsum("c,bcs->bs", embedding.bias, key)',
+            'bias = torch.einsum("c,bcs->bs", embedding.bias, key)',
         ),
     ),
     *_in(
