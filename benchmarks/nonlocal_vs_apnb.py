@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conventions import count_operations
+from baselines.released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 from ctxops.nn import APNB, NonLocal2d
 from harness import (
     Case,
@@ -41,7 +41,7 @@ from harness import (
     time_by_operation,
 )
 from harness.measure import Result
-from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
+from papers.conventions import count_operations
 
 # Seconds that the program takes on two cores unless it is told otherwise.
 BUDGET = 150.0

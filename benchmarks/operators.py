@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ctxops
-from eager import (
+from baselines.eager import (
     as_rows,
     cross_by_bmm,
     cross_by_einsum,

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-import context_modules
-from context_modules import TABLE_3, count_verdicts, multiply_accumulates, product_lines
+from papers import context_modules
+from papers.context_modules import TABLE_3, count_verdicts, multiply_accumulates, product_lines
 
 INTEGERS = {
     "ASPP": 42_211_328,

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from conventions import count_operations
 from ctxops.nn import AFNB, APNB, CGNL, FusionNonLocal2d, NonLocal2d, PyramidPooling
+from papers.conventions import count_operations
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,14 @@
 import pytest
 import torch
 
+from baselines.eager import (
+    cross_by_bmm,
+    cross_by_einsum,
+    eager_twin,
+    windows_by_shifts,
+    windows_by_unfold,
+)
+from baselines.released import randomize
 from ctxops.nn import (
     AFNB,
     APNB,
@@ -14,8 +22,6 @@ from ctxops.nn import (
     LDv2,
     PyramidPooling,
 )
-from eager import cross_by_bmm, cross_by_einsum, eager_twin, windows_by_shifts, windows_by_unfold
-from released import randomize
 
 LEVELS = [(6, 17, 13), (8, 9, 7), (4, 9, 7)]
 

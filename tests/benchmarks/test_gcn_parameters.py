@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-import gcn_parameters
+from papers import gcn_parameters
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,14 @@ import json
 import pytest
 import torch
 
-import gald_efficiency
-import gff_cost
-import whole_networks
 from ctxops.models import SegmentationOutput
 from harness import Effort, Options, Verdict, check_case, milliseconds, ratio_verdicts
 from harness.check import Entry
 from harness.measure import Result, Row
 from harness.timing import Timing
 from modules import mostly_slow
-from network_cases import network_case, parameters, statistics
+from papers import gald_efficiency, gff_cost, whole_networks
+from papers.network_cases import network_case, parameters, statistics
 
 OPTIONS = Options(torch.device("cpu"), torch.float32, Effort(0.01, 1, 1))
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import nonlocal_vs_apnb
+from baselines.released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 from ctxops.nn import APNB
 from harness import Effort, Options, check_case, relative_error
 from modules import flop_counter
 from nonlocal_vs_apnb import Block
-from released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 
 TINY = ["--size", "9x7", "--channels", "24", "--key-channels", "8", "--seconds", "0.1"]
 ROW_KEYS = {

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
 import pytest
 
-import paper_tables
 from harness import Verdict
+from papers import paper_tables
 
 RATIO = Verdict("ANN, Table 1", "NB / APNB, time", "1.57", 1.3, "x", "48 x 48", measured=True)
 EXACT = Verdict("GCN, Table 4", "GCN, parameters", "608", 608.286, "K")
@@ -23,7 +26,7 @@ def test_page():
 
 @pytest.mark.slow
 def test_runs_a_script_and_writes_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper_tables, "SCRIPTS", {"gcn_parameters": False})
+    monkeypatch.setattr(paper_tables, "SCRIPTS", {"papers/gcn_parameters.py": False})
     file = tmp_path / "tables.md"
     assert paper_tables.main(["--quick", "--output", str(file)]) == 0
     text = file.read_text()
@@ -37,16 +40,22 @@ def test_scripts_that_measure_get_the_device_and_the_effort(quick, monkeypatch, 
     monkeypatch.setattr(paper_tables, "run_script", lambda *call: ran.update([call]) or [EXACT])
     paper_tables.main(["--device", "cpu", *(["--quick"] if quick else [])])
     flags = ["--device", "cpu", *(["--quick"] if quick else [])]
-    assert ran["whole_networks"] == ran["nonlocal_vs_apnb"] == flags
-    assert ran["gcn_parameters"] == ran["gff_cost"] == []
+    assert ran["papers/whole_networks.py"] == ran["nonlocal_vs_apnb.py"] == flags
+    assert ran["papers/gcn_parameters.py"] == ran["papers/gff_cost.py"] == []
 
 
 @pytest.mark.slow
 def test_a_script_that_fails_is_named():
     with pytest.raises(RuntimeError, match=r"(?s)py --quick.*unrecognized arguments"):
-        paper_tables.run_script("gcn_parameters", ["--quick"])
+        paper_tables.run_script("papers/gcn_parameters.py", ["--quick"])
 
 
 def test_every_script_is_there():
-    folder = paper_tables.Path(paper_tables.__file__).parent
-    assert all((folder / f"{name}.py").exists() for name in paper_tables.SCRIPTS)
+    assert all((paper_tables.BENCHMARKS / name).exists() for name in paper_tables.SCRIPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", paper_tables.SCRIPTS)
+def test_every_script_runs_from_any_folder(name, tmp_path):
+    command = [sys.executable, str(paper_tables.BENCHMARKS / name), "--help"]
+    assert "--json" in subprocess.check_output(command, cwd=tmp_path, text=True)

@@ -2,8 +2,8 @@
 """Table 3 of GFF (Li et al., AAAI 2020): operations and parameters of PSPNet, of gated fully fusion
 on it, and of the dense feature pyramid besides, for an image of 512 x 512.
 
-    python benchmarks/gff_cost.py
-    python benchmarks/gff_cost.py --json gff.json
+    python benchmarks/papers/gff_cost.py
+    python benchmarks/papers/gff_cost.py --json gff.json
 
 Nothing is computed but shapes: everything runs on the meta device.
 """
@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conventions import count_operations
+import _path  # noqa: F401
 from ctxops.models import SegmentationNetwork, create_model
 from harness import Verdict, output_file, report_verdicts
-from network_cases import parameters
+from papers.conventions import count_operations
+from papers.network_cases import parameters
 
 IMAGE, CLASSES = (1, 3, 512, 512), 19
 

@@ -2,8 +2,8 @@
 """The published parameter and operation counts of all that is here beside ours, and the published
 times and memory as ratios between rows beside the ratios on this machine, on one page.
 
-    python benchmarks/paper_tables.py --quick --output tables.md
-    python benchmarks/paper_tables.py --device cuda --output tables.md
+    python benchmarks/papers/paper_tables.py --quick --output tables.md
+    python benchmarks/papers/paper_tables.py --device cuda --output tables.md
 
 It runs the scripts of the papers' tables: with --quick on small images and with few samples, else
 at the papers' sizes, which wants a GPU or patience.
@@ -21,26 +21,27 @@ from pathlib import Path
 
 import torch
 
+import _path  # noqa: F401
 from harness import Verdict, markdown, output_file
 from harness.machine import describe_machine, machine_line
 
+BENCHMARKS = Path(__file__).parents[1]
 # Does the script measure on a device, or only count?
 SCRIPTS = {
-    "nonlocal_vs_apnb": True,
-    "whole_networks": True,
-    "context_modules": True,
-    "gff_cost": False,
-    "gald_efficiency": True,
-    "gcn_parameters": False,
+    "nonlocal_vs_apnb.py": True,
+    "papers/whole_networks.py": True,
+    "papers/context_modules.py": True,
+    "papers/gff_cost.py": False,
+    "papers/gald_efficiency.py": True,
+    "papers/gcn_parameters.py": False,
 }
 
 
 def run_script(name: str, arguments: Sequence[str]) -> list[Verdict]:
     """The verdicts of a benchmark, run as a program of its own; raises where it fails."""
-    script = Path(__file__).with_name(f"{name}.py")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, str(script), *arguments, "--json", str(file)]
+        command = [sys.executable, str(BENCHMARKS / name), *arguments, "--json", str(file)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -2,9 +2,9 @@
 """Table 2 of ANN (Zhu et al., ICCV 2019): time, memory and parameters of whole networks; and, with
 --heads, what stands behind the backbone in five networks, against the same in eager torch.
 
-    python benchmarks/whole_networks.py --quick
-    python benchmarks/whole_networks.py --size 1024x2048 --device cuda --json table2.json
-    python benchmarks/whole_networks.py --heads
+    python benchmarks/papers/whole_networks.py --quick
+    python benchmarks/papers/whole_networks.py --size 1024x2048 --device cuda --json table2.json
+    python benchmarks/papers/whole_networks.py --heads
 """
 
 import argparse
@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import _path  # noqa: F401
+from baselines.eager import eager_twin
+from baselines.released import randomize
 from ctxops.models import SegmentationNetwork, create_model
-from eager import eager_twin
 from harness import (
     Case,
     Contender,
@@ -32,8 +34,7 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from network_cases import network_case, parameters, statistics
-from released import randomize
+from papers.network_cases import network_case, parameters, statistics
 
 CLASSES = 19
 PAPER_SIZE = (1024, 2048)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from baselines.released import randomize
 from ctxops.models import LogitsOnly
 from harness import Case, Contender, Options, both_formats
-from released import randomize
 
 # What a network holds at most in evaluation, in values for each pixel: three of a ResNet's widest
 # maps at a quarter of the side, and some of thousands of channels at an eighth.

@@ -2,8 +2,8 @@
 """Tables IV and VI of GALD (Li et al., TIP 2021): what local distribution costs, in parameters and
 in time, beside the paper's figures.
 
-    python benchmarks/gald_efficiency.py --quick
-    python benchmarks/gald_efficiency.py --json gald.json
+    python benchmarks/papers/gald_efficiency.py --quick
+    python benchmarks/papers/gald_efficiency.py --json gald.json
 
 The head of Table IV is not described; the one here, our reading, is among those that give the 47.5
 M parameters of its second row: 3 x 3 convolution to 512 channels, ASPP of 256, an auxiliary head.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+import _path  # noqa: F401
 from ctxops.models import Encoder, SegmentationNetwork, create_model
 from ctxops.nn import ASPP, GALD, LDv1, LDv2
 from ctxops.nn.cbr import cbr
@@ -31,7 +32,7 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from network_cases import network_case, parameters
+from papers.network_cases import network_case, parameters
 
 IN_CHANNELS, CHANNELS, CLASSES = 2048, 512, 19
 

@@ -2,8 +2,8 @@
 """Tables 2, 4 and 11 of GCN (Peng et al., Large Kernel Matters, CVPR 2017): parameters of global
 convolution and of what it is compared with, and the cost of ResNet50-GCN.
 
-    python benchmarks/gcn_parameters.py
-    python benchmarks/gcn_parameters.py --json gcn.json
+    python benchmarks/papers/gcn_parameters.py
+    python benchmarks/papers/gcn_parameters.py --json gcn.json
 
 Nothing is computed but shapes: everything runs on the meta device.
 """
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import _path  # noqa: F401
 from ctxops.nn import ConvolutionStack, GCNBottleneck, GlobalConvolution
 from harness import Verdict, flop_counter, output_file, report_verdicts
-from network_cases import parameters
+from papers.network_cases import parameters
 
 CHANNELS, CLASSES = 2048, 21  # of res-5, and of PASCAL VOC
 

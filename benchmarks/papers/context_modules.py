@@ -2,8 +2,8 @@
 """Table 3 of MCIBI (Jin et al., ICCV 2021): parameters, operations and time of context modules, on
 a map of 1 x 2048 x 128 x 128, beside the paper's figures.
 
-    python benchmarks/context_modules.py --quick
-    python benchmarks/context_modules.py --json contexts.json
+    python benchmarks/papers/context_modules.py --quick
+    python benchmarks/papers/context_modules.py --json contexts.json
 
 The modules compute different things: each row is compared with its own result in the other memory
 format, and with the paper's time only as the ratio between two rows.
@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from conventions import count_operations
+import _path  # noqa: F401
+from baselines.released import randomize
 from ctxops.nn import (
     ASPP,
     AdaptiveContext,
@@ -45,8 +46,8 @@ from harness import (
     read_options,
     run_benchmark,
 )
-from network_cases import parameters
-from released import randomize
+from papers.conventions import count_operations
+from papers.network_cases import parameters
 
 LOW_CHANNELS, IN_CHANNELS, CHANNELS, CLASSES = 1024, 2048, 512, 19
 SIZE = (128, 128)
