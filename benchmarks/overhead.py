@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 import ctxops
-from harness.timing import percentile
+from harness import percentile
 
 ROUNDS, CALLS = 30, 1000
 SCHEMA = "(Tensor input, int[] sizes, bool maximum, bool save) -> (Tensor, Tensor)"

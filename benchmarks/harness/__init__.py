@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shared harness of the benchmarks: a Case of Contenders in, a table, a file, a figure out."""
+"""The shared harness of the benchmarks: a Case of Contenders in, a table, a file, a figure out.
 
-from harness.breakdown import time_by_operation
+``case``: what is compared. ``check``: equal results. ``meters``: time and memory of a call.
+``machine``: what a measurement was made with, and what disturbed it. ``measure``: all rows of all
+cases. ``report``: tables, JSON and figures. ``verdict``: a paper's figures beside ours.
+``program``: the command line.
+"""
+
+from harness.case import Case, Contender, Oracle, Paper, both_formats
 from harness.check import Entry, MismatchError, check_case, flop_counter, relative_error
-from harness.contender import Case, Contender, Oracle, Paper, both_formats
-from harness.memory import peak_memory
-from harness.options import (
-    Options,
+from harness.measure import Effort, Options, percentile
+from harness.meters import peak_memory, time_by_operation
+from harness.program import (
     add_options,
     output_file,
     parse_shape,
     parse_size,
     read_options,
+    run_benchmark,
+    run_counts,
 )
-from harness.program import report_verdicts, run_benchmark
-from harness.ratios import megabytes, milliseconds, ratio_verdicts
-from harness.report import Report
-from harness.timing import Effort
-from harness.verdict import Verdict, markdown, print_verdicts
+from harness.report import Report, print_verdicts
+from harness.verdict import Verdict, markdown, megabytes, milliseconds, ratio_verdicts
 
 __all__ = [
     "Case",
@@ -41,11 +45,12 @@ __all__ = [
     "parse_shape",
     "parse_size",
     "peak_memory",
+    "percentile",
     "print_verdicts",
     "ratio_verdicts",
     "read_options",
     "relative_error",
-    "report_verdicts",
     "run_benchmark",
+    "run_counts",
     "time_by_operation",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ctxops
-from harness.contender import Case, Contender, Function, Oracle, Runner, as_format
-from harness.memory import available_memory, observe_memory, storage_bytes
-from harness.timing import NEEDS_NO_WARM_UP
+from harness.case import Case, Contender, Function, Oracle, Runner, as_format
+from harness.machine import available_memory
+from harness.meters import NEEDS_NO_WARM_UP, Tensors, observe_memory, storage_bytes
 
 # The largest relative L2 error, for outputs and for gradients. A wrong operator is off by 0.1 to 1.
 TOLERANCES = {
@@ -63,10 +63,10 @@ class _Truth(NamedTuple):
 
     name: str
     runner: Runner
-    results: tuple[Tensor, ...]
+    results: Tensors
     positions: Tensor | None = None
 
-    def at_positions(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def at_positions(self, results: Tensors) -> Tensors:
         if self.positions is None:
             return results
         return tuple(x.flatten(2)[..., self.positions] for x in results)
@@ -213,7 +213,7 @@ def _why_not_compiled(contender: Contender, eager: dict[Contender, float]) -> st
     return f"uncompiled it is {ratio:.2f} x as slow as {faster.format_name}"
 
 
-def _timed(runner: Runner, device: torch.device) -> tuple[float, tuple[Tensor, ...]]:
+def _timed(runner: Runner, device: torch.device) -> tuple[float, Tensors]:
     start = time.perf_counter()
     results = runner()
     if device.type == "cuda":
@@ -221,7 +221,7 @@ def _timed(runner: Runner, device: torch.device) -> tuple[float, tuple[Tensor, .
     return time.perf_counter() - start, results
 
 
-def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _upstream(case: Case, device: torch.device, dtype: torch.dtype) -> Tensors:
     if not case.backward:
         return ()
     generator = torch.Generator().manual_seed(1)
@@ -238,12 +238,12 @@ def _build(contender: Contender, device: torch.device) -> Function:
 
 def _first_run(
     entry: Entry,
-    inputs: tuple[Tensor, ...],
-    upstream: tuple[Tensor, ...],
+    inputs: Tensors,
+    upstream: Tensors,
     outputs: int,
     device: torch.device,
     counted: dict[Callable[[], Function], int],
-) -> tuple[Tensor, ...]:
+) -> Tensors:
     """Builds the contender; counts its FLOPs, its memory and the bytes that it has to move.
 
     ``counted``: FLOPs of what has been built, which memory format and compilation do not change.
@@ -267,15 +267,15 @@ def _first_run(
     if not entry.warm:
         del results
         results = _observe(entry, device)
-    output_bytes = sum(storage_bytes(results[:outputs]).values())
+    output_bytes = storage_bytes(results[:outputs])
     entry.traffic = runner.traffic(output_bytes) if contender.traffic is None else contender.traffic
     return results
 
 
-def _observe(entry: Entry, device: torch.device) -> tuple[Tensor, ...]:
+def _observe(entry: Entry, device: torch.device) -> Tensors:
     """Calls the entry's function; notes its memory and its seconds."""
 
-    def call() -> tuple[Tensor, ...]:
+    def call() -> Tensors:
         entry.seconds, results = _timed(entry.runner, device)
         return results
 
@@ -284,7 +284,7 @@ def _observe(entry: Entry, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _run_oracle(
-    oracle: Oracle, inputs: tuple[Tensor, ...], upstream: tuple[Tensor, ...], device: torch.device
+    oracle: Oracle, inputs: Tensors, upstream: Tensors, device: torch.device
 ) -> list[_Truth]:
     """The oracle's results, where it has room."""
     if oracle.peak_bytes > _USABLE_BY_ORACLE * available_memory(device):
@@ -297,9 +297,7 @@ def _run_oracle(
     return [_Truth("float64", runner, runner(), oracle.positions)]
 
 
-def _compare(
-    where: str, truth: _Truth, results: tuple[Tensor, ...], outputs: int, runner: Runner
-) -> float:
+def _compare(where: str, truth: _Truth, results: Tensors, outputs: int, runner: Runner) -> float:
     """The largest relative error of an output, once those of the gradients are allowed as well.
 
     The gradients of all parameters are compared as one vector: some are exactly zero, but for
@@ -336,5 +334,5 @@ def _compare(
     return max(errors[:outputs])
 
 
-def _one_vector(tensors: tuple[Tensor, ...]) -> Tensor:
+def _one_vector(tensors: Tensors) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])

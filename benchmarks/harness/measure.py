@@ -2,15 +2,128 @@
 """The measurement: check every case, then interleaved timing of each."""
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import torch
+
+from harness.case import Case
 from harness.check import Entry, check_rows
-from harness.contender import Case
-from harness.interference import Interference
-from harness.options import Options
-from harness.roofline import Roofline, measure_roofline
-from harness.timing import Timing, interleave, make_clock, plan
+from harness.machine import Interference, Roofline, measure_roofline
+from harness.meters import NEEDS_NO_WARM_UP, Clock, make_clock
+
+# Seconds of samples of a row that suffice under a budget.
+_ENOUGH = 2.0
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """The q-th percentile (0 to 100), linear between the two nearest samples."""
+    ordered = sorted(samples)
+    position = (len(ordered) - 1) * q / 100
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return percentile(self.samples, 50)
+
+    @property
+    def p20(self) -> float:
+        return percentile(self.samples, 20)
+
+    @property
+    def p80(self) -> float:
+        return percentile(self.samples, 80)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How often each row is timed: as often as the time suffices for, from ``fewest`` to ``most``.
+
+    ``seconds``: time for each case; ``budget``, where it is given: for the whole program instead.
+    Then a row is timed ``fewest`` times or for two seconds, and twice at the least; long calls run
+    in their faster memory format alone where the case has a probe, and so does what is compiled.
+    """
+
+    seconds: float = 60.0
+    fewest: int = 5
+    most: int = 100
+    budget: float | None = None
+
+    @property
+    def long(self) -> float:
+        """Seconds from which on a call is long."""
+        return float("inf") if self.budget is None else NEEDS_NO_WARM_UP
+
+    def least(self, cost: float) -> int:
+        """How often a call of ``cost`` seconds is timed at the least."""
+        if self.budget is None:
+            return self.fewest
+        return min(max(2, int(_ENOUGH / cost)), self.fewest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    device: torch.device
+    dtype: torch.dtype
+    effort: Effort
+    json: Path | None = None
+    plot: Path | None = None
+    quick: bool = False
+
+
+def plan(costs: Sequence[float], seconds: float, effort: Effort) -> list[int]:
+    """How often to time calls that take ``costs`` seconds each, in ``seconds`` altogether.
+
+    All calls get the same share of the time, within the bounds of ``effort``.
+    """
+
+    def counts(share: float) -> list[int]:
+        return [min(max(int(share / cost), effort.least(cost)), effort.most) for cost in costs]
+
+    def fits(share: float) -> bool:
+        return sum(n * cost for n, cost in zip(counts(share), costs, strict=True)) <= seconds
+
+    low, high = 0.0, effort.most * max(costs, default=0.0)
+    if fits(high):
+        return counts(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return counts(low)
+
+
+def interleave(
+    calls: Sequence[Callable[[], object]],
+    counts: Sequence[int],
+    clock: Clock,
+    tick: Callable[[int, float], None],
+    seed: int = 0,
+) -> None:
+    """Times each call so many times, in rounds; each round has a new random order.
+
+    A call that is timed less often takes part in rounds that lie evenly among all of them. ``tick``
+    learns each sample: the number of the call, and its seconds.
+    """
+    rounds: list[list[int]] = [[] for _ in range(max(counts, default=0))]
+    for i, count in enumerate(counts):
+        for k in range(count):
+            rounds[(2 * k + 1) * len(rounds) // (2 * count)].append(i)
+    shuffle = random.Random(seed).shuffle
+    for members in rounds:
+        shuffle(members)
+        for i in members:
+            tick(i, clock(calls[i]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +233,7 @@ class Measurement:
         counts = iter(plan([cost for each in costs for cost in each], left, effort))
         return [[next(counts) for _ in each] for each in costs]
 
-    def _time(self, i: int, clock: Callable[[Callable[[], object]], float]) -> None:
+    def _time(self, i: int, clock: Clock) -> None:
         running = self._running(i)
 
         def tick(number: int, seconds: float) -> None:

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark says: the tables on the terminal and the numbers in a file."""
+"""What a benchmark says: tables on the terminal, numbers in a file, a figure."""
 
 import dataclasses
+import importlib
 import json
 import math
+import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from harness.contender import Paper
-from harness.interference import NOTEWORTHY_CORES
-from harness.machine import machine_line
+from harness.case import Paper
+from harness.machine import NOTEWORTHY_CORES, Roofline, machine_line
 from harness.measure import Result, Row
-from harness.options import require
-from harness.roofline import Roofline
-from harness.verdict import Verdict, print_verdicts
+from harness.verdict import HEADINGS, Verdict, by_table
 
 MIB = 2**20
 
@@ -37,6 +37,9 @@ _COLUMNS = {
 }  # fmt: skip
 _PAPER_COLUMNS = {"GFLOPs": 9, "MB": 9, "ms": 9}
 
+# Of the figure.
+_OURS, _RIVAL, _TEXT = "#d1495b", "#b8c4cc", "#333333"
+
 
 @dataclasses.dataclass
 class Report:
@@ -51,6 +54,16 @@ class Report:
     lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     breakdown: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
     verdicts: list[Verdict] = dataclasses.field(default_factory=list)
+
+
+def require(name: str) -> types.ModuleType:
+    """A module of the extra ``bench``; where it is missing, the program ends and names the cure."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SystemExit(
+            f'the benchmarks need {name}, which is not installed: pip install "ctxops[bench]"'
+        ) from None
 
 
 def summarize(result: Result) -> list[str]:
@@ -99,12 +112,10 @@ def _share(part: int, whole: int) -> str:
 
 
 def print_report(report: Report) -> None:
-    rich_console = require("rich.console")
-    console = rich_console.Console(highlight=False)
+    console = require("rich.console").Console(highlight=False)
     details = {t: _breakdown_table(t, rows) for t, rows in report.breakdown.items()}
-    if not console.is_terminal:  # a pipe or a file has no width
-        every = [*(result_table(r, report.roofline) for r in report.results), *details.values()]
-        console.width = max([console.width, *(_width(table, console) for table in every)])
+    every = [*(result_table(r, report.roofline) for r in report.results), *details.values()]
+    _widen(console, every)
     console.print(machine_line(report.machine))
     roof = report.roofline
     console.print(
@@ -127,6 +138,20 @@ def print_report(report: Report) -> None:
     print_verdicts(report.verdicts)
 
 
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """A table on the terminal for each table of the papers."""
+    console = require("rich.console").Console(highlight=False)
+    for title, rows in by_table(verdicts).items():
+        table = _empty_table(title)
+        for heading in HEADINGS:
+            number = heading in ("paper", "ours", "verdict")
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number)
+        for row in rows:
+            table.add_row(*row.cells(), style="yellow" if row.ok is False else None)
+        _widen(console, [table])
+        console.print(table)
+
+
 def result_table(result: Result, roof: Roofline, console=None):
     """The table of a case; on a console, with as many columns as it has room for."""
     papers = any(row.entry.contender.paper for row in result.rows)
@@ -141,6 +166,12 @@ def result_table(result: Result, roof: Roofline, console=None):
 
 def _width(table, console) -> int:
     return console.measure(table, options=console.options.update(max_width=1000)).maximum
+
+
+def _widen(console, tables: Sequence) -> None:
+    """A pipe or a file has no width: it gets that of the tables."""
+    if not console.is_terminal:
+        console.width = max([console.width, *(_width(table, console) for table in tables)])
 
 
 def _table(result: Result, roof: Roofline, offered: list[tuple[str, int]], kept: list[int]):
@@ -281,3 +312,57 @@ def _row_record(row: Row, result: Result, roof: Roofline) -> dict[str, object]:
         "relative_error": entry.error,
         "error_against": entry.against or None,
     }
+
+
+def draw(report: Report, path: Path) -> None:
+    """Time and memory of every contender, in its faster memory format: horizontal bars from zero,
+    in a band of two panels for each case."""
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
+    heights = [0.85 + 0.32 * len(_names(result)) for result in report.results]
+    figure = pyplot.figure(figsize=(9.5, sum(heights) + 0.3), layout="constrained")
+    bands = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
+    for band, result in zip(bands[:, 0], report.results, strict=True):
+        _draw_case(band, result)
+    machine = report.machine
+    words = [machine["device"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
+    caption = ", ".join([*words, report.settings["dtype"]])
+    bands[-1, 0].supxlabel(caption, x=0.99, ha="right", fontsize=8, color=_TEXT)
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def _names(result: Result) -> list[str]:
+    return list(dict.fromkeys(row.name for row in result.rows))
+
+
+def _draw_case(band, result: Result) -> None:
+    band.suptitle(result.case.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    time_panel, memory_panel = band.subplots(1, 2)
+    rows = {name: result.fastest(name) for name in _names(result)}
+    times = {name: row and row.timing.median * 1e3 for name, row in rows.items()}
+    memory = {name: row and row.memory / MIB for name, row in rows.items()}
+    _draw_bars(time_panel, times, result.ours)
+    _draw_bars(memory_panel, memory, result.ours)
+    time_panel.set_yticks(range(len(rows)), rows, fontsize=9)
+    time_panel.set_title("time, ms", loc="left", fontsize=9)
+    memory_panel.set_title("memory beyond input and results, MiB", loc="left", fontsize=9)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _draw_bars(panel, values: dict[str, float | None], ours: str | None) -> None:
+    for y, (name, value) in enumerate(values.items()):
+        color = _OURS if name == ours else _RIVAL
+        panel.barh(y, value or 0.0, color=color, height=0.7)
+        text = " does not fit" if value is None else f" {_number(value)}"
+        weight = "bold" if name == ours else "normal"
+        panel.text(value or 0.0, y, text, va="center", fontsize=9, color=_TEXT, fontweight=weight)
+    panel.set_xlim(0, 1.2 * max([v for v in values.values() if v] or [1.0]))
+    panel.set_yticks([])
+    panel.invert_yaxis()
+    panel.tick_params(length=0)
+    panel.xaxis.set_visible(False)
+    panel.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A paper's figure beside ours, and whether they agree."""
+"""A paper's figure beside ours, and whether they agree.
+
+What is measured stands as a ratio between rows, which two machines may share.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from harness.options import require
+from harness.machine import NOTEWORTHY_CORES
+from harness.measure import Result, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +66,6 @@ def by_table(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
     return tables
 
 
-def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """A table on the terminal for each table of the papers."""
-    console = require("rich.console").Console(highlight=False)
-    rich_table, box = require("rich.table"), require("rich.box").SIMPLE_HEAD
-    for title, rows in by_table(verdicts).items():
-        table = rich_table.Table(title=title, title_justify="left", title_style="bold", box=box)
-        for heading in HEADINGS:
-            number = heading in ("paper", "ours", "verdict")
-            table.add_column(heading, justify="right" if number else "left", no_wrap=number)
-        for row in rows:
-            table.add_row(*row.cells(), style="yellow" if row.ok is False else None)
-        if not console.is_terminal:  # a pipe or a file has no width
-            unbounded = console.options.update(max_width=1000)
-            console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-        console.print(table)
-
-
 def markdown(verdicts: Sequence[Verdict]) -> str:
     """A section with a table for each table of the papers."""
     lines = []
@@ -91,3 +78,37 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def milliseconds(row: Row) -> float:
+    return row.timing.median * 1e3
+
+
+def megabytes(row: Row) -> float:
+    return row.memory / 2**20
+
+
+def ratio_verdicts(
+    table: str,
+    what: str,
+    papers: Mapping[str, float],
+    reference: str,
+    result: Result,
+    figure: Callable[[Row], float],
+) -> list[Verdict]:
+    """Each row's figure over that of the reference row, the paper's ratio beside ours.
+
+    Every row in its faster memory format; rows that did not fit are left out.
+    """
+    base, how = result.fastest(reference), result.case.title
+    if (result.foreign_cores or 0.0) > NOTEWORTHY_CORES:
+        how += ", DISTURBED by other programs"
+    verdicts = []
+    for name, paper in papers.items():
+        row = result.fastest(name)
+        if name == reference or base is None or row is None:
+            continue
+        printed, ratio = f"{paper / papers[reference]:.2f}", figure(row) / figure(base)
+        title = f"{name} / {reference}, {what}"
+        verdicts.append(Verdict(table, title, printed, ratio, "x", how, True))
+    return verdicts

@@ -8,7 +8,6 @@ convolution and of what it is compared with, and the cost of ResNet50-GCN.
 Nothing is computed but shapes: everything runs on the meta device.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import _path  # noqa: F401
 from ctxops.nn import ConvolutionStack, GCNBottleneck, GlobalConvolution
-from harness import Verdict, flop_counter, output_file, report_verdicts
+from harness import Verdict, flop_counter, run_counts
 from papers.network_cases import parameters
 
 CHANNELS, CLASSES = 2048, 21  # of res-5, and of PASCAL VOC
@@ -152,10 +151,7 @@ def verdicts() -> list[Verdict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every number")
-    report_verdicts("gcn_parameters", verdicts(), parser.parse_args(arguments).json)
-    return 0
+    return run_counts("gcn_parameters", __doc__, verdicts, arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ on it, and of the dense feature pyramid besides, for an image of 512 x 512.
 Nothing is computed but shapes: everything runs on the meta device.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 
 import _path  # noqa: F401
 from ctxops.models import SegmentationNetwork, create_model
-from harness import Verdict, output_file, report_verdicts
+from harness import Verdict, run_counts
 from papers.conventions import count_operations
 from papers.network_cases import parameters
 
@@ -80,10 +79,7 @@ def verdicts() -> list[Verdict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write every number")
-    report_verdicts("gff_cost", verdicts(), parser.parse_args(arguments).json)
-    return 0
+    return run_counts("gff_cost", __doc__, verdicts, arguments)
 
 
 if __name__ == "__main__":

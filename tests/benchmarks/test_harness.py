@@ -20,19 +20,16 @@ from harness import (
     both_formats,
     check_case,
     peak_memory,
+    percentile,
     relative_error,
     run_benchmark,
     time_by_operation,
 )
-from harness import options as harness_options
+from harness.case import Runner
 from harness.check import Entry, check_rows
-from harness.contender import Runner
-from harness.interference import Interference
-from harness.measure import Result, Row
-from harness.memory import available_memory
-from harness.report import _significant, result_table, summarize
-from harness.roofline import Roofline
-from harness.timing import Timing, interleave, percentile, plan
+from harness.machine import Interference, Roofline, available_memory
+from harness.measure import Result, Row, Timing, interleave, plan
+from harness.report import _significant, require, result_table, summarize
 
 CPU = torch.device("cpu")
 SHAPE = (1, 4, 6, 5)
@@ -505,7 +502,7 @@ class TestProgram:
     def test_a_missing_extra_names_the_install_line(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "rich", None)
         with pytest.raises(SystemExit, match=r'pip install "ctxops\[bench\]"'):
-            harness_options.require("rich")
+            require("rich")
 
 
 def test_time_by_operation():

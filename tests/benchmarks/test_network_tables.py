@@ -9,8 +9,7 @@ import torch
 from ctxops.models import SegmentationOutput
 from harness import Effort, Options, Verdict, check_case, milliseconds, ratio_verdicts
 from harness.check import Entry
-from harness.measure import Result, Row
-from harness.timing import Timing
+from harness.measure import Result, Row, Timing
 from modules import mostly_slow
 from papers import gald_efficiency, gff_cost, whole_networks
 from papers.network_cases import network_case, parameters, statistics
