@@ -118,10 +118,10 @@ def build_case(block: Block, options: Options, backward: bool, train: bool) -> C
     itemsize = options.dtype.itemsize
 
     def module(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-        made = kind(c, k, k)
-        made.load_state_dict(weights)
+        block = kind(c, k, k)
+        block.load_state_dict(weights)
         # Rounded to the benchmark's dtype first, so that float64 computes with the same weights.
-        return made.to(options.dtype).to(dtype).to(options.device).train(train)
+        return block.to(options.dtype).to(dtype).to(options.device).train(train)
 
     def row(name: str, kind: type[nn.Module], family: str, peak_family: str) -> Contender:
         return Contender(
@@ -169,7 +169,7 @@ def build_case(block: Block, options: Options, backward: bool, train: bool) -> C
         _title(block, backward, train),
         inputs,
         (block.batch, c, block.height, block.width),
-        tuple(r for each in (nb, sdpa, apnb, compiled, ours) for r in both_formats(each)),
+        both_formats(nb, sdpa, apnb, compiled, ours),
         {"NB": oracle("NB", ReleasedNonLocal2d), "APNB": oracle("APNB", ReleasedAPNB)},
         backward,
         _make_probe(probed, options, train) if block.positions > PROBED_POSITIONS else None,

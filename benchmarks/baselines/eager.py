@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules of ctxops.nn in eager torch, each in the fastest of the forms that the operators'
-benchmark compares.
-"""
+"""The modules of ctxops.nn in eager torch, each in the fastest of the forms of functions.py."""
 
 import copy
 import types
@@ -11,147 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from baselines.functions import (
+    cross_by_bmm,
+    cross_by_einsum,
+    fuse_levels,
+    sdpa,
+    softmax_attention,
+    windows_by_shifts,
+)
 from ctxops.nn import AFNB, APNB, CrissCrossAttention, GatedFullyFusion, LDv2, PyramidPooling
 from ctxops.nn.dataset_context import _CrossAttention
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from ctxops.nn.resize import resize
-
-__all__ = [
-    "as_rows",
-    "cross_by_bmm",
-    "cross_by_einsum",
-    "eager_twin",
-    "fuse_levels",
-    "sdpa",
-    "softmax_attention",
-    "windows_by_shifts",
-    "windows_by_unfold",
-]
-
-
-def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
-) -> Tensor:
-    """Query (B, C, H, W), key (B, C, S), value (B, Cv, S) -> (B, Cv, H, W)."""
-    scale = query.shape[1] ** -0.5 if scale is None else scale
-    scaled = query.flatten(2).transpose(1, 2) * scale
-    weights = (scaled @ key).softmax(dim=-1)
-    return (weights @ value.transpose(1, 2)).transpose(1, 2).unflatten(2, query.shape[2:])
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(B, C, ...) as (B, 1, N, C), each row contiguous."""
-    return x.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-
-
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Query (B, C, H, W), key and value (B, C, ...) -> (B, C, H, W)."""
-    context = F.scaled_dot_product_attention(as_rows(query), as_rows(key), as_rows(value))
-    return context.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
-
-
-def windows_by_unfold(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    kernel: int,
-    dilation: int,
-    scale: float | None = None,
-) -> Tensor:
-    """LDv2 as it is usually written: every position's window is copied out."""
-    padding = kernel // 2 * dilation
-    scale = query.shape[1] ** -0.5 if scale is None else scale
-
-    def windows(x: Tensor) -> Tensor:
-        columns = F.unfold(x, kernel, dilation, padding)
-        return columns.view(*x.shape[:2], kernel * kernel, *x.shape[2:])
-
-    weights = ((query * scale)[:, :, None] * windows(key)).sum(dim=1).softmax(dim=1)
-    return (weights[:, None] * windows(value)).sum(dim=2)
-
-
-def windows_by_shifts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    kernel: int,
-    dilation: int,
-    scale: float | None = None,
-) -> Tensor:
-    """One pass over shifted maps for each neighbour: nothing is copied but the padding."""
-    height, width = query.shape[2:]
-    padding = kernel // 2 * dilation
-    key, value = F.pad(key, (padding,) * 4), F.pad(value, (padding,) * 4)
-    shifts = [
-        (..., slice(i * dilation, i * dilation + height), slice(j * dilation, j * dilation + width))
-        for i in range(kernel)
-        for j in range(kernel)
-    ]
-    scaled = query * (query.shape[1] ** -0.5 if scale is None else scale)
-    weights = torch.stack([(scaled * key[at]).sum(dim=1) for at in shifts], dim=1).softmax(dim=1)
-    return sum(weights[:, n, None] * value[at] for n, at in enumerate(shifts))
-
-
-def cross_by_einsum(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
-) -> Tensor:
-    """Query and key (B, C, H, W), value (B, Cv, H, W) -> (B, Cv, H, W)."""
-    height = query.shape[2]
-    query = query * (query.shape[1] ** -0.5 if scale is None else scale)
-    itself = torch.eye(height, dtype=torch.bool, device=query.device)[:, None]
-    column = torch.einsum("bchw,bciw->bhwi", query, key).masked_fill(itself, -torch.inf)
-    row = torch.einsum("bchw,bchj->bhwj", query, key)
-    weights = torch.cat([column, row], dim=3).softmax(dim=3)
-    attended = torch.einsum("bhwi,bciw->bchw", weights[..., :height], value)
-    return attended + torch.einsum("bhwj,bchj->bchw", weights[..., height:], value)
-
-
-def cross_by_bmm(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """The recipe of CCNet's released code: every map is copied to columns and to rows."""
-    batch, _, height, width = query.shape
-    query = query * (query.shape[1] ** -0.5 if scale is None else scale)
-
-    def columns(x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2).contiguous().view(batch * width, -1, height)
-
-    def rows(x: Tensor) -> Tensor:
-        return x.permute(0, 2, 1, 3).contiguous().view(batch * height, -1, width)
-
-    itself = torch.eye(height, dtype=torch.bool, device=query.device)
-    column = torch.bmm(columns(query).mT, columns(key)).masked_fill(itself, -torch.inf)
-    column = column.view(batch, width, height, height).transpose(1, 2)
-    row = torch.bmm(rows(query).mT, rows(key)).view(batch, height, width, width)
-    weights = torch.cat([column, row], dim=3).softmax(dim=3)
-    column = weights[..., :height].transpose(1, 2).contiguous().view(-1, height, height)
-    row = weights[..., height:].contiguous().view(-1, width, width)
-    column = torch.bmm(columns(value), column.mT).view(batch, width, -1, height)
-    row = torch.bmm(rows(value), row.mT).view(batch, height, -1, width)
-    return column.permute(0, 2, 3, 1) + row.permute(0, 2, 1, 3)
-
-
-def fuse_levels(
-    features: Sequence[Tensor], gates: Sequence[Tensor], align_corners: bool = False
-) -> tuple[Tensor, ...]:
-    """Maps (B, C, H_l, W_l) and gates (B, 1, H_l, W_l) -> fused maps.
-
-    With the sum of all levels of a size, so that none is added up again for every other.
-    """
-    sent = [gate * x for x, gate in zip(features, gates, strict=True)]
-    sums: dict[torch.Size, Tensor] = {}
-    for x in sent:
-        sums[x.shape[2:]] = sums[x.shape[2:]] + x if x.shape[2:] in sums else x
-    totals = {
-        size: sum(
-            (resize(x, size, align_corners) for other, x in sums.items() if other != size), total
-        )
-        for size, total in sums.items()
-    }
-    return tuple(
-        (1 + gate) * x + (1 - gate) * (totals[x.shape[2:]] - own)
-        for x, gate, own in zip(features, gates, sent, strict=True)
-    )
 
 
 def _attend_to_anchors(self: APNB | AFNB, x: Tensor, context: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ cases. ``report``: tables, JSON and figures. ``verdict``: a paper's figures besi
 ``program``: the command line.
 """
 
-from harness.case import Case, Contender, Oracle, Paper, both_formats
+from harness.case import Case, Contender, Oracle, Paper, Rival, both_formats, compare
 from harness.check import Entry, MismatchError, check_case, flop_counter, relative_error
 from harness.measure import Effort, Options, percentile
 from harness.meters import peak_memory, time_by_operation
@@ -33,10 +33,12 @@ __all__ = [
     "Oracle",
     "Paper",
     "Report",
+    "Rival",
     "Verdict",
     "add_options",
     "both_formats",
     "check_case",
+    "compare",
     "flop_counter",
     "markdown",
     "megabytes",

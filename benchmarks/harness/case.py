@@ -3,7 +3,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,63 @@ class Case:
         return (self.output_shape,) if one else self.output_shape
 
 
-def both_formats(contender: Contender) -> tuple[Contender, Contender]:
-    """The same contender on contiguous and on channels_last maps."""
-    return contender, dataclasses.replace(contender, memory_format=torch.channels_last)
+def both_formats(*contenders: Contender) -> tuple[Contender, ...]:
+    """Each contender on contiguous and on channels_last maps."""
+    return tuple(
+        dataclasses.replace(contender, memory_format=layout)
+        for contender in contenders
+        for layout in FORMAT_NAMES
+    )
+
+
+class Rival(NamedTuple):
+    """A way to compute an operator in plain torch: a row as it is, and one under torch.compile.
+
+    ``peak_bytes``: where they are not those of the comparison. ``backward``: is there one?
+    """
+
+    name: str
+    build: Callable[[], Function]
+    eager: bool = True
+    compiled: bool = True
+    peak_bytes: Sequence[int] | None = None
+    backward: bool = True
+
+
+def compare(
+    name: str,
+    shape: Sequence[int],
+    ours: Function,
+    rivals: Sequence[Rival],
+    inputs: Callable[[], tuple[Tensor, ...]],
+    output_shape: tuple[int, ...] | tuple[tuple[int, ...], ...],
+    *,
+    peak_bytes: Sequence[int],
+    traffic: Sequence[int] | None = None,
+    flops: Sequence[int] | None = None,
+) -> list[Case]:
+    """An operator against its rivals in both memory formats: a case of the forward, and one of
+    forward and backward where ``peak_bytes`` has two numbers.
+
+    ``name`` and ``shape`` are the title. The numbers are those of Contender: of the forward, and of
+    forward and backward.
+    """
+
+    def case(backward: bool) -> Case:
+        counts = {"traffic": traffic and traffic[backward], "flops": flops and flops[backward]}
+        rows: list[Contender] = []
+        for rival in rivals:
+            if rival.backward or not backward:
+                peak = (rival.peak_bytes or peak_bytes)[backward]
+                row = Contender(rival.name, rival.build, peak, **counts)
+                compiled = dataclasses.replace(row, name=f"{rival.name} compiled", compile=True)
+                rows += [row] * rival.eager + [compiled] * rival.compiled
+        rows.append(Contender("ctxops", lambda: ours, peak_bytes[backward], ours=True, **counts))
+        passes = "forward + backward" if backward else "forward"
+        title = f"{name}, {' x '.join(map(str, shape))}, {passes}"
+        return Case(title, inputs, output_shape, both_formats(*rows), backward=backward)
+
+    return [case(backward) for backward in (False, True)[: len(peak_bytes)]]
 
 
 class Runner:

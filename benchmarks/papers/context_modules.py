@@ -217,13 +217,9 @@ def build_case(size: tuple[int, int], options: Options) -> Case:
     def inputs() -> tuple[Tensor, Tensor]:
         return tuple(x.to(options.device, options.dtype) for x in maps(height, width))
 
-    rows = [row(name, published.build) for name, published in TABLE_3.items()]
-    return Case(
-        f"MCIBI, Table 3, map of {height} x {width}",
-        inputs,
-        (1, CHANNELS, height, width),
-        tuple(contender for each in rows for contender in both_formats(each)),
-    )
+    rows = both_formats(*(row(name, published.build) for name, published in TABLE_3.items()))
+    title = f"MCIBI, Table 3, map of {height} x {width}"
+    return Case(title, inputs, (1, CHANNELS, height, width), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

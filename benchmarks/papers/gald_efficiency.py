@@ -109,9 +109,9 @@ def count_verdicts() -> list[Verdict]:
             verdicts.append(
                 _verdict("IV", f"{name}, added", paper, count, f"{CHANNELS} channels throughout")
             )
-        for name, (paper, model, own) in TABLE_6.items():
-            made = create_model(model, num_classes=CLASSES, auxiliary_channels=0, **own)
-            count = parameters(made)
+        for name, (paper, model, arguments) in TABLE_6.items():
+            counted = create_model(model, num_classes=CLASSES, auxiliary_channels=0, **arguments)
+            count = parameters(counted)
             verdicts.append(_verdict("VI", name, paper, count, "no auxiliary head"))
     return verdicts
 

@@ -64,18 +64,18 @@ def operations(network: SegmentationNetwork, *, auxiliary: bool) -> int:
 
 
 def verdicts() -> list[Verdict]:
-    table, made = "GFF, Table 3", []
+    table, rows = "GFF, Table 3", []
     for name, row in TABLE_3.items():
         with torch.device("meta"):
             network = row.network()
         count = operations(network, auxiliary=row.auxiliary) / 1e9
         head = "with" if row.auxiliary else "without"
         how = f"{count:.2f}, convention F, stem pooling to 129 x 129, {head} auxiliary head"
-        made.append(Verdict(table, f"{name}, FLOPs", row.operations, count, "G", how))
+        rows.append(Verdict(table, f"{name}, FLOPs", row.operations, count, "G", how))
         count = parameters(network) - parameters(network.auxiliary)
         how = f"{count:,}, without auxiliary head"
-        made.append(Verdict(table, f"{name}, parameters", row.parameters, count / 1e6, "M", how))
-    return made
+        rows.append(Verdict(table, f"{name}, parameters", row.parameters, count / 1e6, "M", how))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,10 +49,5 @@ def network_case(
             family=name,
         )
 
-    rows = [row(name, build) for name, build in builders.items()]
-    return Case(
-        title,
-        image,
-        (1, classes, height, width),
-        tuple(contender for each in rows for contender in both_formats(each)),
-    )
+    rows = both_formats(*(row(name, build) for name, build in builders.items()))
+    return Case(title, image, (1, classes, height, width), rows)

@@ -115,21 +115,22 @@ HEADS = {
 
 def head_case(name: str, image: tuple[int, int], options: Options) -> Case:
     """Ours and its twin in eager torch, on a backbone's maps of an image of that size."""
-    model, own, widths = HEADS[name]
+    model, arguments, widths = HEADS[name]
     # Of 256 channels at a quarter of the side, all others at an eighth.
     shapes = [
         (1, width, *(side // (4 if width == 256 else 8) for side in image)) for width in widths
     ]
 
     def build() -> Head:
-        return Head(create_model(model, "resnet50", CLASSES, auxiliary_channels=0, **own)).eval()
+        network = create_model(model, "resnet50", CLASSES, auxiliary_channels=0, **arguments)
+        return Head(network).eval()
 
     def head() -> nn.Module:
-        made = randomize(build())
+        module = randomize(build())
         if model == "mcibi":
-            memory = made.network.bank.memory
+            memory = module.network.bank.memory
             memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(1)))
-        return made.to(options.dtype)
+        return module.to(options.dtype)
 
     def inputs() -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -143,7 +144,7 @@ def head_case(name: str, image: tuple[int, int], options: Options) -> Case:
     eager = Contender("eager torch", lambda: eager_twin(head()), peak_bytes)
     ours = Contender("ctxops", head, peak_bytes, ours=True)
     title = f"head of {name}, image of {image[0]} x {image[1]}"
-    return Case(title, inputs, tuple(output_shape), (*both_formats(eager), *both_formats(ours)))
+    return Case(title, inputs, tuple(output_shape), both_formats(eager, ours))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,10 +4,10 @@
 import pytest
 import torch
 
-from baselines.eager import (
+from baselines.eager import eager_twin
+from baselines.functions import (
     cross_by_bmm,
     cross_by_einsum,
-    eager_twin,
     windows_by_shifts,
     windows_by_unfold,
 )

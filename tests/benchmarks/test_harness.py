@@ -17,8 +17,10 @@ from harness import (
     Options,
     Oracle,
     Paper,
+    Rival,
     both_formats,
     check_case,
+    compare,
     peak_memory,
     percentile,
     relative_error,
@@ -51,6 +53,29 @@ def options(**fields) -> Options:
 
 def wrong(x: torch.Tensor) -> torch.Tensor:
     return x.relu() * 1.001
+
+
+def test_an_operator_meets_its_rivals():
+    rivals = [
+        Rival("a", lambda: torch.relu, peak_bytes=(7, 8)),
+        Rival("b", lambda: torch.relu, eager=False),
+        Rival("c", lambda: torch.relu, compiled=False, backward=False),
+    ]
+    inputs = case().inputs
+    numbers = {"peak_bytes": (1, 2), "traffic": (3, 4)}
+    forward, both = compare("op", SHAPE, torch.relu, rivals, inputs, SHAPE, **numbers)
+    assert (forward.title, forward.backward) == ("op, 1 x 4 x 6 x 5, forward", False)
+    assert (both.title, both.backward) == ("op, 1 x 4 x 6 x 5, forward + backward", True)
+    names = ["a", "a compiled", "b compiled", "c", "ctxops"]
+    assert [row.name for row in forward.contenders[::2]] == names
+    assert [row.name for row in both.contenders[1::2]] == [*names[:3], "ctxops"]
+    assert [row.compile for row in forward.contenders[::2]] == [False, True, True, False, False]
+    assert [row.peak_bytes for row in forward.contenders[::2]] == [7, 7, 1, 1, 1]
+    assert [row.peak_bytes for row in both.contenders[::2]] == [8, 8, 2, 2]
+    assert {(row.traffic, row.flops) for row in both.contenders} == {(4, None)}
+    assert [row.name for row in forward.contenders if row.ours] == ["ctxops", "ctxops"]
+    (alone,) = compare("op", SHAPE, torch.relu, rivals, inputs, SHAPE, peak_bytes=(1,))
+    assert not alone.backward
 
 
 class TestMemory:
