@@ -3,7 +3,12 @@
 
 from ctxops.nn.adaptive_context import AdaptiveContext
 from ctxops.nn.aspp import ASPP
-from ctxops.nn.asymmetric_context import AsymmetricNonLocalContext
+from ctxops.nn.asymmetric_context import (
+    AsymmetricNonLocalContext,
+    CommonFusion,
+    FusedContext,
+    SummedFusions,
+)
 from ctxops.nn.cgnl import CGNL
 from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.criss_cross import CrissCrossAttention, RecurrentCrissCrossAttention
@@ -27,11 +32,13 @@ from ctxops.nn.global_convolution import (
     GCNBottleneck,
     GlobalConvolution,
 )
+from ctxops.nn.level_fusion_decoder import LevelFusionDecoder
 from ctxops.nn.local_distribution import GALD, LDv1, LDv2
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
 from ctxops.nn.object_context import ObjectContext
 from ctxops.nn.pointwise_spatial_attention import PointwiseSpatialAttention
 from ctxops.nn.pyramid_pooling import PyramidPooling
+from ctxops.nn.score_pyramid import BilinearDeconvolution, ProgressiveUpsampling, ScorePyramid
 
 __all__ = [
     "AFNB",
@@ -42,8 +49,10 @@ __all__ = [
     "AdaptiveContext",
     "AdditionFusion",
     "AsymmetricNonLocalContext",
+    "BilinearDeconvolution",
     "BoundaryRefinement",
     "ChannelAttention",
+    "CommonFusion",
     "ConcatContext",
     "ConcatFusion",
     "ConvolutionStack",
@@ -55,6 +64,7 @@ __all__ = [
     "DualAttention",
     "FeatureMemory",
     "FeaturePyramidFusion",
+    "FusedContext",
     "FusionNonLocal2d",
     "GCNBottleneck",
     "GatedFeaturePyramidFusion",
@@ -62,11 +72,15 @@ __all__ = [
     "GlobalConvolution",
     "LDv1",
     "LDv2",
+    "LevelFusionDecoder",
     "NonLocal2d",
     "ObjectContext",
     "PointwiseSpatialAttention",
     "PositionAttention",
+    "ProgressiveUpsampling",
     "PyramidPooling",
     "RecurrentCrissCrossAttention",
+    "ScorePyramid",
+    "SummedFusions",
     "representation_consistency_loss",
 ]

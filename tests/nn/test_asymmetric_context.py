@@ -2,8 +2,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ctxops.nn import AsymmetricNonLocalContext
+from ctxops.nn import AsymmetricNonLocalContext, CommonFusion, FusedContext, SummedFusions
 from modules import activate, assert_same, cbr, count, normalise, pool, randomise
 
 
@@ -43,6 +44,46 @@ def test_is_its_formula(bias, fold, training):
     assert_same(module, inputs, lambda *inputs: formula(module, *inputs, (1, 2)))
 
 
+@pytest.mark.parametrize("size", [(3, 4), (6, 8)], ids=str)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_common_fusion(bias, align_corners, size):
+    fusion = CommonFusion(3, 6, bias=bias, align_corners=align_corners)
+    fusion = randomise(fusion).double()
+    convolution, norm, _ = fusion.convolution
+    assert (convolution.bias is not None) is bias
+
+    def formula(low, high):
+        y = activate(convolve(convolution, low), norm)
+        return high + F.interpolate(y, (3, 4), mode="bilinear", align_corners=align_corners)
+
+    assert_same(fusion, [torch.randn(2, 3, *size), torch.randn(2, 6, 3, 4)], formula)
+
+
+def test_fusions_are_summed():
+    module = randomise(SummedFusions([CommonFusion(3, 6), CommonFusion(5, 6)])).double()
+    inputs = [torch.randn(2, 3, 6, 8), torch.randn(2, 5, 3, 4), torch.randn(2, 6, 3, 4)]
+    assert_same(module, inputs, lambda a, b, high: module[0](a, high) + module[1](b, high))
+
+
+def test_fused_context_is_its_parts_one_after_the_other():
+    fusion, reduce, context = CommonFusion(3, 4), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
+    low, high = torch.randn(2, 3, 6, 8), torch.randn(2, 4, 3, 4)
+    module = FusedContext(fusion, reduce, context).eval()
+    torch.testing.assert_close(module(low, high), context(reduce(fusion(low, high))))
+    torch.testing.assert_close(FusedContext(None, reduce, None)(high), reduce(high))
+    assert {name.split(".")[0] for name in module.state_dict()} == {"fusion", "reduce", "context"}
+
+
+def test_dropout_follows_the_fusion():
+    module, seen = FusedContext(None, nn.Identity(), None, dropout=0.5), []
+    module.reduce.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    module(torch.ones(4, 100, 2, 2))
+    dropped = (seen[0] == 0).all(dim=(2, 3))
+    assert 0.3 < dropped.float().mean() < 0.7
+    assert (seen[0][~dropped] == 2).all()
+
+
 def test_hands_its_options_on():
     module = AsymmetricNonLocalContext(
         3, 6, 5, key_channels=2, value_channels=4, fuse="add", variant="paper", sampling="max",
@@ -78,6 +119,21 @@ def test_parameter_counts():
             lambda: AsymmetricNonLocalContext(4, 6)(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2)),
             ValueError,
             r"high must have shape \(B, 6, H, W\), got \(1, 4, 2, 2\)",
+        ),
+        (
+            lambda: CommonFusion(4, 6)(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2)),
+            ValueError,
+            r"high must have shape \(B, 6, H, W\), got \(1, 4, 2, 2\)",
+        ),
+        (
+            lambda: SummedFusions([CommonFusion(4, 6)])(torch.ones(1, 4, 2, 2)),
+            ValueError,
+            "maps must be 1 and the last level's, got 1",
+        ),
+        (
+            lambda: FusedContext("afnb", None, None),
+            TypeError,
+            "fusion must be Module or None, got str",
         ),
     ],
 )

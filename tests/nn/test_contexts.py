@@ -10,15 +10,20 @@ from ctxops.nn import (
     AdaptiveContext,
     AsymmetricNonLocalContext,
     ChannelAttention,
+    CommonFusion,
     ConcatContext,
     DenseASPP,
     DisentangledNonLocal,
     DualAttention,
+    GatedFullyFusion,
+    LevelFusionDecoder,
     ObjectContext,
     PointwiseSpatialAttention,
     PositionAttention,
     PyramidPooling,
+    SummedFusions,
 )
+from ctxops.nn.cbr import cbr
 from modules import mostly_slow, randomise
 from numerics import LAYOUTS
 
@@ -43,6 +48,19 @@ CONTEXTS = {
         lambda **norm: PointwiseSpatialAttention(8, 6, (5, 7), **norm), [8],
     ),
     "ConcatContext": (lambda **norm: ConcatContext(nn.Conv2d(8, 4, 1), 8, 4, 6, **norm), [8]),
+    "CommonFusion": (lambda **norm: CommonFusion(4, 8, **norm), [4, 8]),
+    "SummedFusions": (
+        lambda **norm: SummedFusions([CommonFusion(4, 8, **norm), CommonFusion(6, 8, **norm)]),
+        [4, 6, 8],
+    ),
+    "LevelFusionDecoder": (
+        lambda **norm: LevelFusionDecoder(
+            PyramidPooling(6, 5, (1, 2), align_corners=True, **norm),
+            GatedFullyFusion([4, 6], 8, **norm),
+            [cbr(8, 3, 3, norm.get("norm_layer", nn.BatchNorm2d)) for _ in range(2)],
+        ),
+        [4, 6],
+    ),
 }  # fmt: skip
 NORMED = [name for name in CONTEXTS if not name.startswith(("Position", "Channel"))]
 
