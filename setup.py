@@ -66,9 +66,10 @@ class CMakeBuild(build_ext):
 setup(
     # pip asks for these when it prepares the isolated environment of the build.
     setup_requires=missing_tools(),
-    # models/ stands at the top of the tree and is a package of ctxops.
+    # models/ stands at the top of the tree and is a package of ctxops. The link to it in ctxops/ is
+    # for editors and type checkers: not every copy of the tree has it.
     packages=[
-        *find_packages(include=["ctxops", "ctxops.*"]),
+        *find_packages(include=["ctxops", "ctxops.*"], exclude=["ctxops.models*"]),
         "ctxops.models",
         *(f"ctxops.models.{name}" for name in find_packages("models")),
     ],

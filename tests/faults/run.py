@@ -50,8 +50,7 @@ class Copy:
         ).stdout.split("\0")  # fmt: skip
         for name in filter(None, names):
             (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, self.tree / name)
-        (self.tree / "ctxops" / "models").symlink_to("../models")
+            shutil.copy2(ROOT / name, self.tree / name, follow_symlinks=False)
         self.environment = os.environ | {
             "PATH": f"{self._cached_gxx()}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.tree),
