@@ -1,24 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole networks: a backbone of timm, context modules of ``ctxops.nn``, heads."""
+"""Whole networks: a backbone of timm, context modules of ``ctxops.nn``, heads.
 
-# The networks: each registers itself.
-from ctxops.models import ann as ann
-from ctxops.models import apcnet as apcnet
-from ctxops.models import ccnet as ccnet
-from ctxops.models import danet as danet
-from ctxops.models import deeplabv3 as deeplabv3
-from ctxops.models import denseaspp as denseaspp
-from ctxops.models import dnlnet as dnlnet
-from ctxops.models import fcn as fcn
-from ctxops.models import gald as gald
-from ctxops.models import gcn as gcn
-from ctxops.models import gff as gff
-from ctxops.models import mcibi as mcibi
-from ctxops.models import non_local as non_local
-from ctxops.models import ocrnet as ocrnet
-from ctxops.models import psanet as psanet
-from ctxops.models import pspnet as pspnet
-from ctxops.models.base import LogitsOnly, SegmentationNetwork, SegmentationOutput
+:func:`create_model` makes them by name. The builders in small letters, such as :func:`ann`, make
+the decoder of one alone.
+"""
+
+from ctxops.models.ann import ann
+from ctxops.models.apcnet import apcnet
+from ctxops.models.base import Decoder, LogitsOnly, SegmentationNetwork, SegmentationOutput
+from ctxops.models.ccnet import ccnet
 from ctxops.models.convert import (
     ImportedModel,
     convert_checkpoint,
@@ -27,22 +17,52 @@ from ctxops.models.convert import (
     load_checkpoint,
     load_model,
 )
+from ctxops.models.danet import danet
+from ctxops.models.deeplabv3 import deeplabv3
+from ctxops.models.denseaspp import denseaspp
+from ctxops.models.dnlnet import dnlnet
 from ctxops.models.encoder import Encoder
+from ctxops.models.fcn import fcn
+from ctxops.models.gald import gald
+from ctxops.models.gcn import gcn
+from ctxops.models.gff import gff
+from ctxops.models.mcibi import mcibi
+from ctxops.models.non_local import non_local
+from ctxops.models.ocrnet import ocrnet
+from ctxops.models.psanet import psanet
+from ctxops.models.pspnet import pspnet
 from ctxops.models.registry import create_model, list_models, model_options, register_model
 
 __all__ = [
+    "Decoder",
     "Encoder",
     "ImportedModel",
     "LogitsOnly",
     "SegmentationNetwork",
     "SegmentationOutput",
+    "ann",
+    "apcnet",
+    "ccnet",
     "convert_checkpoint",
     "create_model",
+    "danet",
+    "deeplabv3",
+    "denseaspp",
+    "dnlnet",
+    "fcn",
+    "gald",
+    "gcn",
+    "gff",
     "import_checkpoint",
     "list_models",
     "load_backbone",
     "load_checkpoint",
     "load_model",
+    "mcibi",
     "model_options",
+    "non_local",
+    "ocrnet",
+    "psanet",
+    "pspnet",
     "register_model",
 ]

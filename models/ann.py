@@ -3,63 +3,20 @@
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from ctxops._checks import check_choice, check_sizes
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
+from ctxops.nn.asymmetric_context import CommonFusion, FusedContext, SummedFusions
 from ctxops.nn.cbr import cbr
 from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
-from ctxops.nn.resize import resize
 
 _FUSIONS = (None, "common", "fnb", "afnb")
 _ATTENTIONS = (None, "nb", "apnb")
 # The paper's Stage5 is the backbone's last map.
 _LAST_STAGE = 5
-
-
-class _CommonFusion(nn.Module):
-    """``high + CBR(low)``."""
-
-    def __init__(
-        self,
-        low_channels: int,
-        high_channels: int,
-        bias: bool,
-        align_corners: bool,
-        norm_layer: Callable[[int], nn.Module],
-    ) -> None:
-        super().__init__()
-        self.align_corners = align_corners
-        self.convolution = cbr(low_channels, high_channels, 1, norm_layer, bias=bias)
-
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        return high + resize(self.convolution(low), high.shape[2:], self.align_corners)
-
-
-class _SummedFusions(nn.ModuleList):
-    """What the fusions of the last map with each of the others give, added."""
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        *lows, high = maps
-        return sum(fusion(low, high) for fusion, low in zip(self, lows, strict=True))
-
-
-class _Decoder(nn.Module):
-    """Fusion of levels, convolution, self-attention: :class:`ctxops.nn.AsymmetricNonLocalContext`
-    with other parts, and with dropout.
-    """
-
-    def __init__(
-        self, fusion: nn.Module, reduce: nn.Module, context: nn.Module, dropout: float
-    ) -> None:
-        super().__init__()
-        self.fusion, self.reduce, self.context = fusion, reduce, context
-        self.dropout = nn.Dropout2d(dropout)
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        return self.context(self.reduce(self.dropout(self.fusion(*maps))))
 
 
 def _levels(encoder: Encoder, fuse_stages: Sequence[int]) -> list[int]:
@@ -79,10 +36,9 @@ def _levels(encoder: Encoder, fuse_stages: Sequence[int]) -> list[int]:
     return [stage - _LAST_STAGE - 1 for stage in fuse_stages]
 
 
-@register_model("ann")
+@register_model("ann", auxiliary_bias=True)
 def ann(
     encoder: Encoder,
-    num_classes: int,
     *,
     fusion: str | None = "afnb",
     attention: str | None = "apnb",
@@ -98,12 +54,10 @@ def ann(
     variant: str = "released",
     fold: bool = True,
     bias: bool = True,
-    auxiliary_bias: bool = True,
     dropout: float = 0.05,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """Stage 4 fused into stage 5, one 3 x 3 convolution, norm and ReLU, then self-attention.
 
     Args:
@@ -119,7 +73,7 @@ def ann(
         key_channels, value_channels, fuse, variant: of all blocks.
         share: of "apnb" and "nb".
         out_norm: of "fnb" and "afnb": the norm after W_o of appendix C.
-        bias, auxiliary_bias: biases of all convolutions of the head and of the auxiliary head.
+        bias: biases of all convolutions of the head, as the auxiliary head has them by default.
         dropout: of the classifiers, and after the fusion.
         align_corners: of the resize of all logits, and of that in "common".
 
@@ -138,7 +92,9 @@ def ann(
 
     def fusion_block(low: int) -> nn.Module:
         if fusion == "common":
-            return _CommonFusion(low, high, bias, align_corners, norm_layer)
+            return CommonFusion(
+                low, high, bias=bias, align_corners=align_corners, norm_layer=norm_layer
+            )
         widths = (low, high, key_channels, value_channels)
         if fusion == "fnb":
             return FusionNonLocal2d(*widths, out_norm=out_norm, **block)
@@ -151,27 +107,14 @@ def ann(
         return APNB(*widths, share=share, **anchors, **block)
 
     fusions = [fusion_block(encoder.channels[level]) for level in levels]
-    if not fusions:
-        fused = nn.Identity()
-    elif len(fusions) == 1:  # with the names that its parameters have in the context module
-        fused = fusions[0]
-    else:
-        fused = _SummedFusions(fusions)
-    decoder = _Decoder(
+    if len(fusions) > 1:
+        fused = SummedFusions(fusions)
+    else:  # a single one has the names of its parameters in AsymmetricNonLocalContext
+        fused = fusions[0] if fusions else None
+    decoder = FusedContext(
         fused,
         cbr(high, channels, 3, norm_layer, bias=bias),
-        nn.Identity() if attention is None else attention_block(),
-        dropout if fusions else 0.0,
+        None if attention is None else attention_block(),
+        dropout=dropout if fusions else 0.0,
     )
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        channels,
-        num_classes,
-        levels=(*levels, -1),
-        auxiliary_bias=auxiliary_bias,
-        dropout=dropout,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, channels, levels=(*levels, -1))

@@ -2,7 +2,7 @@
 """What all networks share: encoder, decoder, classifier, and what a forward returns."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,23 @@ class FCNHead(nn.Sequential):
             cbr(in_channels, channels, kernel_size, norm_layer, bias=bias),
             Classifier(channels, num_classes, dropout),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What the builder of a network returns: the part between encoder and classifier.
+
+    Attributes:
+        module: takes the maps of ``levels``, one argument each, to ``(B, channels, h, w)``.
+        channels: of that map.
+        levels: which of the encoder's maps it takes; negative ones count from the last.
+        parts: further arguments of the network's class, by name.
+    """
+
+    module: nn.Module
+    channels: int
+    levels: Sequence[int] = (-1,)
+    parts: Mapping[str, nn.Module | None] = dataclasses.field(default_factory=dict)
 
 
 class SegmentationNetwork(nn.Module):

@@ -5,25 +5,22 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.criss_cross import RecurrentCrissCrossAttention
 
 
-@register_model("ccnet")
+@register_model("ccnet", auxiliary_channels=256)
 def ccnet(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     recurrence: int = 2,
     reduction: int = 8,
-    auxiliary_channels: int = 256,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """Recurrent criss-cross attention beside the last map: CCNet.
 
     Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019, as
@@ -34,19 +31,10 @@ def ccnet(
         channels: of the attention and of the decoder's map.
         recurrence: rounds of attention.
         reduction: query and key have ``channels // reduction`` channels.
-        auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
     width = encoder.channels[-1]
     attention = RecurrentCrissCrossAttention(
         width, channels, recurrence=recurrence, reduction=reduction, norm_layer=norm_layer
     )
     decoder = ConcatContext(attention, width, channels, channels, norm_layer=norm_layer)
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, channels)

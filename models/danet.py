@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ctxops.models.base import Classifier, SegmentationNetwork, SegmentationOutput
+from ctxops.models.base import Classifier, Decoder, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.dual_attention import DualAttention
@@ -45,18 +45,15 @@ class DANet(SegmentationNetwork):
         return output
 
 
-@register_model("danet")
+@register_model("danet", network=DANet, auxiliary_channels=256)
 def danet(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     reduction: int = 8,
     attention_bias: bool = True,
-    auxiliary_channels: int = 256,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> DANet:
+) -> Decoder:
     """:class:`ctxops.nn.DualAttention` on the last map: DANet.
 
     Source: Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019, as released: the
@@ -66,7 +63,6 @@ def danet(
         channels: of the attentions and of the decoder's map.
         reduction: query and key of the position attention have ``channels // reduction`` channels.
         attention_bias: biases in the projections of the position attention.
-        auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
     decoder = DualAttention(
         encoder.channels[-1],
@@ -75,12 +71,4 @@ def danet(
         bias=attention_bias,
         norm_layer=norm_layer,
     )
-    return DANet(
-        encoder,
-        decoder,
-        channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, channels)

@@ -5,25 +5,22 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
 
 
-@register_model("deeplabv3")
+@register_model("deeplabv3", auxiliary_channels=256)
 def deeplabv3(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     dilations: Sequence[int] = (12, 24, 36),
     out_channels: int | None = None,
     fuse_kernel_size: int = 3,
-    auxiliary_channels: int = 256,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """:class:`ctxops.nn.ASPP` on the last map: DeepLabv3.
 
     Source: Chen et al., Rethinking Atrous Convolution for Semantic Image Segmentation, 2017. The
@@ -36,7 +33,6 @@ def deeplabv3(
         dilations: of the 3 x 3 convolutions.
         out_channels: of the decoder's map; None: ``channels``.
         fuse_kernel_size: of the convolution behind the branches.
-        auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
     out_channels = channels if out_channels is None else out_channels
     decoder = ASPP(
@@ -47,12 +43,4 @@ def deeplabv3(
         fuse_kernel_size=fuse_kernel_size,
         norm_layer=norm_layer,
     )
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        out_channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, out_channels)

@@ -5,26 +5,23 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.cbr import cbr
 from ctxops.nn.dense_aspp import DenseASPP
 
 
-@register_model("denseaspp", backbone="densenet161")
+@register_model("denseaspp", backbone="densenet161", auxiliary_channels=0)
 def denseaspp(
     encoder: Encoder,
-    num_classes: int,
     *,
     reduced_channels: int | None = None,
     hidden_channels: int = 512,
     channels: int = 128,
     dilations: Sequence[int] = (3, 6, 12, 18, 24),
-    auxiliary_channels: int = 0,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """:class:`ctxops.nn.DenseASPP` on the last map, behind one more transition of the DenseNet.
 
     Source: Yang et al., DenseASPP for Semantic Segmentation in Street Scenes, CVPR 2018, as
@@ -34,7 +31,6 @@ def denseaspp(
         reduced_channels: of the transition, a 1 x 1 convolution and a norm; None: half the last
             map's.
         hidden_channels, channels, dilations: as in :class:`ctxops.nn.DenseASPP`.
-        auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
     width = encoder.channels[-1]
     reduced_channels = width // 2 if reduced_channels is None else reduced_channels
@@ -42,12 +38,4 @@ def denseaspp(
         reduced_channels, hidden_channels, channels, dilations, norm_layer=norm_layer
     )
     transition = cbr(width, reduced_channels, 1, norm_layer, activation=False)
-    return SegmentationNetwork(
-        encoder,
-        nn.Sequential(transition, context),
-        context.out_channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(nn.Sequential(transition, context), context.out_channels)

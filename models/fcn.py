@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from ctxops._checks import check_kernel_size, check_sizes
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.cbr import cbr
@@ -16,15 +16,13 @@ from ctxops.nn.concat_context import ConcatContext
 @register_model("fcn")
 def fcn(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     kernel_size: int = 3,
     convolutions: int = 1,
     concat: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """Convolutions to ``channels``, each with norm and ReLU, on the last map.
 
     Args:
@@ -45,6 +43,4 @@ def fcn(
         )
     else:
         decoder = nn.Sequential(first, *rest) if rest else first
-    return SegmentationNetwork(
-        encoder, decoder, channels, num_classes, norm_layer=norm_layer, **common
-    )
+    return Decoder(decoder, channels)

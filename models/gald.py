@@ -7,7 +7,7 @@ from torch import nn
 
 from ctxops._checks import check_choice, check_sizes
 from ctxops.models._decoders import concat_block
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
@@ -20,10 +20,9 @@ _AGGREGATIONS = (None, "ppm", "aspp", "nonlocal", "cgnl")
 _DISTRIBUTIONS = (None, "ldv1", "ldv2")
 
 
-@register_model("gald")
+@register_model("gald", auxiliary_bias=True)
 def gald(
     encoder: Encoder,
-    num_classes: int,
     *,
     global_aggregation: str | None = "cgnl",
     local_distribution: str | None = "ldv1",
@@ -36,11 +35,9 @@ def gald(
     dilation: int = 3,
     query_from: str = "both",
     key_from: str = "both",
-    auxiliary_bias: bool = True,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """Context found on the whole map and distributed to its positions, beside the last map.
 
     ``CBR(cat(X, CBR(GALD(CBR(X)))))`` with 3 x 3 convolutions and :class:`ctxops.nn.GALD`, then the
@@ -60,8 +57,7 @@ def gald(
         kernel_size, dilation: k and r of LDv2. The paper's best are 5 and 6 with ASPP on
             Cityscapes (Table II b), 7 and 6 alone, 5 and 3 for all other data sets.
         query_from, key_from: of LDv2 (Table II c).
-        auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
-            the logits.
+        align_corners: as in :class:`SegmentationNetwork`; all maps are resized like the logits.
 
     The defaults are the head of GALDNet as released, the paper's GALDv1: 66,664,915 parameters for
     19 classes without auxiliary head. Its backbone has ``ceil_mode=True``,
@@ -135,13 +131,4 @@ def gald(
         norm_layer,
         block_channels=2 * channels if arrangement == "parallel" else channels,
     )
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        channels,
-        num_classes,
-        auxiliary_bias=auxiliary_bias,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, channels)

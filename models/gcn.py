@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The global convolutional network (Peng et al., CVPR 2017)."""
 
-import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_choice, check_kernel_size
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder, SegmentationNetwork
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.global_convolution import (
@@ -17,100 +15,43 @@ from ctxops.nn.global_convolution import (
     GCNBottleneck,
     GlobalConvolution,
 )
-from ctxops.nn.resize import resize
+from ctxops.nn.score_pyramid import ProgressiveUpsampling, ScorePyramid
 
 _SCORES = ("gcn", "pointwise", "conv", "stack")
 # Kernel size and width of ResNet50-GCN's last two stages.
 _GLOBAL_STAGES = {"layer3": (5, 85), "layer4": (7, 128)}
 
 
-class _Doubling(nn.ConvTranspose2d):
-    """Doubles a score map; starts as bilinear interpolation of every class for itself."""
+class GlobalConvolutionalNetwork(SegmentationNetwork):
+    """Its decoder gives the scores, and deconvolutions take them to the size of the image.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1, output_padding=1, bias=False)
-        taps = torch.tensor([0.5, 1.0, 0.5])
-        with torch.no_grad():
-            self.weight.zero_()
-            self.weight[range(channels), range(channels)] = torch.outer(taps, taps)
+    Args:
+        decoder: takes the maps of ``levels`` to scores ``(B, num_classes, h, w)``.
+        to_image: from the scores and the size of the image to the logits.
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        """``size``: twice that of x, or one less, where it was rounded up in halving."""
-        x = super().forward(x)
-        for dim, side in enumerate(size, start=2):
-            # A slice would make an exported graph ask which sizes are odd.
-            x = x.index_select(dim, torch.arange(side, device=x.device))
-        return x
-
-
-class _Upsampling(nn.Module):
-    """As many doublings as a ratio of strides needs, each with a refinement."""
-
-    def __init__(self, ratio: int, channels: int, refine: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        count = ratio.bit_length() - 1
-        self.doublings = nn.ModuleList(_Doubling(channels) for _ in range(count))
-        self.refine = nn.ModuleList(refine() for _ in range(count))
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        sizes = [tuple(size)]
-        for _ in self.doublings:
-            sizes.append(tuple((side - 1) // 2 + 1 for side in sizes[-1]))
-        # ResNets halve so; a backbone that rounds otherwise needs this resize.
-        x = resize(x, sizes.pop(), align_corners=False)
-        for double, refine in zip(self.doublings, self.refine, strict=True):
-            x = refine(double(x, sizes.pop()))
-        return x
-
-
-class _ScorePyramid(nn.Module):
-    """Scores of every level, the coarser ones doubled and added from the last level down."""
+    All others as in :class:`SegmentationNetwork`.
+    """
 
     def __init__(
         self,
         encoder: Encoder,
+        decoder: nn.Module,
+        channels: int,
         num_classes: int,
-        score: Callable[[int], nn.Module],
-        refine: Callable[[], nn.Module],
-    ) -> None:
-        super().__init__()
-        self.score = nn.ModuleList(score(width) for width in encoder.channels)
-        self.refine = nn.ModuleList(refine() for _ in encoder.channels)
-        self.refine_sum = nn.ModuleList(refine() for _ in encoder.channels[1:])
-        self.upsample = nn.ModuleList(
-            _Upsampling(coarse // fine, num_classes, nn.Identity)
-            for fine, coarse in itertools.pairwise(encoder.strides)
-        )
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        levels = zip(maps, self.score, self.refine, strict=True)
-        *scores, y = [refine(score(x)) for x, score, refine in levels]
-        steps = zip(scores, self.upsample, self.refine_sum, strict=True)
-        for x, upsample, refine in reversed(list(steps)):
-            y = refine(x + upsample(y, x.shape[2:]))
-        return y
-
-
-class _GlobalConvolutionalNetwork(SegmentationNetwork):
-    """Its decoder gives the scores, and deconvolutions take them to the size of the image."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        num_classes: int,
-        score: Callable[[int], nn.Module],
-        refine: Callable[[], nn.Module],
+        *,
+        levels: Sequence[int],
+        to_image: nn.Module,
     ) -> None:
         super().__init__(
             encoder,
-            _ScorePyramid(encoder, num_classes, score, refine),
+            decoder,
+            channels,
             num_classes,
-            num_classes,
-            levels=range(len(encoder.channels)),
+            levels=levels,
             auxiliary_channels=0,
             classifier=nn.Identity(),
         )
-        self.to_image = _Upsampling(encoder.strides[0], num_classes, refine)
+        self.to_image = to_image
 
     def _resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return self.to_image(logits, size)
@@ -132,7 +73,7 @@ def _set_global_stages(encoder: Encoder, norm_layer: Callable[[int], nn.Module])
         )
 
 
-@register_model("gcn", backbone="resnet152", output_stride=32)
+@register_model("gcn", backbone="resnet152", output_stride=32, network=GlobalConvolutionalNetwork)
 def gcn(
     encoder: Encoder,
     num_classes: int,
@@ -143,7 +84,7 @@ def gcn(
     boundary_refinement: bool = True,
     global_backbone: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-) -> SegmentationNetwork:
+) -> Decoder:
     """Global convolutional network: a score map of each level, added from the coarsest on.
 
     Every map of the backbone gets a score layer to K channels. From the last level down the sum so
@@ -185,4 +126,10 @@ def gcn(
     check_kernel_size(kernel_size)
     if global_backbone:
         _set_global_stages(encoder, norm_layer)
-    return _GlobalConvolutionalNetwork(encoder, num_classes, score_layer, refinement)
+    decoder = ScorePyramid(encoder.channels, encoder.strides, num_classes, score_layer, refinement)
+    return Decoder(
+        decoder,
+        num_classes,
+        levels=range(len(encoder.channels)),
+        parts={"to_image": ProgressiveUpsampling(encoder.strides[0], num_classes, refinement)},
+    )

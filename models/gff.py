@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated fully fusion network (Li et al., AAAI 2020)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ctxops._checks import check_choice, check_sizes
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
+from ctxops.models.denseaspp import denseaspp
 from ctxops.models.encoder import Encoder
+from ctxops.models.pspnet import pspnet
 from ctxops.models.registry import register_model
 from ctxops.nn.cbr import cbr
-from ctxops.nn.dense_aspp import DenseASPP
-from ctxops.nn.feature_fusion import (
-    AdditionFusion,
-    ConcatFusion,
-    FeaturePyramidFusion,
-    resize,
-)
+from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
 from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
     GatedFeaturePyramidFusion,
     GatedFullyFusion,
 )
-from ctxops.nn.pyramid_pooling import PyramidPooling
+from ctxops.nn.level_fusion_decoder import LevelFusionDecoder
 
 _FUSIONS = {
     "concat": ConcatFusion,
@@ -37,38 +32,9 @@ _CONTEXTS = ("ppm", "denseaspp")
 _PYRAMIDS = ("fpn", "gated_fpn")
 
 
-class _Decoder(nn.Module):
-    """Context of the last map, all levels fused and refined, and both brought together."""
-
-    def __init__(
-        self,
-        context: nn.Module,
-        fusion: nn.Module,
-        refine: Sequence[nn.Module],
-        pyramid: DenseFeaturePyramid | None,
-        *,
-        fuse_context: bool,
-        align_corners: bool,
-    ) -> None:
-        super().__init__()
-        self.context, self.fusion, self.pyramid = context, fusion, pyramid
-        self.refine = nn.ModuleList(refine)
-        self.fuse_context, self.align_corners = fuse_context, align_corners
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        context = self.context(maps[-1])
-        fused = self.fusion((*maps, context) if self.fuse_context else maps)
-        # The context map itself, the last level of a feature pyramid, follows as it is.
-        levels = [refine(x) for refine, x in zip(self.refine, fused[: len(maps)], strict=True)]
-        parts = [context, *levels] if self.pyramid is None else self.pyramid(levels, context)
-        size = levels[0].shape[2:]
-        return torch.cat([resize(x, size, self.align_corners) for x in parts], dim=1)
-
-
-@register_model("gff")
+@register_model("gff", auxiliary_bias=True)
 def gff(
     encoder: Encoder,
-    num_classes: int,
     *,
     context: str = "ppm",
     fusion: str = "gff",
@@ -77,18 +43,16 @@ def gff(
     gate_from: str = "input",
     channels: int = 256,
     context_channels: int = 512,
-    auxiliary_bias: bool = True,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """PSPNet whose levels are fused by gates, then densely connected with its context map.
 
     Args:
         context: of the last map. "ppm": :class:`ctxops.nn.PyramidPooling` without ReLU in its
             branches, as in the authors' PSPNet. "denseaspp": :class:`ctxops.nn.DenseASPP` behind
-            one more transition, as in the network ``denseaspp``; with ``backbone="densenet121"``
-            the paper's other baseline (Table 4).
+            one more transition, the network ``denseaspp``'s decoder; with
+            ``backbone="densenet121"`` the paper's other baseline (Table 4).
         fusion: of all levels of the backbone. "gff": :class:`ctxops.nn.GatedFullyFusion`. What it
             is compared with: "concat", "addition", "fpn" and "gated_fpn",
             :class:`ctxops.nn.ConcatFusion` and the others; the pyramids have the context map on
@@ -100,8 +64,7 @@ def gff(
         gate_from: of "gff".
         channels: of every level.
         context_channels: of the context map of "ppm".
-        auxiliary_bias, align_corners: as in :class:`SegmentationNetwork`; all maps are resized like
-            the logits.
+        align_corners: as in :class:`SegmentationNetwork`; all maps are resized like the logits.
 
     The classifier sees all maps, concatenated at the size of the finest. The text leaves no doubt
     about its layers, but with 71.44 M parameters without dense pyramid and 71.04 M with it and
@@ -120,14 +83,10 @@ def gff(
         )
     options = {"align_corners": align_corners, "norm_layer": norm_layer}
     if context == "ppm":
-        context_module = PyramidPooling(widths[-1], context_channels, activation=False, **options)
+        of_last = pspnet(encoder, channels=context_channels, branch_activation=False, **options)
     else:
-        reduced = widths[-1] // 2
-        dense = DenseASPP(reduced, norm_layer=norm_layer)
-        context_module = nn.Sequential(
-            cbr(widths[-1], reduced, 1, norm_layer, activation=False), dense
-        )
-        context_channels = dense.out_channels
+        of_last = denseaspp(encoder, norm_layer=norm_layer)
+    context_channels = of_last.channels
     fuse_context = fusion in _PYRAMIDS
     if fuse_context and dense_pyramid and literal:
         raise ValueError(
@@ -154,8 +113,8 @@ def gff(
     ]
     if pyramid is not None and literal:
         refine[0] = nn.Identity()  # nothing would train it
-    decoder = _Decoder(
-        context_module,
+    decoder = LevelFusionDecoder(
+        of_last.module,
         _FUSIONS[fusion](fused_widths, channels, **gates, **options),
         refine,
         pyramid,
@@ -163,14 +122,4 @@ def gff(
         align_corners=align_corners,
     )
     context_width = channels if dense_pyramid else context_channels
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        context_width + channels * len(widths),
-        num_classes,
-        levels=range(len(widths)),
-        auxiliary_bias=auxiliary_bias,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, context_width + channels * len(widths), levels=range(len(widths)))

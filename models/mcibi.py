@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ctxops._checks import check_choice
-from ctxops.models.base import FCNHead, SegmentationNetwork, SegmentationOutput
+from ctxops.models.base import Decoder, FCNHead, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
@@ -50,13 +50,15 @@ class MemoryNetwork(SegmentationNetwork):
         self,
         encoder: Encoder,
         decoder: DatasetContextAggregation,
+        channels: int,
+        num_classes: int,
+        *,
         within: nn.Module | None,
         first_classifier: nn.Module,
         bank: FeatureMemory,
-        num_classes: int,
         **options,
     ) -> None:
-        super().__init__(encoder, decoder, decoder.channels, num_classes, **options)
+        super().__init__(encoder, decoder, channels, num_classes, **options)
         self.within, self.first_classifier, self.bank = within, first_classifier, bank
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
@@ -76,7 +78,7 @@ class MemoryNetwork(SegmentationNetwork):
         return output
 
 
-@register_model("mcibi")
+@register_model("mcibi", network=MemoryNetwork)
 def mcibi(
     encoder: Encoder,
     num_classes: int,
@@ -92,8 +94,7 @@ def mcibi(
     dropout: float = 0.1,
     align_corners: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> MemoryNetwork:
+) -> Decoder:
     """A network's context within the image, joined by what all images say of the classes seen.
 
     Args:
@@ -144,16 +145,10 @@ def mcibi(
             channels, channels, num_classes, kernel_size=1, dropout=dropout, norm_layer=norm_layer
         )
 
-    return MemoryNetwork(
-        encoder,
-        decoder,
-        within,
-        head(),
-        bank,
-        num_classes,
-        classifier=head(),
-        dropout=dropout,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    parts = {
+        "within": within,
+        "first_classifier": head(),
+        "bank": bank,
+        "classifier": head(),
+    }
+    return Decoder(decoder, channels, parts=parts)

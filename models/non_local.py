@@ -7,24 +7,21 @@ from torch import nn
 
 from ctxops._checks import check_sizes
 from ctxops.models._decoders import concat_block
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.non_local import NonLocal2d
 
 
-@register_model("nonlocal")
+@register_model("nonlocal", auxiliary_channels=256)
 def non_local(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     key_channels: int | None = None,
     use_scale: bool = True,
-    auxiliary_channels: int = 256,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """A non-local block beside the last map, added to what it was given.
 
     Source: Wang et al., Non-local Neural Networks, CVPR 2018, eq. 6 in its embedded Gaussian form:
@@ -35,7 +32,6 @@ def non_local(
         channels: of the block and of the decoder's map.
         key_channels: of query, key and value; None: ``channels // 2``.
         use_scale: the attention's scale is ``key_channels ** -0.5``; False: 1, as in the paper.
-        auxiliary_channels: as in :class:`SegmentationNetwork`.
     """
     check_sizes(channels=channels)
     key_channels = max(1, channels // 2) if key_channels is None else key_channels
@@ -51,12 +47,4 @@ def non_local(
         out_norm=True,
         norm_layer=norm_layer,
     )
-    return SegmentationNetwork(
-        encoder,
-        concat_block(block, encoder.channels[-1], channels, norm_layer),
-        channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(concat_block(block, encoder.channels[-1], channels, norm_layer), channels)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from ctxops._checks import check_sizes
-from ctxops.models.base import FCNHead, SegmentationNetwork, SegmentationOutput
+from ctxops.models.base import Decoder, FCNHead, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.object_context import ObjectContext
@@ -17,9 +17,9 @@ class OCRNet(SegmentationNetwork):
     """A first head marks the object regions, whose features the decoder brings to the positions.
 
     Args:
+        decoder: takes the last map and the regions' logits to ``(B, channels, h, w)``.
         regions: head on the last but one of the encoder's maps (on the only one, where there is
             one), to ``(B, num_classes, h, w)``.
-        decoder: takes the last map and the regions' logits to ``(B, channels, h, w)``.
 
     All others as in :class:`SegmentationNetwork`. In training the output's auxiliary logits are
     ``"regions"``.
@@ -28,13 +28,23 @@ class OCRNet(SegmentationNetwork):
     def __init__(
         self,
         encoder: Encoder,
-        regions: nn.Module,
         decoder: nn.Module,
         channels: int,
         num_classes: int,
-        **options,
+        *,
+        regions: nn.Module,
+        dropout: float = 0.1,
+        align_corners: bool = True,
     ) -> None:
-        super().__init__(encoder, decoder, channels, num_classes, auxiliary_channels=0, **options)
+        super().__init__(
+            encoder,
+            decoder,
+            channels,
+            num_classes,
+            auxiliary_channels=0,
+            dropout=dropout,
+            align_corners=align_corners,
+        )
         self.regions = regions
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
@@ -46,7 +56,7 @@ class OCRNet(SegmentationNetwork):
         return output
 
 
-@register_model("ocrnet")
+@register_model("ocrnet", network=OCRNet)
 def ocrnet(
     encoder: Encoder,
     num_classes: int,
@@ -57,9 +67,8 @@ def ocrnet(
     region_kernel_size: int = 3,
     region_bias: bool = False,
     dropout: float = 0.1,
-    align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-) -> OCRNet:
+) -> Decoder:
     """:class:`ctxops.nn.ObjectContext` on the last map and the logits of a first head: OCRNet.
 
     Source: Yuan et al., Object-Contextual Representations for Semantic Segmentation, ECCV 2020.
@@ -70,7 +79,6 @@ def ocrnet(
         region_channels, region_kernel_size, region_bias: the convolution of the first head. The
             paper's has 512 channels and a bias; on HRNet-W18 it is 1 x 1 with 270 channels.
         dropout: of both classifiers.
-        align_corners: of the resize of all logits.
     """
     check_sizes(region_channels=region_channels)
     regions = FCNHead(
@@ -83,13 +91,4 @@ def ocrnet(
         bias=region_bias,
     )
     decoder = ObjectContext(encoder.channels[-1], channels, key_channels, norm_layer=norm_layer)
-    return OCRNet(
-        encoder,
-        regions,
-        decoder,
-        channels,
-        num_classes,
-        dropout=dropout,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-    )
+    return Decoder(decoder, channels, parts={"regions": regions})

@@ -5,26 +5,23 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.concat_context import ConcatContext
 from ctxops.nn.pointwise_spatial_attention import PointwiseSpatialAttention
 
 
-@register_model("psanet")
+@register_model("psanet", auxiliary_channels=256)
 def psanet(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     mask_size: Sequence[int] = (97, 97),
     shrink_factor: int = 2,
-    auxiliary_channels: int = 256,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """:class:`ctxops.nn.PointwiseSpatialAttention` beside the last map: PSANet.
 
     Source: Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018,
@@ -35,8 +32,8 @@ def psanet(
         mask_size: height and width of the masks. (97, 97) reaches all of a 769 x 769 crop,
             (129, 257) all of an image of 1024 x 2048.
         shrink_factor: as in :class:`ctxops.nn.PointwiseSpatialAttention`.
-        auxiliary_channels, align_corners: as in :class:`SegmentationNetwork`; the attention's maps
-            are resized like the logits.
+        align_corners: as in :class:`SegmentationNetwork`; the attention's maps are
+            resized like the logits.
     """
     width = encoder.channels[-1]
     attention = PointwiseSpatialAttention(
@@ -47,13 +44,5 @@ def psanet(
         align_corners=align_corners,
         norm_layer=norm_layer,
     )
-    return SegmentationNetwork(
-        encoder,
-        ConcatContext(attention, width, width, channels, norm_layer=norm_layer),
-        channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    decoder = ConcatContext(attention, width, width, channels, norm_layer=norm_layer)
+    return Decoder(decoder, channels)

@@ -5,25 +5,22 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ctxops.models.base import SegmentationNetwork
+from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.pyramid_pooling import PyramidPooling
 
 
-@register_model("pspnet")
+@register_model("pspnet", auxiliary_channels=256)
 def pspnet(
     encoder: Encoder,
-    num_classes: int,
     *,
     channels: int = 512,
     output_sizes: Sequence[int] = (1, 2, 3, 6),
     branch_activation: bool = True,
-    auxiliary_channels: int = 256,
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    **common,
-) -> SegmentationNetwork:
+) -> Decoder:
     """:class:`ctxops.nn.PyramidPooling` on the last map: PSPNet.
 
     Source: Zhao et al., Pyramid Scene Parsing Network, CVPR 2017, as released.
@@ -33,8 +30,8 @@ def pspnet(
         output_sizes: the grids.
         branch_activation: ReLU in the branches. False, with ``auxiliary_channels=512`` and
             ``auxiliary_bias=True``: the PSPNet of the authors of GFF and GALD.
-        auxiliary_channels, align_corners: as in :class:`SegmentationNetwork`; the branches are
-            resized like the logits.
+        align_corners: as in :class:`SegmentationNetwork`; the branches are resized like
+            the logits.
     """
     decoder = PyramidPooling(
         encoder.channels[-1],
@@ -44,13 +41,4 @@ def pspnet(
         align_corners=align_corners,
         norm_layer=norm_layer,
     )
-    return SegmentationNetwork(
-        encoder,
-        decoder,
-        channels,
-        num_classes,
-        auxiliary_channels=auxiliary_channels,
-        align_corners=align_corners,
-        norm_layer=norm_layer,
-        **common,
-    )
+    return Decoder(decoder, channels)

@@ -842,6 +842,42 @@ _MODULES = [
             "align_corners: bool = True",
         ),
     ),
+    *_in(
+        "ctxops/nn/score_pyramid.py",
+        "tests/nn/test_score_pyramid.py",
+        (
+            "gcn-taps",
+            "the score maps do not grow bilinearly at first",
+            "taps = torch.tensor([0.5, 1.0, 0.5])",
+            "taps = torch.tensor([0.25, 1.0, 0.75])",
+        ),
+        (
+            "score-pyramid-refinement",
+            "the sums of score maps are not refined",
+            "y = refine(x + upsample(y, x.shape[2:]))",
+            "y = x + upsample(y, x.shape[2:])",
+        ),
+    ),
+    *_in(
+        "ctxops/nn/asymmetric_context.py",
+        "tests/nn/test_asymmetric_context.py",
+        (
+            "fused-context-dropout",
+            "the dropout follows the reduction",
+            "self.context(self.reduce(self.dropout(self.fusion(*maps))))",
+            "self.context(self.dropout(self.reduce(self.fusion(*maps))))",
+        ),
+    ),
+    *_in(
+        "ctxops/nn/level_fusion_decoder.py",
+        "tests/models/test_gff.py",
+        (
+            "level-decoder-levels",
+            "with a context map among the levels, each is taken for the one below",
+            "fused[: len(maps)]",
+            "fused[-len(maps) :]",
+        ),
+    ),
 ]
 
 _IMPORT = "tests/models/test_convert.py tests/models/test_convert_mmsegmentation.py"
@@ -967,6 +1003,24 @@ _NETWORKS = [
             "    if sync_batchnorm:\n",
             "    if sync_batchnorm is None:\n",
         ),
+        (
+            "registry-shared-options",
+            "what builder and network name reaches the builder alone",
+            "shared |= {option: values[option] for option in _COMMON if option in values}",
+            "shared |= {}",
+        ),
+        (
+            "registry-defaults",
+            "the defaults of a registration are ignored",
+            "(defaults | entry.defaults).items()",
+            "defaults.items()",
+        ),
+        (
+            "registry-encoder",
+            "an argument beside an Encoder is dropped in silence",
+            "if value != defaults[argument].default:",
+            "if False:",
+        ),
     ),
     *_in(
         "models/ann.py",
@@ -986,16 +1040,6 @@ _NETWORKS = [
             "the channel branch is judged by the classifier of the position branch",
             "self.channel_classifier(channel)",
             "self.position_classifier(channel)",
-        ),
-    ),
-    *_in(
-        "models/gcn.py",
-        "tests/models/test_gcn.py",
-        (
-            "gcn-taps",
-            "the score maps do not grow bilinearly at first",
-            "taps = torch.tensor([0.5, 1.0, 0.5])",
-            "taps = torch.tensor([0.25, 1.0, 0.75])",
         ),
     ),
     *_in(

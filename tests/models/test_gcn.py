@@ -75,23 +75,6 @@ def test_resnet_gcn_keeps_the_sizes_of_the_maps():
     assert [y.shape for y in with_gcn] == [y.shape for y in plain]
 
 
-def test_doubling_starts_as_bilinear_interpolation():
-    double = network().to_image.doublings[0]
-    x = torch.randn(2, 5, 4, 6)
-    expected = F.interpolate(x, (7, 11), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(double(x, (7, 11)), expected)
-    torch.testing.assert_close(double(x, (8, 12))[:, :, :7, :11], expected)
-
-
-def test_doubling_mixes_classes():
-    double = network().to_image.doublings[0]
-    nn.init.normal_(double.weight)
-    x = torch.zeros(1, 5, 3, 3)
-    x[0, 2, 1, 1] = 1
-    y = double(x, (5, 5))
-    torch.testing.assert_close(y[0, :, 1:4, 1:4], double.weight[2])
-
-
 def test_scores_are_added_from_the_last_level_down():
     model = network(score="pointwise", boundary_refinement=False).eval()
     image = torch.randn(1, 3, 65, 129)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import functools
 import inspect
 
 import pytest
@@ -6,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctxops.models import SegmentationOutput, create_model, list_models, model_options
+from ctxops import models
+from ctxops.models import (
+    Encoder,
+    SegmentationNetwork,
+    SegmentationOutput,
+    create_model,
+    list_models,
+    model_options,
+    register_model,
+    registry,
+)
 from networks import images, make, networks
 
 
@@ -73,9 +85,32 @@ def test_widths_are_checked(name, width, error):
 def test_options_are_known_and_explained(name):
     options = model_options(name)
     assert not {"encoder", "num_classes", "norm_layer", "common"} & options.keys()
-    entry = inspect.getmodule(create_model)._entries[name]
     for option in options.keys() - COMMON:
-        assert option in entry.build.__doc__, f"{option} is not explained"
+        assert option in registry._entries[name].build.__doc__, f"{option} is not explained"
+
+
+@networks
+def test_builders_are_public_and_name_all_their_arguments(name):
+    build = registry._entries[name].build
+    assert build.__name__ in models.__all__
+    assert getattr(models, build.__name__) is build
+    encoder, *others = inspect.signature(build).parameters.values()
+    assert encoder.name == "encoder"
+    for parameter in others:
+        assert parameter.name == "num_classes" or (
+            parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+        )
+
+
+@networks
+def test_a_builder_makes_the_decoder_alone(name):
+    """With its own defaults, as those of the network."""
+    build = registry._entries[name].build
+    arguments = {"num_classes": 19} if "num_classes" in inspect.signature(build).parameters else {}
+    with torch.device("meta"):
+        decoder = build(Encoder("test_resnet", 8), **arguments)
+        network = create_model(name, "test_resnet", output_stride=8)
+    assert settings(decoder.module) == settings(network.decoder)
 
 
 def test_list_models():
@@ -110,92 +145,270 @@ def test_sync_batchnorm(backbone):
     torch.testing.assert_close(network(image).logits, plain(image).logits, rtol=0, atol=0)
 
 
-# Network, options, and what a part of it must then be.
+def settings(network):
+    """What tells networks apart: each module's class, plain attributes and shapes of weights."""
+    kept = {}
+    for path, module in network.named_modules():
+        plain = {n: x for n, x in vars(module).items() if isinstance(x, PLAIN) and n[0] != "_"}
+        weights = {n: tuple(x.shape) for n, x in module.named_parameters(recurse=False)}
+        for what, value in (plain | weights | {"class": type(module).__name__}).items():
+            kept[path, what] = value
+    return kept
+
+
+PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+@functools.cache
+def meta_encoder():
+    with torch.device("meta"):
+        return Encoder("test_resnet", 8)
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, copy.deepcopy(meta_encoder()), **options)
+
+
+# For each option a value that is nobody's default. Options of one name mean one thing.
+OTHER = {
+    "align_corners": None,  # the other
+    "arrangement": "ldga",
+    "aspp_dilations": (2, 3),
+    "attention": "nb",
+    "attention_bias": False,
+    "auxiliary_bias": None,
+    "auxiliary_channels": 24,
+    "bias": False,
+    "boundary_refinement": False,
+    "branch_activation": False,
+    "channels": 48,
+    "concat": True,
+    "context": "denseaspp",
+    "context_channels": 24,
+    "convolutions": 3,
+    "dense_pyramid": False,
+    "dilation": 2,
+    "dilations": (2, 3),
+    "downsample": 4,
+    "dropout": 0.3,
+    "fold": False,
+    "fuse": "add",
+    "fuse_kernel_size": 1,
+    "fuse_stages": (2, 4),
+    "fusion": "add",
+    "gate_from": "reduced",
+    "global_aggregation": "aspp",
+    "global_backbone": True,
+    "hard": True,
+    "hidden_channels": 24,
+    "kernel_size": 9,
+    "key_channels": 24,
+    "key_from": "global",
+    "literal": True,
+    "local_distribution": "ldv2",
+    "mask_downsample": "avg",
+    "mask_size": (5, 7),
+    "memory_options": {"total_steps": 77},
+    "mid_channels": 24,
+    "out_channels": 24,
+    "out_norm": True,
+    "output_sizes": (1, 4),
+    "projection_layers": 1,
+    "query_from": "global",
+    "recurrence": 3,
+    "reduced_channels": 24,
+    "reduction": 4,
+    "region_bias": True,
+    "region_channels": 24,
+    "region_kernel_size": 5,
+    "sampling": "max",
+    "score": "conv",
+    "share": "key_value",
+    "shrink_factor": 3,
+    "temperature": 0.5,
+    "use_scale": False,
+    "value_channels": 24,
+    "variant": "paper",
+    "within_attention": False,
+}
+# Where it is another, as the network knows no other, or none of this type.
+OTHER_OF = {
+    ("ann", "fusion"): "common",
+    ("apcnet", "fusion"): False,
+    ("gff", "fusion"): "concat",
+    ("mcibi", "context"): "ppm",
+}
+# With what an option has an effect.
+NEEDS = {
+    ("denseaspp", "auxiliary_bias"): {"auxiliary_channels": 24},
+    ("gald", "aspp_dilations"): {"global_aggregation": "aspp"},
+    **{
+        ("gald", option): {"local_distribution": "ldv2"}
+        for option in ("kernel_size", "dilation", "query_from", "key_from")
+    },
+    ("gcn", "mid_channels"): {"score": "stack"},
+}
+# Choices of modules, which are tested with their networks.
+CHOICES = {"attention", "context", "fusion", "global_aggregation", "local_distribution", "score"}
+CHOICES |= {"boundary_refinement", "concat", "dense_pyramid", "global_backbone", "literal"}
+
+# Network, options, and what a part of it must then be, where an option's value shows nowhere or in
+# several places.
 REACHED = [
     ("fcn", {"convolutions": 3}, lambda n: len(n.decoder), 3),
-    ("fcn", {"kernel_size": 1}, lambda n: n.decoder[0].kernel_size, (1, 1)),
     ("fcn", {"kernel_size": 1, "concat": True}, lambda n: n.decoder.fuse[0].kernel_size, (1, 1)),
-    ("pspnet", {}, lambda n: n.auxiliary[0][0].out_channels, 256),
-    ("pspnet", {"output_sizes": (1, 4)}, lambda n: n.decoder.output_sizes, (1, 4)),
+    ("gcn", {"kernel_size": 9}, lambda n: n.decoder.score[0].vertical_first[0].kernel_size, (9, 1)),
     ("pspnet", {"branch_activation": False}, lambda n: len(n.decoder.branches[0]), 2),
-    ("deeplabv3", {"dilations": (2, 3)}, lambda n: n.decoder.dilations, (2, 3)),
-    ("deeplabv3", {"fuse_kernel_size": 1}, lambda n: n.decoder.fuse[0].kernel_size, (1, 1)),
     ("deeplabv3", {"out_channels": 24}, lambda n: n.classifier[1].in_channels, 24),
-    ("ccnet", {"recurrence": 3}, lambda n: n.decoder.context.recurrence, 3),
     ("ccnet", {"reduction": 4}, lambda n: n.decoder.context.attention.query.out_channels, 128),
-    ("dnlnet", {"temperature": 0.5}, lambda n: n.decoder.context[1].temperature, 0.5),
-    ("dnlnet", {"use_scale": False}, lambda n: n.decoder.context[1].use_scale, False),
-    ("dnlnet", {"key_channels": 24}, lambda n: n.decoder.context[1].key_channels, 24),
     ("nonlocal", {}, lambda n: n.decoder.context[1].scale, 256**-0.5),
     ("nonlocal", {}, lambda n: n.decoder.context[1].variant, "paper"),
     ("nonlocal", {}, lambda n: n.decoder.context[1].fuse, "add"),
     ("nonlocal", {"use_scale": False}, lambda n: n.decoder.context[1].scale, 1.0),
     ("nonlocal", {"key_channels": 24}, lambda n: n.decoder.context[1].value.out_channels, 24),
-    ("psanet", {"mask_size": (5, 7)}, lambda n: n.decoder.context.mask_size, (5, 7)),
-    ("psanet", {"shrink_factor": 3}, lambda n: n.decoder.context.shrink_factor, 3),
-    ("psanet", {"align_corners": False}, lambda n: n.decoder.context.align_corners, False),
-    ("apcnet", {"output_sizes": (1, 4)}, lambda n: n.decoder.output_sizes, (1, 4)),
     ("apcnet", {"fusion": False}, lambda n: type(n.decoder.contexts[0].fuse), nn.Identity),
-    ("danet", {"reduction": 4}, lambda n: n.decoder.position[1].reduction, 4),
     ("danet", {"attention_bias": False}, lambda n: n.decoder.position[1].value.bias, None),
-    ("danet", {"dropout": 0.3}, lambda n: n.position_classifier[0].p, 0.3),
-    ("danet", {"dropout": 0.3}, lambda n: n.channel_classifier[0].p, 0.3),
-    ("ocrnet", {"dropout": 0.3}, lambda n: n.regions[1][0].p, 0.3),
-    ("ocrnet", {"dropout": 0.3}, lambda n: n.classifier[0].p, 0.3),
-    ("ocrnet", {"align_corners": False}, lambda n: n.align_corners, False),
-    ("ocrnet", {"key_channels": 24}, lambda n: n.decoder.key_channels, 24),
     ("ocrnet", {"region_bias": True}, lambda n: n.regions[0][0].bias is None, False),
     ("denseaspp", {}, lambda n: len(n.decoder[0]), 2),
     ("gff", {"context": "denseaspp"}, lambda n: len(n.decoder.context[0]), 2),
-    ("denseaspp", {"dilations": (2, 3)}, lambda n: n.decoder[1].dilations, (2, 3)),
-    ("denseaspp", {"reduced_channels": 24}, lambda n: n.decoder[1].in_channels, 24),
     ("ann", {"bias": False}, lambda n: n.decoder.reduce[0].bias, None),
-    ("ann", {"dropout": 0.3}, lambda n: n.classifier[0].p, 0.3),
-    (
-        "gald",
-        {"global_aggregation": "aspp", "aspp_dilations": (2, 3)},
-        lambda n: n.decoder.context[1].global_aggregation.dilations,
-        (2, 3),
-    ),
-    (
-        "gald",
-        {"global_aggregation": "ppm"},
-        lambda n: n.decoder.context[1].global_aggregation.align_corners,
-        True,
-    ),
-    ("mcibi", {"context": "ppm", "align_corners": True}, lambda n: n.within.align_corners, True),
-    ("gald", {"auxiliary_bias": False}, lambda n: n.auxiliary[0][0].bias, None),
-    ("gff", {"auxiliary_bias": False}, lambda n: n.auxiliary[0][0].bias, None),
-    ("gff", {"align_corners": False}, lambda n: n.align_corners, False),
-    ("gff", {"align_corners": False}, lambda n: n.decoder.align_corners, False),
-    ("gff", {"align_corners": False}, lambda n: n.decoder.fusion.align_corners, False),
-    ("gff", {"align_corners": False}, lambda n: n.decoder.context.align_corners, False),
-    ("gff", {"align_corners": False}, lambda n: n.decoder.pyramid.align_corners, False),
-    ("mcibi", {"kernel_size": 3}, lambda n: n.decoder.kernel_size, 3),
-    ("mcibi", {"dropout": 0.3}, lambda n: n.first_classifier[1][0].p, 0.3),
-    ("mcibi", {"align_corners": True}, lambda n: n.align_corners, True),
+    ("ann", {"out_norm": True}, lambda n: type(n.decoder.fusion.out_norm), nn.BatchNorm2d),
+    ("ann", {"fuse_stages": (2, 4)}, lambda n: list(n.levels), [-4, -2, -1]),
+    ("mcibi", {"memory_options": {"total_steps": 77}}, lambda n: n.bank.total_steps, 77),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "part", "expected"), REACHED)
 def test_options_reach_their_parts(name, options, part, expected):
-    with torch.device("meta"):
-        assert part(create_model(name, "test_resnet", **options)) == expected
+    assert part(on_meta(name, **options)) == expected
 
 
-def test_align_corners_and_dropout_reach_the_network():
-    network = create_model("pspnet", "test_resnet", dropout=0.3, align_corners=False)
-    assert network.classifier[0].p == network.auxiliary[1][0].p == 0.3
-    assert network.align_corners is network.decoder.align_corners is False
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in list_models() for option in model_options(name)]
+)
+def test_every_option_reaches_a_part(name, option):
+    """Its value stands there where it did not stand before."""
+    default, value = model_options(name)[option], OTHER_OF.get((name, option), OTHER[option])
+    value = not default if value is None else value
+    assert value != default
+    needs = NEEDS.get((name, option), {})
+    network, other = (settings(on_meta(name, **needs, **x)) for x in ({}, {option: value}))
+    assert network != other, f"{option} changes nothing"
+    listed = {(row, option) for row, options, *_ in REACHED for option in options}
+    if option not in CHOICES | COMMON and (name, option) not in listed:
+        # Compared with their types: True is no 1.
+        values = {(type(x), x) for _, x in other.items() - network.items()}
+        assert values & {(type(value), value), (tuple, (value, value))}, f"{option} shows nowhere"
 
 
-def test_the_auxiliary_head_stands_on_the_last_map_but_one():
-    network = create_model("fcn", "test_resnet", auxiliary_channels=24, auxiliary_bias=True)
+@networks
+def test_defaults_are_those_of_the_network(name):
+    assert settings(on_meta(name)) == settings(on_meta(name, **model_options(name)))
+
+
+# What brings further parts that resize or drop.
+VARIANTS = {
+    "ann": {"fusion": "common"},
+    "gald": {"global_aggregation": "ppm"},
+    "gff": {"fusion": "gated_fpn"},
+    "mcibi": {"context": "ppm"},
+}
+
+
+@networks
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_align_corners_reaches_every_resize(name, align_corners):
+    if "align_corners" not in model_options(name):
+        pytest.skip("it has none")
+    for options in ({}, VARIANTS.get(name, {})):
+        network = on_meta(name, align_corners=align_corners, **options)
+        assert network.align_corners is align_corners
+        for module in network.modules():
+            assert getattr(module, "align_corners", align_corners) is align_corners, module
+
+
+@networks
+def test_dropout_reaches_every_classifier(name):
+    if "dropout" not in model_options(name):
+        pytest.skip("it has none")
+    network = on_meta(name, dropout=0.3)
+    network.encoder = None
+    drops = [m.p for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    assert set(drops) == {0.3}
+    heads = [m for m in network.modules() if isinstance(m, models.base.Classifier)]
+    assert len(drops) == len(heads) + (name == "ann")
+
+
+@networks
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_auxiliary_head_stands_on_the_last_map_but_one(name, bias):
+    if "auxiliary_channels" not in model_options(name):
+        pytest.skip("it has none")
+    network = on_meta(name, auxiliary_channels=24, auxiliary_bias=bias)
     convolution = network.auxiliary[0][0]
+    assert convolution.out_channels == 24
     assert convolution.in_channels == network.encoder.channels[-2]
-    assert convolution.bias is not None
+    assert (convolution.bias is not None) is bias
+
+
+def test_the_auxiliary_head_stands_on_the_only_map():
     network = create_model("fcn", "hrnet_w18_small", output_stride=4, auxiliary_channels=24)
     assert network.auxiliary[0][0].in_channels == network.encoder.channels[0]
+
+
+def test_takes_an_encoder():
+    encoder = Encoder("test_resnet", 16, in_channels=5)
+    network = create_model("gff", encoder, 7).eval()
+    assert network.encoder is encoder
+    assert network(torch.randn(1, 5, 33, 37)).logits.shape == (1, 7, 33, 37)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"output_stride": 8}, {"pretrained": True}, {"in_channels": 5}, {"multi_grid": (1, 2)},
+     {"ceil_mode": True}, {"contract_dilation": False}, {"dilate_both": False},
+     {"bilinear_branches": True}, {"backbone_options": {"out_indices": (2, 4)}}],
+    ids=str,
+)  # fmt: skip
+def test_an_encoder_has_its_arguments(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"{name} is an argument of the Encoder that is given"):
+        create_model("fcn", Encoder("test_resnet", 16), **argument)
+
+
+def test_a_network_by_hand():
+    encoder = Encoder("test_resnet", 8)
+    decoder = models.gff(encoder, channels=16, fusion="fpn")
+    network = SegmentationNetwork(
+        encoder, decoder.module, decoder.channels, 5, levels=decoder.levels, auxiliary_channels=8
+    )
+    output = network(images(33, 37, batch=2))
+    assert output.logits.shape == output.auxiliary["auxiliary"].shape == (2, 5, 33, 37)
+
+
+def test_a_builder_of_one_s_own(monkeypatch):
+    def identity(encoder, *, scale=2, dropout=0.2, norm_layer=nn.BatchNorm2d):
+        seen.append((scale, dropout, norm_layer))
+        return made
+
+    made, seen = models.Decoder(nn.Identity(), 48, levels=(1,)), []
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    registered = register_model("own", backbone="test_resnet", output_stride=16, dropout=0.4)
+    assert registered(identity) is identity
+    assert model_options("own") == {
+        "scale": 2, "dropout": 0.2, "align_corners": True, "auxiliary_bias": False,
+        "auxiliary_channels": 512,
+    }  # fmt: skip
+    network = create_model("own", scale=3, norm_layer=nn.InstanceNorm2d).eval()
+    assert seen == [(3, 0.2, nn.InstanceNorm2d)]
+    assert (network.classifier[0].p, network.encoder.strides[-1]) == (0.2, 16)
+    assert network(images(33, 37)).logits.shape == (1, 19, 33, 37)
+    made = nn.Identity()
+    with pytest.raises(TypeError, match="builder of 'own' must return a Decoder, got Identity"):
+        create_model("own")
+    with pytest.raises(ValueError, match="unknown default 'channels'"):
+        register_model("own", channels=4)
 
 
 def test_danet_classifies_the_sum_and_in_training_both_summands():
@@ -217,14 +430,6 @@ def test_classifiers_drop_channels_and_start_small():
         assert isinstance(dropout, nn.Dropout2d)
         assert 0.009 < convolution.weight.std() < 0.011
         assert not convolution.bias.any()
-
-
-def test_defaults_of_the_common_options():
-    options = model_options("fcn")
-    explicit = create_model("fcn", "test_resnet", **{name: options[name] for name in COMMON})
-    network = create_model("fcn", "test_resnet")
-    assert str(explicit) == str(network)
-    assert explicit.align_corners is network.align_corners is True
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
