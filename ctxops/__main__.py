@@ -4,8 +4,8 @@
 import argparse
 import ast
 import sys
-from typing import Any
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 

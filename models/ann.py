@@ -2,6 +2,7 @@
 """Asymmetric non-local neural network (Zhu et al., ICCV 2019)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,10 +12,19 @@ from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.asymmetric_context import CommonFusion, FusedContext, SummedFusions
 from ctxops.nn.cbr import cbr
-from ctxops.nn.non_local import AFNB, APNB, FusionNonLocal2d, NonLocal2d
+from ctxops.nn.non_local import (
+    AFNB,
+    APNB,
+    Fuse,
+    FusionNonLocal2d,
+    NonLocal2d,
+    Sampling,
+    Share,
+    Variant,
+)
 
-_FUSIONS = (None, "common", "fnb", "afnb")
-_ATTENTIONS = (None, "nb", "apnb")
+Fusion = Literal[None, "common", "fnb", "afnb"]
+Attention = Literal[None, "nb", "apnb"]
 # The paper's Stage5 is the backbone's last map.
 _LAST_STAGE = 5
 
@@ -40,18 +50,18 @@ def _levels(encoder: Encoder, fuse_stages: Sequence[int]) -> list[int]:
 def ann(
     encoder: Encoder,
     *,
-    fusion: str | None = "afnb",
-    attention: str | None = "apnb",
+    fusion: Fusion = "afnb",
+    attention: Attention = "apnb",
     fuse_stages: Sequence[int] = (4,),
     output_sizes: Sequence[int] = (1, 3, 6, 8),
-    sampling: str = "avg",
+    sampling: Sampling = "avg",
     channels: int = 512,
     key_channels: int = 256,
     value_channels: int = 256,
-    share: str | None = "query_key",
-    fuse: str | None = "concat",
+    share: Share = "query_key",
+    fuse: Fuse = "concat",
     out_norm: bool = False,
-    variant: str = "released",
+    variant: Variant = "released",
     fold: bool = True,
     bias: bool = True,
     dropout: float = 0.05,
@@ -82,31 +92,37 @@ def ann(
     Zhu et al., Asymmetric Non-local Neural Networks for Semantic Segmentation, ICCV 2019, Figure 3,
     Tables 6, 7 and 9.
     """
-    check_choice("fusion", fusion, _FUSIONS)
-    check_choice("attention", attention, _ATTENTIONS)
+    check_choice("fusion", fusion, Fusion)
+    check_choice("attention", attention, Attention)
     check_sizes(channels=channels)
     levels = [] if fusion is None else _levels(encoder, fuse_stages)
     high = encoder.channels[-1]
-    block = {"fuse": fuse, "variant": variant, "bias": bias, "norm_layer": norm_layer}
-    anchors = {"output_sizes": output_sizes, "sampling": sampling, "fold": fold}
+    block: dict[str, Any] = {
+        "key_channels": key_channels,
+        "value_channels": value_channels,
+        "fuse": fuse,
+        "variant": variant,
+        "bias": bias,
+        "norm_layer": norm_layer,
+    }
+    anchors: dict[str, Any] = {"output_sizes": output_sizes, "sampling": sampling, "fold": fold}
 
     def fusion_block(low: int) -> nn.Module:
         if fusion == "common":
             return CommonFusion(
                 low, high, bias=bias, align_corners=align_corners, norm_layer=norm_layer
             )
-        widths = (low, high, key_channels, value_channels)
         if fusion == "fnb":
-            return FusionNonLocal2d(*widths, out_norm=out_norm, **block)
-        return AFNB(*widths, out_norm=out_norm, **anchors, **block)
+            return FusionNonLocal2d(low, high, out_norm=out_norm, **block)
+        return AFNB(low, high, out_norm=out_norm, **anchors, **block)
 
     def attention_block() -> nn.Module:
-        widths = (channels, key_channels, value_channels)
         if attention == "nb":
-            return NonLocal2d(*widths, share=share, **block)
-        return APNB(*widths, share=share, **anchors, **block)
+            return NonLocal2d(channels, share=share, **block)
+        return APNB(channels, share=share, **anchors, **block)
 
     fusions = [fusion_block(encoder.channels[level]) for level in levels]
+    fused: nn.Module | None
     if len(fusions) > 1:
         fused = SummedFusions(fusions)
     else:  # a single one has the names of its parameters in AsymmetricNonLocalContext

@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +74,10 @@ class Classifier(nn.Sequential):
     """Dropout of whole channels, and the 1 x 1 convolution to the classes."""
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
-        super().__init__(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1))
-        nn.init.normal_(self[1].weight, std=0.01)
-        nn.init.zeros_(self[1].bias)
+        convolution = nn.Conv2d(channels, num_classes, 1)
+        super().__init__(nn.Dropout2d(dropout), convolution)
+        nn.init.normal_(convolution.weight, std=0.01)
+        nn.init.zeros_(convolution.bias)
 
 
 class FCNHead(nn.Sequential):
@@ -113,7 +115,7 @@ class Decoder:
     module: nn.Module
     channels: int
     levels: Sequence[int] = (-1,)
-    parts: Mapping[str, nn.Module | None] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class SegmentationNetwork(nn.Module):

@@ -4,7 +4,8 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class ImportedModel:
 
     source: str
     model: str
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     state_dict: dict[str, Tensor]
     zeros: list[str]
 
@@ -324,7 +325,7 @@ def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensors(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in state_dict.items() if isinstance(x, Tensor)}
 
 
@@ -332,7 +333,7 @@ def _misfit(
     importer: Importer,
     missing: list[str],
     unexpected: list[str],
-    shapes: list[str] = (),
+    shapes: Sequence[str] = (),
 ) -> ValueError:
     return ValueError(
         f"the checkpoint does not fit {importer.source}'s {importer.model}: "
@@ -340,11 +341,11 @@ def _misfit(
     )
 
 
-def _differences(missing: list[str], unexpected: list[str], shapes: list[str]) -> str:
+def _differences(missing: list[str], unexpected: list[str], shapes: Sequence[str]) -> str:
     parts = {"missing": missing, "unexpected": unexpected, "shapes": shapes}
     return "; ".join(f"{what} {_spell(names)}" for what, names in parts.items() if names)
 
 
-def _spell(names: list[str]) -> str:
+def _spell(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SPELLED} more" if len(names) > _SPELLED else ""
     return ", ".join(names[:_SPELLED]) + more

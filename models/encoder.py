@@ -4,6 +4,7 @@
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,8 @@ class Encoder(nn.Module):
             alone with another, no factors; an image whose sides the backbone cannot take.
     """
 
+    body: Any  # timm's
+
     def __init__(
         self,
         name: str,
@@ -98,7 +101,7 @@ class Encoder(nn.Module):
         contract_dilation: bool = True,
         dilate_both: bool = True,
         bilinear_branches: bool = False,
-        options: Mapping[str, object] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(name, str):
@@ -119,7 +122,7 @@ class Encoder(nn.Module):
             max((n for prefix, n in sides.items() if architecture.startswith(prefix)), default=1)
             for sides in (_MULTIPLES, _LEAST)
         )
-        arguments: dict[str, object] = {"pretrained": pretrained, "in_chans": in_channels}
+        arguments: dict[str, Any] = {"pretrained": pretrained, "in_chans": in_channels}
         if self.concatenates:
             # The branches as they are, without the widening that ImageNet's classifier needs.
             arguments |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
@@ -185,7 +188,7 @@ class Encoder(nn.Module):
     def _missing(self, side: int) -> int:
         """How much longer a side of the image must be."""
         if self.least > 1:
-            return torch.sym_max(self.least - side, 0)
+            return torch.sym_max(self.least - side, 0)  # type: ignore[return-value]
         return -side % self.multiple
 
     def _body(self, image: Tensor) -> list[Tensor]:
@@ -230,7 +233,7 @@ class Encoder(nn.Module):
                 )
         return blocks
 
-    def part(self, part: str, argument: str) -> nn.Module:
+    def part(self, part: str, argument: str) -> Any:
         """A part that ResNets have, for the sake of an argument that others refuse."""
         parts = dict(self.body.named_children())
         if part not in parts:
@@ -238,7 +241,7 @@ class Encoder(nn.Module):
         return parts[part]
 
 
-def _create(name: str, output_stride: int, arguments: dict[str, object]) -> nn.Module:
+def _create(name: str, output_stride: int, arguments: dict[str, Any]) -> nn.Module:
     """timm's feature extractor, dilated to the output stride where the backbone can be."""
     timm = require_timm()
     if ":" not in name:  # a model of a hub
@@ -252,7 +255,7 @@ def _create(name: str, output_stride: int, arguments: dict[str, object]) -> nn.M
     return timm.create_model(name, **arguments)
 
 
-def _dilate_densenet(body: nn.Module, strides: Sequence[int], output_stride: int) -> list[int]:
+def _dilate_densenet(body: Any, strides: Sequence[int], output_stride: int) -> list[int]:
     """Drops the pools beyond the stride and dilates the blocks behind them; the strides then."""
     reached, dilation = 4, 1
     for name, part in body.named_children():

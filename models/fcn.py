@@ -36,6 +36,7 @@ def fcn(
     width = encoder.channels[-1]
     first = cbr(width, channels, kernel_size, norm_layer)
     rest = [cbr(channels, channels, kernel_size, norm_layer) for _ in range(convolutions - 1)]
+    decoder: nn.Module
     if concat:
         context = nn.Sequential(first, *rest)
         decoder = ConcatContext(

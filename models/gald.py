@@ -2,6 +2,7 @@
 """Global aggregation then local distribution (Li et al., TIP 2021)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -12,29 +13,29 @@ from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
 from ctxops.nn.cgnl import CGNL
-from ctxops.nn.local_distribution import GALD, LDv1, LDv2
+from ctxops.nn.local_distribution import GALD, Arrangement, Downsample, LDv1, LDv2, Source
 from ctxops.nn.non_local import NonLocal2d
 from ctxops.nn.pyramid_pooling import PyramidPooling
 
-_AGGREGATIONS = (None, "ppm", "aspp", "nonlocal", "cgnl")
-_DISTRIBUTIONS = (None, "ldv1", "ldv2")
+Aggregation = Literal[None, "ppm", "aspp", "nonlocal", "cgnl"]
+Distribution = Literal[None, "ldv1", "ldv2"]
 
 
 @register_model("gald", auxiliary_bias=True)
 def gald(
     encoder: Encoder,
     *,
-    global_aggregation: str | None = "cgnl",
-    local_distribution: str | None = "ldv1",
-    arrangement: str = "gald",
+    global_aggregation: Aggregation = "cgnl",
+    local_distribution: Distribution = "ldv1",
+    arrangement: Arrangement = "gald",
     downsample: int = 2,
     channels: int = 512,
     aspp_dilations: Sequence[int] = (6, 12, 18),
-    mask_downsample: str = "conv",
+    mask_downsample: Downsample = "conv",
     kernel_size: int = 5,
     dilation: int = 3,
-    query_from: str = "both",
-    key_from: str = "both",
+    query_from: Source = "both",
+    key_from: Source = "both",
     align_corners: bool = True,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> Decoder:
@@ -67,8 +68,8 @@ def gald(
     al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021, Figures 4 to 6,
     Tables I to IV.
     """
-    check_choice("global_aggregation", global_aggregation, _AGGREGATIONS)
-    check_choice("local_distribution", local_distribution, _DISTRIBUTIONS)
+    check_choice("global_aggregation", global_aggregation, Aggregation)
+    check_choice("local_distribution", local_distribution, Distribution)
     check_sizes(channels=channels)
     # What LD sees: with "gald" the result of GA beside the map.
     after = arrangement == "gald" and global_aggregation is not None
@@ -98,7 +99,7 @@ def gald(
             )
         return None if global_aggregation is None else CGNL(channels, channels // 2)
 
-    def distribution() -> nn.Module | None:
+    def distribution() -> LDv1 | LDv2 | None:
         if local_distribution == "ldv1":
             return LDv1(
                 channels, mask_downsample, align_corners=align_corners, norm_layer=norm_layer

@@ -2,6 +2,7 @@
 """The global convolutional network (Peng et al., CVPR 2017)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from ctxops.nn.global_convolution import (
 )
 from ctxops.nn.score_pyramid import ProgressiveUpsampling, ScorePyramid
 
-_SCORES = ("gcn", "pointwise", "conv", "stack")
+Score = Literal["gcn", "pointwise", "conv", "stack"]
 # Kernel size and width of ResNet50-GCN's last two stages.
 _GLOBAL_STAGES = {"layer3": (5, 85), "layer4": (7, 128)}
 
@@ -78,7 +79,7 @@ def gcn(
     encoder: Encoder,
     num_classes: int,
     *,
-    score: str = "gcn",
+    score: Score = "gcn",
     kernel_size: int = 15,
     mid_channels: int | None = None,
     boundary_refinement: bool = True,
@@ -108,7 +109,7 @@ def gcn(
     as bilinear interpolation, our reading. Source: Peng et al., Large Kernel Matters, CVPR
     2017, Figure 2, sections 3.2 and 4.1.
     """
-    check_choice("score", score, _SCORES)
+    check_choice("score", score, Score)
 
     def score_layer(channels: int) -> nn.Module:
         if score == "gcn":

@@ -2,6 +2,7 @@
 """Gated fully fusion network (Li et al., AAAI 2020)."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from ctxops.nn.gated_fusion import (
     DenseFeaturePyramid,
     GatedFeaturePyramidFusion,
     GatedFullyFusion,
+    GateSource,
 )
 from ctxops.nn.level_fusion_decoder import LevelFusionDecoder
 
@@ -27,7 +29,8 @@ _FUSIONS = {
     "gated_fpn": GatedFeaturePyramidFusion,
     "gff": GatedFullyFusion,
 }
-_CONTEXTS = ("ppm", "denseaspp")
+Context = Literal["ppm", "denseaspp"]
+Fusion = Literal["concat", "addition", "fpn", "gated_fpn", "gff"]
 # These have the context map on top of the backbone's.
 _PYRAMIDS = ("fpn", "gated_fpn")
 
@@ -36,11 +39,11 @@ _PYRAMIDS = ("fpn", "gated_fpn")
 def gff(
     encoder: Encoder,
     *,
-    context: str = "ppm",
-    fusion: str = "gff",
+    context: Context = "ppm",
+    fusion: Fusion = "gff",
     dense_pyramid: bool = True,
     literal: bool = False,
-    gate_from: str = "input",
+    gate_from: GateSource = "input",
     channels: int = 256,
     context_channels: int = 512,
     align_corners: bool = True,
@@ -72,8 +75,8 @@ def gff(
     and 70.5 M. Source: Li et al., Gated Fully Fusion for Semantic Segmentation, AAAI 2020, Figure
     3, "Network Architecture and Implementation", Tables 1 to 4.
     """
-    check_choice("context", context, _CONTEXTS)
-    check_choice("fusion", fusion, tuple(_FUSIONS))
+    check_choice("context", context, Context)
+    check_choice("fusion", fusion, Fusion)
     check_sizes(channels=channels)
     widths = encoder.channels
     if len(widths) < 2:
@@ -81,7 +84,7 @@ def gff(
             f"gff fuses the maps of a backbone, of which {encoder.name!r} has {len(widths)}: "
             f"choose one with at least two"
         )
-    options = {"align_corners": align_corners, "norm_layer": norm_layer}
+    options: dict[str, Any] = {"align_corners": align_corners, "norm_layer": norm_layer}
     if context == "ppm":
         of_last = pspnet(encoder, channels=context_channels, branch_activation=False, **options)
     else:
@@ -94,7 +97,7 @@ def gff(
             f"nothing would train its reduction"
         )
     fused_widths = (*widths, context_channels) if fuse_context else widths
-    gates = {"gate_from": gate_from} if fusion == "gff" else {}
+    gates: dict[str, Any] = {"gate_from": gate_from} if fusion == "gff" else {}
     fused_channels = channels * (len(widths) if fusion == "concat" else 1)
     pyramid = None
     if dense_pyramid:
@@ -105,7 +108,7 @@ def gff(
             literal=literal,
             **options,
         )
-    refine = [
+    refine: list[nn.Module] = [
         nn.Sequential(
             cbr(fused_channels, channels, 3, norm_layer), cbr(channels, channels, 3, norm_layer)
         )

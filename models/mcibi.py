@@ -2,6 +2,7 @@
 """Context from beyond the image (Jin et al., MCIBI, ICCV 2021)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -10,12 +11,12 @@ from ctxops.models.base import Decoder, FCNHead, SegmentationNetwork, Segmentati
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
-from ctxops.nn.dataset_context import DatasetContextAggregation
+from ctxops.nn.dataset_context import DatasetContextAggregation, MemoryFusion, ProjectionLayers
 from ctxops.nn.feature_memory import FeatureMemory
 from ctxops.nn.object_context import ObjectContext
 from ctxops.nn.pyramid_pooling import PyramidPooling
 
-_CONTEXTS = (None, "ppm", "aspp", "ocr")
+Context = Literal[None, "ppm", "aspp", "ocr"]
 # 130 epochs of ADE20K in batches of 16, the paper's setting.
 _TOTAL_STEPS = 164_190
 
@@ -45,6 +46,9 @@ class MemoryNetwork(SegmentationNetwork):
         loss.backward()
         bank(output.features, labels)
     """
+
+    decoder: DatasetContextAggregation
+    bank: FeatureMemory
 
     def __init__(
         self,
@@ -83,14 +87,14 @@ def mcibi(
     encoder: Encoder,
     num_classes: int,
     *,
-    context: str | None = "aspp",
+    context: Context = "aspp",
     channels: int = 512,
-    fusion: str = "concat",
+    fusion: MemoryFusion = "concat",
     within_attention: bool = True,
-    projection_layers: int = 2,
+    projection_layers: ProjectionLayers = 2,
     kernel_size: int | None = None,
     hard: bool = False,
-    memory_options: Mapping[str, object] | None = None,
+    memory_options: Mapping[str, Any] | None = None,
     dropout: float = 0.1,
     align_corners: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
@@ -116,7 +120,7 @@ def mcibi(
     parameters, with None its DCA. Source: Jin et al., Mining Contextual Information Beyond Image
     for Semantic Segmentation, ICCV 2021, Figure 2, Tables 1, 2 and 5.
     """
-    check_choice("context", context, _CONTEXTS)
+    check_choice("context", context, Context)
     width = encoder.channels[-1]
     within = {
         None: lambda: None,

@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -20,7 +20,7 @@ class _Entry(NamedTuple):
     network: type[SegmentationNetwork]
     backbone: str
     output_stride: int
-    defaults: Mapping[str, object]  # of the network's own arguments, where its class has others
+    defaults: Mapping[str, Any]  # of the network's own arguments, where its class has others
 
 
 _entries: dict[str, _Entry] = {}
@@ -69,7 +69,7 @@ def list_models() -> list[str]:
     return sorted(_entries)
 
 
-def model_options(name: str) -> dict[str, object]:
+def model_options(name: str) -> dict[str, Any]:
     """The options of a network beyond those of :func:`create_model`, with their defaults."""
     check_known("model", name, _entries)
     entry = _entries[name]
@@ -78,7 +78,7 @@ def model_options(name: str) -> dict[str, object]:
     options.pop("norm_layer", None)
     of_network = _parameters(entry.network)
     defaults = {n: of_network[n].default for n in _COMMON if n in of_network}
-    return options | {n: x for n, x in (defaults | entry.defaults).items() if n not in options}
+    return options | {n: x for n, x in {**defaults, **entry.defaults}.items() if n not in options}
 
 
 def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
@@ -89,7 +89,7 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
     return parameters
 
 
-def _taken(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
+def _taken(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the function has."""
     return {name: arguments[name] for name in arguments.keys() & _parameters(function).keys()}
 
@@ -107,7 +107,7 @@ def create_model(
     contract_dilation: bool = True,
     dilate_both: bool = True,
     bilinear_branches: bool = False,
-    backbone_options: Mapping[str, object] | None = None,
+    backbone_options: Mapping[str, Any] | None = None,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     sync_batchnorm: bool = False,
     **options,
@@ -182,7 +182,7 @@ def create_model(
     return network
 
 
-def _encoder(entry: _Entry, backbone: str | Encoder | None, **arguments: object) -> Encoder:
+def _encoder(entry: _Entry, backbone: str | Encoder | None, **arguments: Any) -> Encoder:
     """The encoder that was given, or one made of these arguments of :func:`create_model`."""
     if not isinstance(backbone, Encoder):
         name = entry.backbone if backbone is None else backbone

@@ -118,7 +118,9 @@ class FusedContext(nn.Module):
         super().__init__()
         for name, part in (("fusion", fusion), ("reduce", reduce), ("context", context)):
             check_module(name, part, (nn.Module,))
-            setattr(self, name, nn.Identity() if part is None else part)
+        self.fusion = nn.Identity() if fusion is None else fusion
+        self.reduce = nn.Identity() if reduce is None else reduce
+        self.context = nn.Identity() if context is None else context
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, *maps: Tensor) -> Tensor:
@@ -196,5 +198,5 @@ class AsymmetricNonLocalContext(FusedContext):
             APNB(channels, key_channels, value_channels, **options),
         )
 
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(low, high)

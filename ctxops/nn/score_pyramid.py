@@ -42,7 +42,9 @@ class BilinearDeconvolution(nn.ConvTranspose2d):
             self.weight.zero_()
             self.weight[range(channels), range(channels)] = torch.outer(taps, taps)
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, size: Sequence[int]
+    ) -> Tensor:
         check_maps(x=(x, self.in_channels))
         x = super().forward(x)
         for dim, side in enumerate(size, start=2):

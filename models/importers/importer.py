@@ -3,13 +3,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ctxops.models._timm import require_timm
 
 # Blocks in the stages of a ResNet, and whether these are bottlenecks.
-_DEPTHS = {
+_DEPTHS: dict[tuple, int] = {
     (2, 2, 2, 2, False): 18,
     (3, 4, 6, 3, False): 34,
     (3, 4, 6, 3, True): 50,
@@ -86,7 +87,7 @@ class Importer:
     model: str
     markers: tuple[str, ...]
     modules: Mapping[str, str]
-    arguments: Callable[[Shapes], dict[str, object]]
+    arguments: Callable[[Shapes], dict[str, Any]]
     zeros: tuple[str, ...] = ()
 
 
@@ -94,7 +95,7 @@ def prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.")
     return {theirs + name: ours + other for name, other in names.items()}
 
 
-def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, object]:
+def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, Any]:
     """The backbone by timm's name. ``stem``: the first of three convolutions, if there are such."""
     counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
     bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
@@ -115,7 +116,7 @@ def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, object
     return {"backbone": f"resnet{depth}", "backbone_options": options}
 
 
-def released_auxiliary(shapes: Shapes) -> dict[str, object]:
+def released_auxiliary(shapes: Shapes) -> dict[str, Any]:
     if not shapes.has("dsn"):
         return {"auxiliary_channels": 0}
     return {"auxiliary_channels": shapes["dsn.0.weight"][0], "auxiliary_bias": True}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of mmsegmentation, 1.x and 0.x."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 from ctxops.models.importers.importer import (
     RESNET,
@@ -39,14 +40,14 @@ _COMMON = (
 )
 
 
-def _hrnet(shapes: Shapes) -> dict[str, object]:
+def _hrnet(shapes: Shapes) -> dict[str, Any]:
     """The backbone by timm's name: its width, and the blocks of its first stage."""
     width = shapes["backbone.stage2.0.branches.0.0.conv1.weight"][0]
     small = "_small_v2" if shapes.count("backbone.layer1") == 2 else ""
     return {"backbone": f"hrnet_w{width}{small}", "output_stride": 4, "bilinear_branches": True}
 
 
-def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, object]:
+def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, Any]:
     auxiliary = "auxiliary_head.convs.0.conv.weight"
     if shapes.has("backbone.stage4"):
         arguments = _hrnet(shapes)
@@ -63,13 +64,13 @@ def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, objec
 
 def _mmseg_channels(
     weight: str, **further: Callable[[Shapes, int], object]
-) -> Callable[[Shapes], dict[str, object]]:
+) -> Callable[[Shapes], dict[str, Any]]:
     """The common arguments, the width of the head, and what else the shapes and the width tell."""
 
-    def arguments(shapes: Shapes) -> dict[str, object]:
+    def arguments(shapes: Shapes) -> dict[str, Any]:
         channels = shapes[weight][0]
-        own = {name: read(shapes, channels) for name, read in further.items()}
-        return _mmseg_network(shapes) | {"channels": channels} | own
+        others = {name: read(shapes, channels) for name, read in further.items()}
+        return _mmseg_network(shapes) | {"channels": channels} | others
 
     return arguments
 
@@ -85,8 +86,8 @@ def _width(weight: str) -> Callable[[Shapes, int], int]:
 def _mmseg(
     model: str,
     marker: str,
-    modules: Mapping[str, str],
-    arguments: Callable[[Shapes], dict[str, object]],
+    modules: dict[str, str],
+    arguments: Callable[[Shapes], dict[str, Any]],
     zeros: tuple[str, ...] = (),
 ) -> Importer:
     common = _COMMON
@@ -126,7 +127,7 @@ def _grids(prefix: str, square: str) -> Callable[[Shapes, int], tuple[int, ...]]
     return read
 
 
-def _ocr_arguments(shapes: Shapes) -> dict[str, object]:
+def _ocr_arguments(shapes: Shapes) -> dict[str, Any]:
     regions = "decode_head.0.convs.0.conv.weight"
     return _mmseg_network(shapes, "decode_head.1") | {
         "channels": shapes["decode_head.1.bottleneck.conv.weight"][0],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code released with ANN."""
 
+from typing import Any
+
 from ctxops.models.importers.importer import (
     RESNET_STAGES,
     Importer,
@@ -38,7 +40,7 @@ def _ann_block(theirs: str, ours: str) -> dict[str, str]:
     }
 
 
-def _ann_arguments(shapes: Shapes) -> dict[str, object]:
+def _ann_arguments(shapes: Shapes) -> dict[str, Any]:
     stem = "resinit" if shapes.has("backbone.resinit") else "prefix"
     return (
         resnet_arguments(shapes, "backbone.", f"backbone.{stem}.conv1")

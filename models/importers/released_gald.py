@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code released with GALD."""
 
+from typing import Any
+
 from ctxops.models.importers.importer import (
     RESNET,
     Importer,
@@ -11,7 +13,7 @@ from ctxops.models.importers.importer import (
 )
 
 
-def _gald_arguments(shapes: Shapes) -> dict[str, object]:
+def _gald_arguments(shapes: Shapes) -> dict[str, Any]:
     return (
         resnet_arguments(shapes, "", "conv1.0")
         | released_auxiliary(shapes)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of torchvision."""
 
+from typing import Any
+
 from ctxops.models.importers.importer import RESNET, Importer, Shapes, prefixed, resnet_arguments
 
 
-def _torchvision_fcn(shapes: Shapes) -> dict[str, object]:
+def _torchvision_fcn(shapes: Shapes) -> dict[str, Any]:
     auxiliary = "aux_classifier.0.weight"
     return resnet_arguments(shapes, "backbone.", "backbone.conv1.0") | {
         "num_classes": shapes["classifier.4.weight"][0],
