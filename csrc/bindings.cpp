@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module ctxops._C: one submodule per backend, each with the same kernels.
+// The module ctxops._C: one submodule per backend, each with the same kernels; and what Python must
+// know of them.
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "category_statistics/category_statistics.h"
 #include "gated_fusion/gated_fusion.h"
@@ -12,10 +16,18 @@
 #include "third_party/dlpack.h"
 
 // Every kernel entry, one line each.
-#define CTXOPS_KERNELS(kernel)                                                       \
-  kernel(pyramid_pool_forward) kernel(pyramid_pool_backward)                         \
-      kernel(neighborhood_attention_forward) kernel(neighborhood_attention_backward) \
-          kernel(gated_fusion_forward) kernel(gated_fusion_backward) kernel(category_statistics)
+#define CTXOPS_DEFINE_KERNELS(backend)              \
+  void define_##backend(py::module_ module) {       \
+    using namespace ctxops::backend;                \
+    CTXOPS_DEFINE(pyramid_pool_forward);            \
+    CTXOPS_DEFINE(pyramid_pool_backward);           \
+    CTXOPS_DEFINE(neighborhood_attention_forward);  \
+    CTXOPS_DEFINE(neighborhood_attention_backward); \
+    CTXOPS_DEFINE(gated_fusion_forward);            \
+    CTXOPS_DEFINE(gated_fusion_backward);           \
+    CTXOPS_DEFINE(category_statistics);             \
+  }
+#define CTXOPS_DEFINE(kernel) define(module, #kernel, kernel)
 
 namespace py = pybind11;
 
@@ -83,7 +95,11 @@ struct type_caster<ctxops::TensorList> {
     const auto items = reinterpret_borrow<sequence>(source);
     if (items.size() > ctxops::kMaxTensors) throw value_error("a kernel got too many tensors");
     value.count = static_cast<int32_t>(items.size());
-    for (int i = 0; i < value.count; ++i) value.value[i] = items[i].cast<ctxops::TensorView>();
+    for (int i = 0; i < value.count; ++i) {
+      make_caster<ctxops::TensorView> item;
+      if (!item.load(items[i], false)) return false;
+      value.value[i] = cast_op<ctxops::TensorView&>(item);
+    }
     return true;
   }
 };
@@ -98,8 +114,28 @@ struct type_caster<ctxops::IntList> {
     const auto items = reinterpret_borrow<sequence>(source);
     if (items.size() > ctxops::kMaxInts) throw value_error("a kernel got too many integers");
     value.count = static_cast<int32_t>(items.size());
-    for (int i = 0; i < value.count; ++i) value.value[i] = items[i].cast<int64_t>();
+    for (int i = 0; i < value.count; ++i) {
+      make_caster<int64_t> item;
+      if (!item.load(items[i], false)) return false;
+      value.value[i] = item;
+    }
     return true;
+  }
+};
+
+// The name of a border -> Border.
+template <>
+struct type_caster<ctxops::Border> {
+  PYBIND11_TYPE_CASTER(ctxops::Border, const_name("str"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<str>(source)) return false;
+    int border = 0;
+    for (const char* name : ctxops::kBorderNames) {
+      value = static_cast<ctxops::Border>(border++);
+      if (PyUnicode_CompareWithASCIIString(source.ptr(), name) == 0) return true;
+    }
+    throw value_error("a kernel got an unknown border");
   }
 };
 
@@ -107,59 +143,101 @@ struct type_caster<ctxops::IntList> {
 
 namespace {
 
-// Wraps a kernel: arguments are decoded before the GIL goes, an error text becomes a ValueError.
-template <typename... Args>
-void define(py::module_& module, const char* name, const char* (*kernel)(Args...), bool cuda) {
-  module.def(name, [name, kernel, cuda](Args... args) {
-    const auto expect = [&](const ctxops::TensorView& tensor) {
-      if ((tensor.cuda_device >= 0) != cuda) {
-        throw py::value_error(std::string(name) + ": a tensor is on the wrong device");
-      }
-    };
-    const auto expect_device = [&](const auto& argument) {
-      using Argument = std::decay_t<decltype(argument)>;
-      if constexpr (std::is_same_v<Argument, ctxops::TensorView>) {
-        expect(argument);
-      } else if constexpr (std::is_same_v<Argument, ctxops::TensorList>) {
-        for (int i = 0; i < argument.count; ++i) expect(argument.value[i]);
-      }
-    };
-    (expect_device(args), ...);
+using ctxops::TensorList;
+using ctxops::TensorView;
+
+// What an argument must be, for errors.
+template <typename T>
+constexpr const char* kExpected = py::detail::make_caster<T>::name.text;
+template <>
+constexpr const char* kExpected<int64_t> = "int";
+template <>
+constexpr const char* kExpected<double> = "float";
+
+// A kernel as Python calls it: with a dictionary of arguments by the names of the members of
+// Params, and the executor.
+template <typename Params, typename Executor>
+class Kernel {
+ public:
+  using Entry = const char* (*)(const Params&, Executor);
+
+  Kernel(const char* name, Entry entry) : name_(name), entry_(entry) {
+    std::istringstream members(Params::kMembers);
+    for (std::string member; std::getline(members >> std::ws, member, ',');) {
+      // Interned as the names of keyword arguments are: they are found by their address.
+      members_.push_back(
+          py::reinterpret_steal<py::object>(PyUnicode_InternFromString(member.c_str())));
+    }
+  }
+
+  void operator()(const py::dict& arguments, int64_t executor) const {
+    Params params{};
+    params.visit([&](auto&... member) {
+      auto name = members_.begin();
+      (read(arguments, *name++, member), ...);
+    });
+    if (arguments.size() > members_.size()) refuse_unknown(arguments);
     const char* error;
     {
       py::gil_scoped_release release;
-      error = kernel(args...);
+      error = entry_(params, {executor});
     }
-    if (error != nullptr) throw py::value_error(std::string(name) + ": " + error);
-  });
+    if (error != nullptr) throw py::value_error(name_ + ": " + error);
+  }
+
+ private:
+  template <typename T>
+  void read(const py::dict& arguments, const py::object& name, T& member) const {
+    const py::handle argument = PyDict_GetItemWithError(arguments.ptr(), name.ptr());
+    if (!argument) throw py::type_error(text(name) + " is missing");
+    py::detail::make_caster<T> caster;
+    if (!caster.load(argument, false)) {
+      throw py::type_error(text(name) + " must be " + kExpected<T> + ", got " +
+                           Py_TYPE(argument.ptr())->tp_name);
+    }
+    member = py::detail::cast_op<T&>(caster);
+    if constexpr (std::is_same_v<T, TensorView>) expect_device(name, member);
+    if constexpr (std::is_same_v<T, TensorList>) {
+      for (int i = 0; i < member.count; ++i) expect_device(name, member.value[i]);
+    }
+  }
+
+  void expect_device(const py::object& name, const TensorView& tensor) const {
+    if ((tensor.cuda_device >= 0) != std::is_same_v<Executor, ctxops::Stream>) {
+      throw py::value_error(text(name) + " is on the wrong device");
+    }
+  }
+
+  void refuse_unknown(const py::dict& arguments) const {
+    for (const auto& [name, value] : arguments) {
+      bool known = false;
+      for (const py::object& member : members_) known = known || member.equal(name);
+      if (!known) throw py::type_error(text(name) + " is no argument of this kernel");
+    }
+  }
+
+  std::string text(py::handle argument) const {
+    return name_ + ": " + std::string(py::str(argument));
+  }
+
+  std::string name_;
+  Entry entry_;
+  std::vector<py::object> members_;
+};
+
+template <typename Params, typename Executor>
+void define(py::module_& module, const char* name, const char* (*entry)(const Params&, Executor)) {
+  module.def(name, Kernel<Params, Executor>(name, entry));
 }
 
-#define CTXOPS_DEFINE_CPU(kernel) define(module, #kernel, &CTXOPS_BACKEND::kernel, false);
-#define CTXOPS_DEFINE_CUDA(kernel) define(module, #kernel, &ctxops::cuda::kernel, true);
-
-void define_cpu_backends(py::module_& root) {
-  {
-    auto module = root.def_submodule("baseline");
-#define CTXOPS_BACKEND ctxops::baseline
-    CTXOPS_KERNELS(CTXOPS_DEFINE_CPU)
-#undef CTXOPS_BACKEND
-  }
+CTXOPS_DEFINE_KERNELS(baseline)
 #ifdef CTXOPS_X86_64
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    auto module = root.def_submodule("avx2");
-#define CTXOPS_BACKEND ctxops::avx2
-    CTXOPS_KERNELS(CTXOPS_DEFINE_CPU)
-#undef CTXOPS_BACKEND
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    auto module = root.def_submodule("avx512");
-#define CTXOPS_BACKEND ctxops::avx512
-    CTXOPS_KERNELS(CTXOPS_DEFINE_CPU)
-#undef CTXOPS_BACKEND
-  }
+CTXOPS_DEFINE_KERNELS(avx2)
+CTXOPS_DEFINE_KERNELS(avx512)
 #endif
-}
+#ifdef CTXOPS_WITH_CUDA
+CTXOPS_DEFINE_KERNELS(cuda)
+#endif
 
 }  // namespace
 
@@ -168,17 +246,28 @@ PYBIND11_MODULE(_C, root) {
   root.attr("compiler") = CTXOPS_COMPILER;
   root.attr("cuda_compiler") = CTXOPS_CUDA_COMPILER;
   root.attr("cuda_archs") = CTXOPS_CUDA_ARCHS;
+
+  define_baseline(root.def_submodule("baseline"));
+#ifdef CTXOPS_X86_64
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    define_avx2(root.def_submodule("avx2"));
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    define_avx512(root.def_submodule("avx512"));
+  }
+#endif
+#ifdef CTXOPS_WITH_CUDA
+  define_cuda(root.def_submodule("cuda"));
+#endif
+
+  // What the allocation in Python must agree with.
   root.attr("max_ints") = ctxops::kMaxInts;
   root.attr("max_tensors") = ctxops::kMaxTensors;
-  define_cpu_backends(root);
-#ifdef CTXOPS_WITH_CUDA
-  auto module = root.def_submodule("cuda");
-  CTXOPS_KERNELS(CTXOPS_DEFINE_CUDA)
-#endif
-  root.def(
-      "pyramid_pool_cells",
-      [](int64_t extent, const ctxops::IntList& sizes) {
-        return ctxops::make_cell_axis(extent, sizes).count;
-      },
-      "How many cells the bins of these grids cut an axis into.");
+  root.attr("neighborhood_attention_max_window") = ctxops::kMaxWindow;
+  root.attr("gated_fusion_part") = ctxops::kPart;
+  root.def("pyramid_pool_cells", [](int64_t extent, const ctxops::IntList& sizes) {
+    return ctxops::make_cell_axis(extent, sizes).count;
+  });
+  root.def("category_statistics_scratch", &ctxops::scratch_of_position);
 }

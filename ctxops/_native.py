@@ -4,11 +4,12 @@
 import ctypes
 import functools
 import importlib
+import math
 import types
 import warnings
 from typing import Any
 
-__all__ = ["INSTRUCTION_SETS", "build_info", "cpu", "cuda", "extension"]
+__all__ = ["INSTRUCTION_SETS", "build_info", "cpu", "cuda", "extension", "limit"]
 
 # Slowest first; the extension has those that this processor can run.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -57,6 +58,11 @@ def _usable_cuda() -> types.ModuleType | None:
 # module; the tests exchange `cpu`.
 cpu: types.ModuleType | None = _best_cpu()
 cuda: types.ModuleType | None = _usable_cuda()
+
+
+def limit(constant: str) -> float:
+    """A constant of the extension, at most so much of what its kernels take; without it, no end."""
+    return math.inf if extension is None else getattr(extension, constant)
 
 
 def build_info() -> dict[str, Any]:

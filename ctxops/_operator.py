@@ -157,22 +157,22 @@ def no_products(*shapes: object, **named: object) -> int:
     return 0
 
 
-def launch(name: str, like: Tensor, *arguments: object) -> None:
-    """Calls the extension's kernel ``name`` on the device of ``like``.
+def launch(kernel: str, like: Tensor, /, **arguments: object) -> None:
+    """Calls the extension's kernel on the device of ``like``, on its current stream or all threads.
 
-    Tensors travel as DLPack capsules; the number of threads or the current stream comes last.
+    ``arguments`` are the members of the kernel's struct of parameters, tensors as DLPack capsules.
     """
-    handed = [
-        to_dlpack(a) if isinstance(a, Tensor)
+    handed = {
+        name: to_dlpack(a) if isinstance(a, Tensor)
         else [to_dlpack(t) for t in a] if isinstance(a, list) and isinstance(a[0], Tensor)
         else a
-        for a in arguments
-    ]  # fmt: skip
+        for name, a in arguments.items()
+    }  # fmt: skip
     if like.is_cuda:
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native.cuda, name)(*handed, stream)
+        getattr(_native.cuda, kernel)(handed, stream)
     else:
-        getattr(_native.cpu, name)(*handed, torch.get_num_threads())
+        getattr(_native.cpu, kernel)(handed, torch.get_num_threads())
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -17,48 +17,62 @@
 
 #include "common/bilinear.h"
 #include "common/dtype.h"
+#include "common/kernel.h"
 #include "common/tensor.h"
 
-// features    (B, C, h, w), floating; channels or columns side by side, on CUDA channels
-// labels      (B, H, W), integers
-// directions  (K, C) double, contiguous: m / max(|m|, eps); without elements: a = 1
-// sums        (K, C) accumulator: of a * r
-// weights     (K,) accumulator: of a
-// counts      (K,) int64: of pixels
-// outside     (2,) int64: how many labels were neither in [0, K) nor ignored, and on the CPU the
-//             first of them; on CUDA, if there were any, sums and weights are NaN
-// workspace, see below: part_sums, part_weights, part_counts, own
-//
-// The rows of cells of all images, on CUDA the cells, are cut into P parts of about the same
-// number. For each:
-// part_sums   (P, K, C) double
-// part_weights (P, K) double
-// part_counts (P, K) int64
-// own         the CPU: (P, N, M) double, what a part keeps of a tile of N - 1 cells a row, N >= 2;
-//             M = 2 * D + 6 * K + 11 + 2 * ceil(W / N), D = C for float64 and ceil(C / 2) else.
-//             CUDA: (B, H, W) accumulator, a of every pixel, where there are directions; else
-//             without elements
-CTXOPS_DECLARE_KERNEL(category_statistics, const TensorView& features, const TensorView& labels,
-                      const TensorView& directions, const TensorView& sums,
-                      const TensorView& weights, const TensorView& counts,
-                      const TensorView& outside, const TensorView& part_sums,
-                      const TensorView& part_weights, const TensorView& part_counts,
-                      const TensorView& own, int64_t ignore_index, bool align_corners,
-                      int64_t executor)
+CTXOPS_DECLARE_KERNEL(category_statistics, CategoryStatistics)
 
 namespace ctxops {
+
+// The rows of cells of all images, on CUDA the cells, are cut into P parts of about the same
+// number.
+struct CategoryStatistics {
+  TensorView features;      // (B, C, h, w), floating; channels or columns side by side, on CUDA
+                            // channels
+  TensorView labels;        // (B, H, W), integers
+  TensorView directions;    // (K, C) double: m / max(|m|, eps); without elements: a = 1
+  TensorView sums;          // (K, C) accumulator: of a * r
+  TensorView weights;       // (K,) accumulator: of a
+  TensorView counts;        // (K,) int64: of pixels
+  TensorView outside;       // (2,) int64: how many labels were neither in [0, K) nor ignored, and
+                            // on the CPU the first of them; on CUDA, if there were any, sums and
+                            // weights are NaN
+  TensorView part_sums;     // (P, K, C) double, workspace
+  TensorView part_weights;  // (P, K) double, workspace
+  TensorView part_counts;   // (P, K) int64, workspace
+  TensorView scratch;       // The CPU: (P, N, M) double, what a part keeps of a tile of N - 1 cells
+                            // a row, N >= 2, M = scratch_of_position(...). CUDA: (B, H, W)
+                            // accumulator, a of every pixel, where there are directions; else
+                            // without elements
+  int64_t ignore_index;
+  bool align_corners;
+
+  CTXOPS_MEMBERS(features, labels, directions, sums, weights, counts, outside, part_sums,
+                 part_weights, part_counts, scratch, ignore_index, align_corners);
+  CTXOPS_INLINE const TensorView& like() const { return features; }
+  CTXOPS_INLINE bool empty() const { return element_count(sums) == 0; }
+  const char* check() const;
+};
+
 namespace {
 
 // Shorter vectors count as that long, as in torch's cosine_similarity.
 constexpr double kShortest = 1e-8;
 
 // Parts of M above: of the pixels of a row, and of a vector of features.
-inline int64_t pixels_each(const TensorView& labels, int64_t columns) {
-  return (labels.size[2] + columns - 1) / columns;
+inline int64_t pixels_each(int64_t label_columns, int64_t positions) {
+  return (label_columns + positions - 1) / positions;
 }
 
-inline int64_t doubles_of_vector(const TensorView& features) {
-  return features.dtype == DType::float64 ? features.size[1] : (features.size[1] + 1) / 2;
+inline int64_t doubles_of_vector(bool float64, int64_t channels) {
+  return float64 ? channels : (channels + 1) / 2;
+}
+
+// M above, for N positions: what the CPU's Part takes.
+inline int64_t scratch_of_position(bool float64, int64_t channels, int64_t classes,
+                                   int64_t label_columns, int64_t positions) {
+  return 2 * doubles_of_vector(float64, channels) + 6 * classes + 11 +
+         2 * pixels_each(label_columns, positions);
 }
 
 // a of a pixel, of <r, m> / |r|. Where neighbours cancel, |r|^2 is a difference of far larger
@@ -77,11 +91,9 @@ CTXOPS_HD Span span_of_part(int64_t part, int64_t parts, int64_t count) {
   return {part * count / parts, (part + 1) * count / parts};
 }
 
-inline const char* check(const TensorView& features, const TensorView& labels,
-                         const TensorView& directions, const TensorView& sums,
-                         const TensorView& weights, const TensorView& counts,
-                         const TensorView& outside, const TensorView& part_sums,
-                         const TensorView& part_weights, const TensorView& part_counts) {
+}  // namespace
+
+CTXOPS_INLINE const char* CategoryStatistics::check() const {
   if (features.ndim != 4 || !is_floating(features.dtype)) {
     return "features must be a floating (B, C, h, w)";
   }
@@ -115,5 +127,4 @@ inline const char* check(const TensorView& features, const TensorView& labels,
   return nullptr;
 }
 
-}  // namespace
 }  // namespace ctxops

@@ -10,18 +10,14 @@ namespace {
 using V = Vector<double>;
 constexpr int kLane = kLanes<double>;
 
-// Vectors of features are kept in float, or in double where they came in double.
-template <typename T>
-using Kept = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 struct Problem {
   TensorView features, labels;
   const double* directions;  // (K, C), or nullptr: every pixel weighs 1
   double *part_sums, *part_weights;
   int64_t* part_counts;
-  double* own;
+  double* scratch;
   int64_t parts, classes, channels, height, width, ignore_index;
-  int64_t columns, own_size;  // N, and the values that a part owns for each of them
+  int64_t columns, scratch_each;  // N, and the values that a part has for each of them
   ResizeAxis down, across;
 };
 
@@ -97,14 +93,14 @@ class Part {
         weights_(problem.part_weights + part * K_),
         counts_(problem.part_counts + part * K_) {
     const int64_t N = p_.columns;
-    double* next = p_.own + part * N * p_.own_size;
+    double* next = p_.scratch + part * N * p_.scratch_each;
     const auto take = [&](int64_t each) {
       double* taken = next;
       next += N * each;
       return taken;
     };
     for (Row& row : row_) {
-      row.vector = reinterpret_cast<S*>(take(doubles_of_vector(p_.features)));
+      row.vector = reinterpret_cast<S*>(take(doubles_of_vector(std::is_same_v<S, double>, C_)));
       row.product = take(K_);
       row.share = take(K_);
       row.is_met = reinterpret_cast<int32_t*>(take(K_));
@@ -118,7 +114,7 @@ class Part {
     anti_ = take(1);
     begin_ = reinterpret_cast<int64_t*>(take(1));
     outside_ = reinterpret_cast<int64_t*>(take(1));
-    const int64_t pixels = pixels_each(p_.labels, N);
+    const int64_t pixels = pixels_each(p_.labels.size[2], N);
     right_share_ = take(pixels);
     inverse_norm_ = take(pixels);
   }
@@ -179,7 +175,7 @@ class Part {
     row.number = number;
     dispatch_floating(p_.features.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      if constexpr (std::is_same_v<Kept<T>, S>) load_vectors<T>(row.vector, number);
+      if constexpr (std::is_same_v<Accumulator<T>, S>) load_vectors<T>(row.vector, number);
     });
   }
 
@@ -383,69 +379,59 @@ void add_parts(const Problem& p, int64_t k, A* sums, A* weights, int64_t* counts
   counts[k] = count;
 }
 
-}  // namespace
-
-const char* category_statistics(const TensorView& features, const TensorView& labels,
-                                const TensorView& directions, const TensorView& sums,
-                                const TensorView& weights, const TensorView& counts,
-                                const TensorView& outside, const TensorView& part_sums,
-                                const TensorView& part_weights, const TensorView& part_counts,
-                                const TensorView& own, int64_t ignore_index, bool align_corners,
-                                int64_t threads) {
-  if (const char* error = check(features, labels, directions, sums, weights, counts, outside,
-                                part_sums, part_weights, part_counts)) {
-    return error;
-  }
+template <typename A>
+const char* statistics(const CategoryStatistics& params, Threads threads) {
+  const TensorView &features = params.features, &labels = params.labels;
+  const TensorView& scratch = params.scratch;
   if (!unit_stride(features, 1) && !unit_stride(features, 3)) {
     return "features must have their channels or their columns side by side";
   }
   Problem p;
   p.features = features;
   p.labels = labels;
-  const bool directed = element_count(directions) > 0;
-  p.directions = directed ? static_cast<const double*>(directions.data) : nullptr;
-  p.part_sums = static_cast<double*>(part_sums.data);
-  p.part_weights = static_cast<double*>(part_weights.data);
-  p.part_counts = static_cast<int64_t*>(part_counts.data);
-  p.own = static_cast<double*>(own.data);
-  p.parts = part_counts.size[0];
-  p.classes = sums.size[0];
+  const bool directed = element_count(params.directions) > 0;
+  p.directions = directed ? static_cast<const double*>(params.directions.data) : nullptr;
+  p.part_sums = static_cast<double*>(params.part_sums.data);
+  p.part_weights = static_cast<double*>(params.part_weights.data);
+  p.part_counts = static_cast<int64_t*>(params.part_counts.data);
+  p.scratch = static_cast<double*>(scratch.data);
+  p.parts = params.part_counts.size[0];
+  p.classes = params.sums.size[0];
   p.channels = features.size[1];
   p.height = features.size[2];
   p.width = features.size[3];
-  p.ignore_index = ignore_index;
-  p.columns = own.ndim == 3 ? own.size[1] : 0;
-  p.down = make_resize_axis(p.height, labels.size[1], align_corners);
-  p.across = make_resize_axis(p.width, labels.size[2], align_corners);
-  if (p.columns < 2) return "own must be (P, N, M), N >= 2";
-  p.own_size =
-      2 * doubles_of_vector(features) + 6 * p.classes + 11 + 2 * pixels_each(labels, p.columns);
-  if (!is_dense(own, features, DType::float64, p.parts, p.columns, p.own_size)) {
-    return "own must be (P, N, M) in double";
+  p.ignore_index = params.ignore_index;
+  p.columns = scratch.ndim == 3 ? scratch.size[1] : 0;
+  p.down = make_resize_axis(p.height, labels.size[1], params.align_corners);
+  p.across = make_resize_axis(p.width, labels.size[2], params.align_corners);
+  if (p.columns < 2) return "scratch must be (P, N, M), N >= 2";
+  p.scratch_each = scratch_of_position(std::is_same_v<A, double>, p.channels, p.classes,
+                                       labels.size[2], p.columns);
+  if (!is_dense(scratch, features, DType::float64, p.parts, p.columns, p.scratch_each)) {
+    return "scratch must be (P, N, M) in double";
   }
-  int64_t* found = static_cast<int64_t*>(outside.data);
+  int64_t* found = static_cast<int64_t*>(params.outside.data);
   found[0] = found[1] = 0;
-  const auto walk = [&](auto kept) {
-    using S = decltype(kept);
-    parallel_for(p.parts, element_count(features), threads,
-                 [&](int64_t part) { Part<S>(p, part).run(); });
-    for (int64_t part = 0; part < p.parts; ++part) {
-      const int64_t* of_part = Part<S>(p, part).outside();
-      if (found[0] == 0) found[1] = of_part[1];
-      found[0] += of_part[0];
-    }
-  };
-  features.dtype == DType::float64 ? walk(double()) : walk(float());
+  parallel_for(p.parts, element_count(features), threads,
+               [&](int64_t part) { Part<A>(p, part).run(); });
+  for (int64_t part = 0; part < p.parts; ++part) {
+    const int64_t* of_part = Part<A>(p, part).outside();
+    if (found[0] == 0) found[1] = of_part[1];
+    found[0] += of_part[0];
+  }
   parallel_for(p.classes, p.parts * p.classes * p.channels, threads, [&](int64_t k) {
-    dispatch_floating(accumulator_dtype(features.dtype), [&](auto tag) {
-      using A = typename decltype(tag)::type;
-      if constexpr (std::is_floating_point_v<A>) {
-        add_parts(p, k, static_cast<A*>(sums.data), static_cast<A*>(weights.data),
-                  static_cast<int64_t*>(counts.data));
-      }
-    });
+    add_parts(p, k, static_cast<A*>(params.sums.data), static_cast<A*>(params.weights.data),
+              static_cast<int64_t*>(params.counts.data));
   });
   return nullptr;
+}
+
+}  // namespace
+
+const char* category_statistics(const CategoryStatistics& params, Threads threads) {
+  return dispatch(params, [&](auto tag) {
+    return statistics<Accumulator<typename decltype(tag)::type>>(params, threads);
+  });
 }
 
 }  // namespace CTXOPS_ISA

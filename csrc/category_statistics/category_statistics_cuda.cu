@@ -10,13 +10,12 @@
 #include "category_statistics/category_statistics.h"
 #include "common/cuda.h"
 #include "common/pack.h"
+#include "common/warp.h"
 
 namespace ctxops {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocks = 3;          // on a multiprocessor at a time
@@ -30,31 +29,12 @@ constexpr int32_t kNone = INT32_MAX;  // behind every class
 struct Problem {
   TensorView features, labels;
   const double* directions;  // (K, C), or nullptr: every pixel weighs 1
-  void* own;                 // (B, H, W) accumulator: a
+  void* scratch;             // (B, H, W) accumulator: a
   double *part_sums, *part_weights;
   int64_t *part_counts, *outside;
   int64_t parts, classes, channels, cells, ignore_index;
   ResizeAxis down, across;
 };
-
-template <typename T>
-__device__ T warp_sum(T x) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
-
-__device__ int32_t warp_min(int32_t x) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const int32_t other = __shfl_xor_sync(kAllLanes, x, lanes);
-    x = other < x ? other : x;
-  }
-  return x;
-}
-
-__device__ int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 // Where a cell's corners lie in the features: the upper left one, and from a corner to the one
 // beside and below it; 0 where the cell ends with its position.
@@ -157,8 +137,8 @@ __device__ int32_t for_pixels_of(const Problem& p, const Cell& cell, int32_t k, 
   return warp_min(next);
 }
 
-// The element of p.own that belongs to a pixel.
-__device__ int64_t own_at(const Problem& p, const Cell& cell, int64_t Y, int64_t X) {
+// The element of p.scratch that belongs to a pixel.
+__device__ int64_t scratch_at(const Problem& p, const Cell& cell, int64_t Y, int64_t X) {
   return (cell.b * p.labels.size[1] + Y) * p.labels.size[2] + X;
 }
 
@@ -190,7 +170,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     weights_kernel(const __grid_constant__ Problem p) {
   const T* const features = static_cast<const T*>(p.features.data);
-  Accumulator<T>* const own = static_cast<Accumulator<T>*>(p.own);
+  Accumulator<T>* const scratch = static_cast<Accumulator<T>*>(p.scratch);
   const int64_t C = p.channels;
   for (int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + warp_of_thread();
        number < p.cells; number += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -235,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         // Of an inexact square; written so that NaN stays.
         double norm = sqrt(square < 0 ? 0 : square);
         norm = norm < kShortest ? kShortest : norm;
-        own[own_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(weight_of(dot / norm));
+        scratch[scratch_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(weight_of(dot / norm));
       });
     }
   }
@@ -271,7 +251,8 @@ class Terms {
     int count = 0;  // of the lane
     k_ = for_pixels_of(p_, cell_, k_, [&](int64_t Y, int64_t X) {
       double a = 1;
-      if (p_.directions != nullptr) a = static_cast<const A*>(p_.own)[own_at(p_, cell_, Y, X)];
+      if (p_.directions != nullptr)
+        a = static_cast<const A*>(p_.scratch)[scratch_at(p_, cell_, Y, X)];
       const Shares share = shares_at(p_, Y, X);
 #pragma unroll
       for (int i = 0; i < 4; ++i) term.coefficient[i] += a * share.of[i];
@@ -389,10 +370,47 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+const char* check_for_cuda(const CategoryStatistics& params) {
+  const TensorView &features = params.features, &labels = params.labels;
+  if (!unit_stride(features, 1)) return "features must have their channels side by side";
+  for (int i = 0; i < 3; ++i) {
+    if (labels.size[i] > INT32_MAX) return "labels must have B, H, W below 2^31";
+  }
+  if (element_count(params.directions) > 0 &&
+      !is_dense(params.scratch, features, accumulator_dtype(features.dtype), labels.size[0],
+                labels.size[1], labels.size[2])) {
+    return "scratch must be (B, H, W), an accumulator";
+  }
+  return nullptr;
+}
+
+Problem make_problem(const CategoryStatistics& params) {
+  const TensorView &features = params.features, &labels = params.labels;
+  const bool weighted = element_count(params.directions) > 0;
+  Problem p{};
+  p.features = features;
+  p.labels = labels;
+  p.directions = weighted ? static_cast<const double*>(params.directions.data) : nullptr;
+  p.scratch = params.scratch.data;
+  p.part_sums = static_cast<double*>(params.part_sums.data);
+  p.part_weights = static_cast<double*>(params.part_weights.data);
+  p.part_counts = static_cast<int64_t*>(params.part_counts.data);
+  p.outside = static_cast<int64_t*>(params.outside.data);
+  p.parts = params.part_counts.size[0];
+  p.classes = params.sums.size[0];
+  p.channels = features.size[1];
+  p.cells = features.size[0] * features.size[2] * features.size[3];
+  p.ignore_index = params.ignore_index;
+  p.down = make_resize_axis(features.size[2], labels.size[1], params.align_corners);
+  p.across = make_resize_axis(features.size[3], labels.size[2], params.align_corners);
+  return p;
+}
+
 template <typename T>
-const char* launch(const Problem& p, const TensorView& sums, const TensorView& weights,
-                   const TensorView& counts, cudaStream_t stream) {
+const char* launch(const CategoryStatistics& params, cudaStream_t stream) {
   using A = Accumulator<T>;
+  if (const char* error = check_for_cuda(params)) return error;
+  const Problem p = make_problem(params);
   const int64_t values = p.parts * p.classes * p.channels;
   const char* error = CTXOPS_LAUNCH(clear_kernel, grid_size(divide_up(values, 4 * kThreads)),
                                     kThreads, 0, stream, p);
@@ -407,56 +425,16 @@ const char* launch(const Problem& p, const TensorView& sums, const TensorView& w
   if (error != nullptr) return error;
   return CTXOPS_LAUNCH((add_parts_kernel<A>),
                        grid_size(p.classes * divide_up(p.channels + 2, kWarp)), kThreads, 0, stream,
-                       p, static_cast<A*>(sums.data), static_cast<A*>(weights.data),
-                       static_cast<int64_t*>(counts.data));
+                       p, static_cast<A*>(params.sums.data), static_cast<A*>(params.weights.data),
+                       static_cast<int64_t*>(params.counts.data));
 }
 
 }  // namespace
 
-const char* category_statistics(const TensorView& features, const TensorView& labels,
-                                const TensorView& directions, const TensorView& sums,
-                                const TensorView& weights, const TensorView& counts,
-                                const TensorView& outside, const TensorView& part_sums,
-                                const TensorView& part_weights, const TensorView& part_counts,
-                                const TensorView& own, int64_t ignore_index, bool align_corners,
-                                int64_t stream) {
-  if (const char* error = check(features, labels, directions, sums, weights, counts, outside,
-                                part_sums, part_weights, part_counts)) {
-    return error;
-  }
-  if (!unit_stride(features, 1)) return "features must have their channels side by side";
-  for (int i = 0; i < 3; ++i) {
-    if (labels.size[i] > INT32_MAX) return "labels must have B, H, W below 2^31";
-  }
-  const bool weighted = element_count(directions) > 0;
-  if (weighted && !is_dense(own, features, accumulator_dtype(features.dtype), labels.size[0],
-                            labels.size[1], labels.size[2])) {
-    return "own must be (B, H, W), an accumulator";
-  }
-  const DeviceGuard guard(features.cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  Problem p{};
-  p.features = features;
-  p.labels = labels;
-  p.directions = weighted ? static_cast<const double*>(directions.data) : nullptr;
-  p.own = own.data;
-  p.part_sums = static_cast<double*>(part_sums.data);
-  p.part_weights = static_cast<double*>(part_weights.data);
-  p.part_counts = static_cast<int64_t*>(part_counts.data);
-  p.outside = static_cast<int64_t*>(outside.data);
-  p.parts = part_counts.size[0];
-  p.classes = sums.size[0];
-  p.channels = features.size[1];
-  p.cells = features.size[0] * features.size[2] * features.size[3];
-  p.ignore_index = ignore_index;
-  p.down = make_resize_axis(features.size[2], labels.size[1], align_corners);
-  p.across = make_resize_axis(features.size[3], labels.size[2], align_corners);
-  const char* error = nullptr;
-  dispatch_floating(features.dtype, [&](auto tag) {
-    error = launch<typename decltype(tag)::type>(p, sums, weights, counts,
-                                                 reinterpret_cast<cudaStream_t>(stream));
+const char* category_statistics(const CategoryStatistics& params, Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
+    return launch<typename decltype(tag)::type>(params, on);
   });
-  return error;
 }
 
 }  // namespace cuda

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "common/kernel.h"
+
 #if defined(CTXOPS_CUDA_ON_CPU)
 #include "cuda_on_cpu.h"
 #else
@@ -80,6 +82,16 @@ class DeviceGuard {
   bool changed_ = false;
   const char* error_ = nullptr;
 };
+
+// f(Tag<T>{}, stream) as dispatch() calls it, on the device of the parameters' tensors.
+template <typename Params, typename F>
+const char* dispatch(const Params& params, Stream stream, const F& f) {
+  return dispatch(params, [&](auto tag) -> const char* {
+    const DeviceGuard guard(params.like().cuda_device);
+    if (guard.error() != nullptr) return guard.error();
+    return f(tag, reinterpret_cast<cudaStream_t>(stream.handle));
+  });
+}
 
 // The x of a grid; a kernel walks over its blocks' work in strides of gridDim.x.
 inline unsigned grid_size(int64_t blocks) {

@@ -3,6 +3,8 @@
 // time.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -83,6 +85,9 @@ CTXOPS_HD void store(Half* to, float x) {
 #endif
 }
 
+CTXOPS_HD float exponential(float x) { return expf(x); }
+CTXOPS_HD double exponential(double x) { return exp(x); }
+
 // Sums of half-precision values are kept in float.
 template <typename T>
 struct AccumulatorOf {
@@ -114,15 +119,15 @@ struct Tag {
   using type = T;
 };
 
-// Calls f(Tag<T>{}) with the C++ type of a floating dtype. The caller has checked is_floating().
+// f(Tag<T>{}) with the C++ type of a floating dtype. The caller has checked is_floating().
 template <typename F>
-void dispatch_floating(DType dtype, const F& f) {
+auto dispatch_floating(DType dtype, const F& f) {
   switch (dtype) {
     case DType::float32: return f(Tag<float>{});
     case DType::float64: return f(Tag<double>{});
     case DType::float16: return f(Tag<Half>{});
     case DType::bfloat16: return f(Tag<BFloat16>{});
-    default: return;
+    default: return decltype(f(Tag<float>{}))();
   }
 }
 

@@ -31,7 +31,6 @@ constexpr int kVectorRegisters = 16;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
-#define CTXOPS_INLINE inline __attribute__((always_inline))
 #define CTXOPS_INLINE_LAMBDA __attribute__((always_inline))
 
 // A vector of lanes of a and b, numbered through: `lane` is an expression in the pack kLane.

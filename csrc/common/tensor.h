@@ -10,24 +10,7 @@
 #define CTXOPS_HD inline
 #endif
 
-// Declares one kernel entry for every backend. A kernel returns nullptr, or the text of what is
-// wrong with its arguments or its launch. Its last argument is `int64_t executor`: the number of
-// threads on the CPU, the stream on CUDA.
-#define CTXOPS_DECLARE_KERNEL(name, ...) \
-  namespace ctxops {                     \
-  namespace baseline {                   \
-  const char* name(__VA_ARGS__);         \
-  }                                      \
-  namespace avx2 {                       \
-  const char* name(__VA_ARGS__);         \
-  }                                      \
-  namespace avx512 {                     \
-  const char* name(__VA_ARGS__);         \
-  }                                      \
-  namespace cuda {                       \
-  const char* name(__VA_ARGS__);         \
-  }                                      \
-  }
+#define CTXOPS_INLINE inline __attribute__((always_inline))
 
 namespace ctxops {
 

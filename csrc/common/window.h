@@ -9,8 +9,9 @@
 
 namespace ctxops {
 
-// What stands where a window leaves the map.
-enum class Border : int64_t { zeros, mask, shift };
+// What stands where a window leaves the map, and what Python calls it.
+enum class Border { zeros, mask, shift };
+constexpr const char* kBorderNames[] = {"zeros", "mask", "shift"};
 
 namespace {
 

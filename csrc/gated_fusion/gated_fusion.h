@@ -24,47 +24,60 @@
 // come in the order of their first levels.
 #pragma once
 
-#include <math.h>
-
 #include "common/bilinear.h"
 #include "common/dtype.h"
+#include "common/kernel.h"
 #include "common/tensor.h"
 
-// features  L maps
-// gates     sum of N_l, accumulator. Without weight: given. With weight: the computed ones are
-//           written; without elements: not wanted, where all levels have one size
-// weight    (L, C) accumulator, or without elements: the gates are given
-// bias      (L,) accumulator, or without elements: none
-// outputs   as features
-// sums      the S of all groups, accumulator: written for the backward; without elements where all
-//           levels have one size
-CTXOPS_DECLARE_KERNEL(gated_fusion_forward, const TensorList& features, const TensorView& gates,
-                      const TensorView& weight, const TensorView& bias, const TensorList& outputs,
-                      const TensorView& sums, bool align_corners, int64_t executor)
-
-// grads          the gradients of the outputs, as features
-// gates, weight, sums  as the forward took and left them
-// grad_sums      like sums, workspace: dT
-// grad_sent      like sums, workspace: dS
-// grad_gates     sum of N_l, accumulator: dgate, or with weight dz
-// grad_features  as features
-// grad_weight    (L, P, C) accumulator: sums of dz x over parts of the positions, to be added by
-//                the caller. P = max over l of B * ceil(H_l * W_l / 64); without elements: no
-//                weight
-CTXOPS_DECLARE_KERNEL(gated_fusion_backward, const TensorList& grads, const TensorList& features,
-                      const TensorView& gates, const TensorView& weight, const TensorView& sums,
-                      const TensorView& grad_sums, const TensorView& grad_sent,
-                      const TensorView& grad_gates, const TensorList& grad_features,
-                      const TensorView& grad_weight, bool align_corners, int64_t executor)
+CTXOPS_DECLARE_KERNEL(gated_fusion_forward, GatedFusionForward)
+CTXOPS_DECLARE_KERNEL(gated_fusion_backward, GatedFusionBackward)
 
 namespace ctxops {
+
+struct GatedFusionForward {
+  TensorList features;  // L maps
+  TensorView gates;     // sum of N_l, accumulator. Without weight: given. With weight: the computed
+                        // ones are written; without elements: not wanted, where all levels have
+                        // one size
+  TensorView weight;    // (L, C) accumulator, or without elements: the gates are given
+  TensorView bias;      // (L,) accumulator, or without elements: none
+  TensorList outputs;   // as features
+  TensorView sums;      // the S of all groups, accumulator: written for the backward; without
+                        // elements where all levels have one size
+  bool align_corners;
+
+  CTXOPS_MEMBERS(features, gates, weight, bias, outputs, sums, align_corners);
+  CTXOPS_INLINE const TensorView& like() const { return features.value[0]; }
+  CTXOPS_INLINE bool empty() const { return element_count(outputs.value[0]) == 0; }
+  const char* check() const;
+};
+
+struct GatedFusionBackward {
+  TensorList grads;          // the gradients of the outputs, as features
+  TensorList features;       // as the forward took them
+  TensorView gates;          // as the forward took and left them
+  TensorView weight;         // likewise
+  TensorView sums;           // likewise
+  TensorView grad_sums;      // like sums, workspace: dT
+  TensorView grad_sent;      // like sums, workspace: dS
+  TensorView grad_gates;     // sum of N_l, accumulator: dgate, or with weight dz
+  TensorList grad_features;  // as features
+  TensorView grad_weight;    // (L, P, C) accumulator: sums of dz x over parts of the positions, to
+                             // be added by the caller. P = max over l of B * ceil(H_l * W_l /
+                             // kPart); without elements: no weight
+  bool align_corners;
+
+  CTXOPS_MEMBERS(grads, features, gates, weight, sums, grad_sums, grad_sent, grad_gates,
+                 grad_features, grad_weight, align_corners);
+  CTXOPS_INLINE const TensorView& like() const { return features.value[0]; }
+  CTXOPS_INLINE bool empty() const { return element_count(grad_features.value[0]) == 0; }
+  const char* check() const;
+};
+
 namespace {
 
 // The positions that one item of the work covers, consecutive ones of one image.
 constexpr int64_t kPart = 64;
-
-CTXOPS_HD float exponential(float x) { return expf(x); }
-CTXOPS_HD double exponential(double x) { return exp(x); }
 
 // Without overflow: of large |z| the exponential vanishes.
 template <typename A>
@@ -177,33 +190,30 @@ inline const char* check_buffers(const TensorList& features, const TensorView& g
   return nullptr;
 }
 
-inline const char* check_forward(const TensorList& features, const TensorView& gates,
-                                 const TensorView& weight, const TensorView& bias,
-                                 const TensorList& outputs, const TensorView& sums) {
+}  // namespace
+
+CTXOPS_INLINE const char* GatedFusionForward::check() const {
   if (const char* error = check_buffers(features, gates, weight, sums)) return error;
-  const TensorView& like = features.value[0];
+  const TensorView& first = like();
   if (element_count(bias) > 0 &&
-      !is_dense(bias, like, accumulator_dtype(like.dtype), features.count)) {
+      !is_dense(bias, first, accumulator_dtype(first.dtype), features.count)) {
     return "bias must be (L,) in the accumulator's dtype";
   }
   return same_maps(outputs, features) ? nullptr : "outputs must be maps like the features";
 }
 
-inline const char* check_backward(const TensorList& grads, const TensorList& features,
-                                  const TensorView& gates, const TensorView& weight,
-                                  const TensorView& sums, const TensorView& grad_sums,
-                                  const TensorView& grad_sent, const TensorView& grad_gates,
-                                  const TensorList& grad_features, const TensorView& grad_weight) {
+CTXOPS_INLINE const char* GatedFusionBackward::check() const {
   if (const char* error = check_buffers(features, gates, weight, sums)) return error;
   const Levels levels = make_levels(features);
-  const TensorView& like = features.value[0];
-  const DType accumulator = accumulator_dtype(like.dtype);
+  const TensorView& first = like();
+  const DType accumulator = accumulator_dtype(first.dtype);
   const int64_t sums_count = levels.groups == 1 ? 0 : levels.sums;
   const int64_t gates_count = levels.gates[features.count];
-  if (!is_dense(gates, like, accumulator, gates_count)) return "the backward needs the gates";
-  if (!is_dense(grad_gates, like, accumulator, gates_count)) return "grad_gates must be like gates";
-  if (!is_dense(grad_sums, like, accumulator, sums_count) ||
-      !is_dense(grad_sent, like, accumulator, sums_count)) {
+  if (!is_dense(gates, first, accumulator, gates_count)) return "the backward needs the gates";
+  if (!is_dense(grad_gates, first, accumulator, gates_count))
+    return "grad_gates must be like gates";
+  if (!is_dense(grad_sums, first, accumulator, sums_count) ||
+      !is_dense(grad_sent, first, accumulator, sums_count)) {
     return "grad_sums and grad_sent must be like sums";
   }
   if (!same_maps(grads, features)) return "grads must be maps like the features";
@@ -214,10 +224,9 @@ inline const char* check_backward(const TensorList& grads, const TensorList& fea
     const int64_t own = levels.batch * parts_of_image(levels.group[g]);
     if (own > parts) parts = own;
   }
-  return is_dense(grad_weight, like, accumulator, features.count, parts, levels.channels)
+  return is_dense(grad_weight, first, accumulator, features.count, parts, levels.channels)
              ? nullptr
              : "grad_weight must be (L, P, C) in the accumulator's dtype";
 }
 
-}  // namespace
 }  // namespace ctxops

@@ -24,7 +24,7 @@ struct Problem {
   void *gates, *weight, *bias, *sums, *grad_sums, *grad_sent, *grad_gates, *grad_weight;
   int64_t parts;  // P
   bool align_corners;
-  int64_t threads;
+  Threads threads;
 };
 
 template <typename A>
@@ -530,67 +530,65 @@ inline void* data_of(const TensorView& view) {
   return element_count(view) > 0 ? view.data : nullptr;
 }
 
+Problem problem_of(const GatedFusionForward& params, Threads threads) {
+  Problem p{};
+  p.levels = make_levels(params.features);
+  p.features = params.features;
+  p.outputs = params.outputs;
+  p.gates = data_of(params.gates);
+  p.weight = data_of(params.weight);
+  p.bias = data_of(params.bias);
+  p.sums = data_of(params.sums);
+  p.align_corners = params.align_corners;
+  p.threads = threads;
+  return p;
+}
+
+Problem problem_of(const GatedFusionBackward& params, Threads threads) {
+  Problem p{};
+  p.levels = make_levels(params.features);
+  p.features = params.features;
+  p.grads = params.grads;
+  p.grad_features = params.grad_features;
+  p.gates = data_of(params.gates);
+  p.weight = data_of(params.weight);
+  p.sums = data_of(params.sums);
+  p.grad_sums = data_of(params.grad_sums);
+  p.grad_sent = data_of(params.grad_sent);
+  p.grad_gates = data_of(params.grad_gates);
+  p.grad_weight = data_of(params.grad_weight);
+  if (p.weight != nullptr) p.parts = params.grad_weight.size[1];
+  p.align_corners = params.align_corners;
+  p.threads = threads;
+  return p;
+}
+
 // f(Fusion of the dtype and the layout of the levels)
-template <typename F>
-const char* with_fusion(const Problem& problem, const F& f) {
-  const auto of_dtype = [&](auto tag) {
+template <typename Params, typename F>
+const char* with_fusion(const Params& params, Threads threads, const F& f) {
+  return dispatch(params, [&](auto tag) -> const char* {
     using A = typename decltype(tag)::type;
-    if (problem.levels.channels_inner) return f(Fusion<A, true>(problem));
-    return f(Fusion<A, false>(problem));
-  };
-  switch (problem.features.value[0].dtype) {
-    case DType::float32: of_dtype(Tag<float>{}); return nullptr;
-    case DType::float64: of_dtype(Tag<double>{}); return nullptr;
-    default: return "on the CPU the maps must be float32 or float64";
-  }
+    if constexpr (std::is_floating_point_v<A>) {
+      const Problem problem = problem_of(params, threads);
+      if (problem.levels.channels_inner) {
+        f(Fusion<A, true>(problem));
+      } else {
+        f(Fusion<A, false>(problem));
+      }
+      return nullptr;
+    }
+    return "on the CPU the maps must be float32 or float64";
+  });
 }
 
 }  // namespace
 
-const char* gated_fusion_forward(const TensorList& features, const TensorView& gates,
-                                 const TensorView& weight, const TensorView& bias,
-                                 const TensorList& outputs, const TensorView& sums,
-                                 bool align_corners, int64_t threads) {
-  if (const char* error = check_forward(features, gates, weight, bias, outputs, sums)) return error;
-  Problem p{};
-  p.levels = make_levels(features);
-  p.features = features;
-  p.outputs = outputs;
-  p.gates = data_of(gates);
-  p.weight = data_of(weight);
-  p.bias = data_of(bias);
-  p.sums = data_of(sums);
-  p.align_corners = align_corners;
-  p.threads = threads;
-  return with_fusion(p, [](const auto& fusion) { fusion.forward(); });
+const char* gated_fusion_forward(const GatedFusionForward& params, Threads threads) {
+  return with_fusion(params, threads, [](const auto& fusion) { fusion.forward(); });
 }
 
-const char* gated_fusion_backward(const TensorList& grads, const TensorList& features,
-                                  const TensorView& gates, const TensorView& weight,
-                                  const TensorView& sums, const TensorView& grad_sums,
-                                  const TensorView& grad_sent, const TensorView& grad_gates,
-                                  const TensorList& grad_features, const TensorView& grad_weight,
-                                  bool align_corners, int64_t threads) {
-  if (const char* error = check_backward(grads, features, gates, weight, sums, grad_sums, grad_sent,
-                                         grad_gates, grad_features, grad_weight)) {
-    return error;
-  }
-  Problem p{};
-  p.levels = make_levels(features);
-  p.features = features;
-  p.grads = grads;
-  p.grad_features = grad_features;
-  p.gates = data_of(gates);
-  p.weight = data_of(weight);
-  p.sums = data_of(sums);
-  p.grad_sums = data_of(grad_sums);
-  p.grad_sent = data_of(grad_sent);
-  p.grad_gates = data_of(grad_gates);
-  p.grad_weight = data_of(grad_weight);
-  if (p.weight != nullptr) p.parts = grad_weight.size[1];
-  p.align_corners = align_corners;
-  p.threads = threads;
-  return with_fusion(p, [](const auto& fusion) { fusion.backward(); });
+const char* gated_fusion_backward(const GatedFusionBackward& params, Threads threads) {
+  return with_fusion(params, threads, [](const auto& fusion) { fusion.backward(); });
 }
 
 }  // namespace CTXOPS_ISA

@@ -14,14 +14,13 @@
 
 #include "common/cuda.h"
 #include "common/pack.h"
+#include "common/warp.h"
 #include "gated_fusion/gated_fusion.h"
 
 namespace ctxops {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPlanarWidth = 4;  // of packs of positions: a thread has a sum for every one of them
@@ -727,65 +726,44 @@ const char* backward(const Backward& p, bool packs, void* grad_sums, cudaStream_
 
 }  // namespace
 
-const char* gated_fusion_forward(const TensorList& features, const TensorView& gates,
-                                 const TensorView& weight, const TensorView& bias,
-                                 const TensorList& outputs, const TensorView& sums,
-                                 bool align_corners, int64_t stream) {
-  if (const char* error = check_forward(features, gates, weight, bias, outputs, sums)) return error;
-  if (element_count(features.value[0]) == 0) return nullptr;
-  const DeviceGuard guard(features.value[0].cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  Forward p{};
-  p.work.levels = make_levels(features);
-  p.work.align_corners = align_corners;
-  set_maps(p.from, features);
-  set_maps(p.to, outputs);
-  p.gates = data_of(gates);
-  p.weight = data_of(weight);
-  p.bias = data_of(bias);
-  p.sums = data_of(sums);
-  const char* error = nullptr;
-  dispatch_floating(features.value[0].dtype, [&](auto tag) {
+const char* gated_fusion_forward(const GatedFusionForward& params, Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
     using T = typename decltype(tag)::type;
-    const bool packs = all_packs_fit<T>(p.work.levels, {&features, &outputs}, {&weight, &sums});
-    error = forward<T>(p, packs, reinterpret_cast<cudaStream_t>(stream));
+    Forward p{};
+    p.work.levels = make_levels(params.features);
+    p.work.align_corners = params.align_corners;
+    set_maps(p.from, params.features);
+    set_maps(p.to, params.outputs);
+    p.gates = data_of(params.gates);
+    p.weight = data_of(params.weight);
+    p.bias = data_of(params.bias);
+    p.sums = data_of(params.sums);
+    const bool packs = all_packs_fit<T>(p.work.levels, {&params.features, &params.outputs},
+                                        {&params.weight, &params.sums});
+    return forward<T>(p, packs, on);
   });
-  return error;
 }
 
-const char* gated_fusion_backward(const TensorList& grads, const TensorList& features,
-                                  const TensorView& gates, const TensorView& weight,
-                                  const TensorView& sums, const TensorView& grad_sums,
-                                  const TensorView& grad_sent, const TensorView& grad_gates,
-                                  const TensorList& grad_features, const TensorView& grad_weight,
-                                  bool align_corners, int64_t stream) {
-  if (const char* error = check_backward(grads, features, gates, weight, sums, grad_sums, grad_sent,
-                                         grad_gates, grad_features, grad_weight)) {
-    return error;
-  }
-  if (element_count(features.value[0]) == 0) return nullptr;
-  const DeviceGuard guard(features.value[0].cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  Backward p{};
-  p.work.levels = make_levels(features);
-  p.work.align_corners = align_corners;
-  set_maps(p.grads, grads);
-  set_maps(p.features, features);
-  set_maps(p.grad_features, grad_features);
-  p.gates = data_of(gates);
-  p.weight = data_of(weight);
-  p.sums = data_of(sums);
-  p.grad_sent = data_of(grad_sent);
-  p.grad_gates = data_of(grad_gates);
-  p.grad_weight = data_of(grad_weight);
-  const char* error = nullptr;
-  dispatch_floating(features.value[0].dtype, [&](auto tag) {
+const char* gated_fusion_backward(const GatedFusionBackward& params, Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
     using T = typename decltype(tag)::type;
-    const bool packs = all_packs_fit<T>(p.work.levels, {&grads, &features, &grad_features},
-                                        {&weight, &sums, &grad_sums, &grad_sent, &grad_weight});
-    error = backward<T>(p, packs, grad_sums.data, reinterpret_cast<cudaStream_t>(stream));
+    Backward p{};
+    p.work.levels = make_levels(params.features);
+    p.work.align_corners = params.align_corners;
+    set_maps(p.grads, params.grads);
+    set_maps(p.features, params.features);
+    set_maps(p.grad_features, params.grad_features);
+    p.gates = data_of(params.gates);
+    p.weight = data_of(params.weight);
+    p.sums = data_of(params.sums);
+    p.grad_sent = data_of(params.grad_sent);
+    p.grad_gates = data_of(params.grad_gates);
+    p.grad_weight = data_of(params.grad_weight);
+    const bool packs = all_packs_fit<T>(
+        p.work.levels, {&params.grads, &params.features, &params.grad_features},
+        {&params.weight, &params.sums, &params.grad_sums, &params.grad_sent, &params.grad_weight});
+    return backward<T>(p, packs, params.grad_sums.data, on);
   });
-  return error;
 }
 
 }  // namespace cuda

@@ -12,31 +12,58 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "common/kernel.h"
 #include "common/tensor.h"
 #include "common/window.h"
 
-// query, key  (B, C, H, W), unit stride along C
-// value       (B, Cv, H, W), unit stride along C; without elements: only the weights are wanted
-// output      as value
-// weights     (B, heads, K, H, W) accumulator, any strides; without elements: not wanted
-// window      kh, kw, dilation along H, dilation along W
-CTXOPS_DECLARE_KERNEL(neighborhood_attention_forward, const TensorView& query,
-                      const TensorView& key, const TensorView& value, const TensorView& output,
-                      const TensorView& weights, const IntList& window, int64_t heads, double scale,
-                      int64_t border, int64_t executor)
-
-// grad         (B, Cv, H, W), unit stride along C: of the output
-// weights      (B, heads, K, H, W) accumulator, any strides: as the forward saved them
-// grad_logits  like weights, with the same strides: workspace
-// grad_query, grad_key, grad_value  as query, key and value
-CTXOPS_DECLARE_KERNEL(neighborhood_attention_backward, const TensorView& grad,
-                      const TensorView& query, const TensorView& key, const TensorView& value,
-                      const TensorView& weights, const TensorView& grad_logits,
-                      const TensorView& grad_query, const TensorView& grad_key,
-                      const TensorView& grad_value, const IntList& window, int64_t heads,
-                      double scale, int64_t border, int64_t executor)
+CTXOPS_DECLARE_KERNEL(neighborhood_attention_forward, NeighborhoodAttentionForward)
+CTXOPS_DECLARE_KERNEL(neighborhood_attention_backward, NeighborhoodAttentionBackward)
 
 namespace ctxops {
+
+struct NeighborhoodAttentionForward {
+  TensorView query;    // (B, C, H, W), unit stride along C
+  TensorView key;      // likewise
+  TensorView value;    // (B, Cv, H, W), unit stride along C; without elements: only the weights
+                       // are wanted
+  TensorView output;   // as value
+  TensorView weights;  // (B, heads, K, H, W) accumulator, any strides; without elements: not wanted
+  IntList kernel_size;  // kh, kw
+  IntList dilation;     // along H, along W
+  double scale;
+  Border border;
+  int64_t num_heads;
+
+  CTXOPS_MEMBERS(query, key, value, output, weights, kernel_size, dilation, scale, border,
+                 num_heads);
+  CTXOPS_INLINE const TensorView& like() const { return query; }
+  CTXOPS_INLINE bool empty() const { return element_count(query) == 0; }
+  const char* check() const;
+};
+
+struct NeighborhoodAttentionBackward {
+  TensorView grad;   // (B, Cv, H, W), unit stride along C: of the output
+  TensorView query;  // as the forward took it, and so key and value
+  TensorView key;
+  TensorView value;
+  TensorView weights;  // (B, heads, K, H, W) accumulator, any strides: as the forward saved them
+  TensorView grad_logits;  // like weights, with the same strides: workspace
+  TensorView grad_query;   // as query
+  TensorView grad_key;     // as key
+  TensorView grad_value;   // as value
+  IntList kernel_size;     // this and all below as in the forward
+  IntList dilation;
+  double scale;
+  Border border;
+  int64_t num_heads;
+
+  CTXOPS_MEMBERS(grad, query, key, value, weights, grad_logits, grad_query, grad_key, grad_value,
+                 kernel_size, dilation, scale, border, num_heads);
+  CTXOPS_INLINE const TensorView& like() const { return query; }
+  CTXOPS_INLINE bool empty() const { return element_count(query) == 0; }
+  const char* check() const;
+};
+
 namespace {
 
 // The most neighbours of a window: a thread keeps the logits of a few queries.
@@ -46,10 +73,10 @@ struct Window {
   WindowAxis rows, columns;
 };
 
-inline Window make_window(const TensorView& map, const IntList& window, int64_t border) {
-  const Border b = static_cast<Border>(border);
-  return {{map.size[2], window.value[0], window.value[2], b},
-          {map.size[3], window.value[1], window.value[3], b}};
+template <typename Params>
+Window window_of(const Params& p) {
+  return {{p.query.size[2], p.kernel_size.value[0], p.dilation.value[0], p.border},
+          {p.query.size[3], p.kernel_size.value[1], p.dilation.value[1], p.border}};
 }
 
 inline bool fits(const WindowAxis& axis) {
@@ -73,56 +100,64 @@ inline bool is_weights(const TensorView& view, const TensorView& map, int64_t he
          view.cuda_device == map.cuda_device;
 }
 
-inline const char* check_window(const TensorView& query, const IntList& window, int64_t heads,
-                                int64_t border) {
-  if (query.ndim != 4 || !is_floating(query.dtype)) return "query must be a floating (B, C, H, W)";
-  if (query.size[2] < 1 || query.size[3] < 1) return "the map must have H, W >= 1";
-  if (heads < 1 || query.size[1] % heads != 0) return "heads must divide the channels";
-  if (border < 0 || border > static_cast<int64_t>(Border::shift)) return "unknown border";
-  if (window.count != 4) return "window must be kh, kw, and two dilations";
-  for (int i = 0; i < 4; ++i) {
-    if (window.value[i] < 1 || window.value[i] > INT32_MAX) return "window must be in 1 ... 2^31-1";
+inline bool is_pair(const IntList& list) {
+  if (list.count != 2) return false;
+  for (int i = 0; i < 2; ++i) {
+    if (list.value[i] < 1 || list.value[i] > INT32_MAX) return false;
   }
-  if (window.value[0] > kMaxWindow / window.value[1]) return "the window is too large";
-  const Window w = make_window(query, window, border);
-  return fits(w.rows) && fits(w.columns) ? nullptr : "the map is too small to shift the window";
+  return true;
 }
 
-inline const char* check_forward(const TensorView& query, const TensorView& key,
-                                 const TensorView& value, const TensorView& output,
-                                 const TensorView& weights, const IntList& window, int64_t heads,
-                                 int64_t border) {
-  if (const char* error = check_window(query, window, heads, border)) return error;
+inline const char* check_window(const NeighborhoodAttentionForward& p) {
+  const TensorView& query = p.query;
+  if (query.ndim != 4 || !is_floating(query.dtype)) return "query must be a floating (B, C, H, W)";
+  if (query.size[2] < 1 || query.size[3] < 1) return "the map must have H, W >= 1";
+  if (p.num_heads < 1 || query.size[1] % p.num_heads != 0) {
+    return "num_heads must divide the channels";
+  }
+  if (!is_pair(p.kernel_size) || !is_pair(p.dilation)) {
+    return "kernel_size and dilation must be two integers in 1 ... 2^31-1";
+  }
+  if (p.kernel_size.value[0] > kMaxWindow / p.kernel_size.value[1]) {
+    return "the window is too large";
+  }
+  const Window window = window_of(p);
+  return fits(window.rows) && fits(window.columns) ? nullptr
+                                                   : "the map is too small to shift the window";
+}
+
+}  // namespace
+
+CTXOPS_INLINE const char* NeighborhoodAttentionForward::check() const {
+  if (const char* error = check_window(*this)) return error;
   if (!is_map(query, query, query.size[1])) return "query needs unit stride along C";
   if (!is_map(key, query, query.size[1])) return "key must be a map like query";
   const bool weighs = element_count(weights) > 0;
-  if (weighs && !is_weights(weights, query, heads, window.value[0] * window.value[1])) {
+  const int64_t neighbours = kernel_size.value[0] * kernel_size.value[1];
+  if (weighs && !is_weights(weights, query, num_heads, neighbours)) {
     return "weights must be (B, heads, kh * kw, H, W) in the accumulator's dtype";
   }
   if (element_count(value) == 0) return weighs ? nullptr : "neither values nor weights";
-  if (value.ndim != 4 || value.size[1] % heads != 0)
-    return "heads must divide the value's channels";
+  if (value.ndim != 4 || value.size[1] % num_heads != 0) {
+    return "num_heads must divide the value's channels";
+  }
   if (!is_map(value, query, value.size[1])) return "value must be a map like query";
   return is_map(output, query, value.size[1]) ? nullptr : "output must be a map like value";
 }
 
-inline const char* check_backward(const TensorView& grad, const TensorView& query,
-                                  const TensorView& key, const TensorView& value,
-                                  const TensorView& weights, const TensorView& grad_logits,
-                                  const TensorView& grad_query, const TensorView& grad_key,
-                                  const TensorView& grad_value, const IntList& window,
-                                  int64_t heads, int64_t border) {
-  if (const char* error = check_forward(query, key, value, grad, weights, window, heads, border)) {
-    return error;
-  }
+CTXOPS_INLINE const char* NeighborhoodAttentionBackward::check() const {
+  const NeighborhoodAttentionForward forward{query,       key,      value, grad,   weights,
+                                             kernel_size, dilation, scale, border, num_heads};
+  if (const char* error = forward.check()) return error;
   if (element_count(value) == 0) return "value has no elements";
-  if (!is_weights(grad_logits, query, heads, window.value[0] * window.value[1])) {
+  const int64_t neighbours = kernel_size.value[0] * kernel_size.value[1];
+  if (!is_weights(grad_logits, query, num_heads, neighbours)) {
     return "grad_logits must be like weights";
   }
   for (int i = 0; i < 5; ++i) {
     if (grad_logits.stride[i] != weights.stride[i]) return "grad_logits must be like weights";
   }
-  if (!is_weights(weights, query, heads, window.value[0] * window.value[1])) {
+  if (!is_weights(weights, query, num_heads, neighbours)) {
     return "weights must be (B, heads, kh * kw, H, W) in the accumulator's dtype";
   }
   const bool good = is_map(grad_query, query, query.size[1]) &&
@@ -131,5 +166,4 @@ inline const char* check_backward(const TensorView& grad, const TensorView& quer
   return good ? nullptr : "the gradients must be maps like query, key and value";
 }
 
-}  // namespace
 }  // namespace ctxops

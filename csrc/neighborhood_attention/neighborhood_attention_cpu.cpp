@@ -199,7 +199,7 @@ struct Block {
 // tells what a position sees along an axis.
 template <typename F>
 void for_blocks(const Window& window, int64_t B, int64_t heads, int64_t position_bytes,
-                int64_t work, int64_t threads, StepRange (ClassAxis::*sees)(int64_t) const,
+                int64_t work, Threads threads, StepRange (ClassAxis::*sees)(int64_t) const,
                 const F& f) {
   const WindowAxis &rows = window.rows, &columns = window.columns;
   const int64_t row_classes = smaller(rows.dilation, rows.extent);
@@ -256,14 +256,16 @@ void for_blocks(const Window& window, int64_t B, int64_t heads, int64_t position
   });
 }
 
-struct Problem {
+template <typename Params>
+struct Problem : Params {
   Window window;
-  int64_t heads, threads;
-  double scale;
+  Threads threads;
 
   int64_t neighbours() const { return window.rows.kernel * window.columns.kernel; }
   int64_t work(const TensorView& map) const { return element_count(map) * neighbours(); }
 };
+using Forward = Problem<NeighborhoodAttentionForward>;
+using Backward = Problem<NeighborhoodAttentionBackward>;
 
 // Where the weights of row r of a block begin. Between rows is room for whole vectors.
 template <int Q>
@@ -345,24 +347,23 @@ void sums(const Block& block, const TensorView& own, const TensorView& seen, int
 }
 
 template <typename A>
-void forward(const Problem& p, const TensorView& query, const TensorView& key,
-             const TensorView& value, const TensorView& output, const TensorView& weights) {
-  const bool save = element_count(weights) > 0, mixes = element_count(value) > 0;
+void forward(const Forward& p) {
+  const bool save = element_count(p.weights) > 0, mixes = element_count(p.value) > 0;
   const bool zeros = p.window.rows.border == Border::zeros;
   const int64_t K = p.neighbours(), kernel = p.window.columns.kernel;
-  const int64_t channels = query.size[1] + (mixes ? value.size[1] : 0);
+  const int64_t channels = p.query.size[1] + (mixes ? p.value.size[1] : 0);
   const A outside = zeros ? A(0) : -static_cast<A>(__builtin_inff());
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A logits[kMaxWeights], rest[Q];
-    products<Q>(block, query, key, p.heads, static_cast<A>(p.scale), outside, logits);
+    products<Q>(block, p.query, p.key, p.num_heads, static_cast<A>(p.scale), outside, logits);
 
     for (int64_t r = 0; r < block.row_count; ++r) {
       A* row = logits + weights_of_row<Q>(block, r);
       const int64_t count = block.rows_seen(r) * kernel;
       softmax<Q>(row, count, zeros ? K - count : 0, rest);
       for (int q = 0; save && q < Q; ++q) {
-        A* to = weights_at<A>(weights, block.b, block.head, block.h(r), block.w(q));
+        A* to = weights_at<A>(p.weights, block.b, block.head, block.h(r), block.w(q));
         const int64_t start = block.row_class.start(block.row + r);
         const int64_t above = (block.rows[r].begin - start) * kernel;
         for (int64_t n = 0; n < above; ++n) to[n] = rest[q];
@@ -370,22 +371,20 @@ void forward(const Problem& p, const TensorView& query, const TensorView& key,
         for (int64_t n = above + count; n < K; ++n) to[n] = rest[q];
       }
     }
-    if (mixes) sums<Q>(block, output, value, p.heads, logits);
+    if (mixes) sums<Q>(block, p.output, p.value, p.num_heads, logits);
   };
-  for_blocks(p.window, query.size[0], p.heads, channels / p.heads * sizeof(A), p.work(query),
-             p.threads, &ClassAxis::keys, compute);
+  for_blocks(p.window, p.query.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
+             p.work(p.query), p.threads, &ClassAxis::keys, compute);
 }
 
 // d(logits) = scale * weights * (d(weights) - sum of weights * d(weights)), and d(query).
 template <typename A>
-void backward_queries(const Problem& p, const TensorView& grad, const TensorView& key,
-                      const TensorView& value, const TensorView& weights,
-                      const TensorView& grad_logits, const TensorView& grad_query) {
-  const int64_t channels = key.size[1] + value.size[1], kernel = p.window.columns.kernel;
+void backward_queries(const Backward& p) {
+  const int64_t channels = p.key.size[1] + p.value.size[1], kernel = p.window.columns.kernel;
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A grads[kMaxWeights];
-    products<Q>(block, grad, value, p.heads, A(1), A(0), grads);
+    products<Q>(block, p.grad, p.value, p.num_heads, A(1), A(0), grads);
     for (int64_t r = 0; r < block.row_count; ++r) {
       A* row = grads + weights_of_row<Q>(block, r);
       const int64_t start = block.row_class.start(block.row + r);
@@ -393,8 +392,8 @@ void backward_queries(const Problem& p, const TensorView& grad, const TensorView
       const int64_t count = block.rows_seen(r) * kernel;
       for (int q = 0; q < Q; ++q) {
         const int64_t h = block.h(r), w = block.w(q);
-        const A* weight = weights_at<A>(weights, block.b, block.head, h, w) + above;
-        A* to = weights_at<A>(grad_logits, block.b, block.head, h, w) + above;
+        const A* weight = weights_at<A>(p.weights, block.b, block.head, h, w) + above;
+        A* to = weights_at<A>(p.grad_logits, block.b, block.head, h, w) + above;
         A mean = 0;
         for (int64_t n = 0; n < count; ++n) mean += weight[n] * row[n * Q + q];
         for (int64_t n = 0; n < count; ++n) {
@@ -403,18 +402,16 @@ void backward_queries(const Problem& p, const TensorView& grad, const TensorView
         }
       }
     }
-    sums<Q>(block, grad_query, key, p.heads, grads);
+    sums<Q>(block, p.grad_query, p.key, p.num_heads, grads);
   };
-  for_blocks(p.window, grad.size[0], p.heads, channels / p.heads * sizeof(A), p.work(grad),
-             p.threads, &ClassAxis::keys, compute);
+  for_blocks(p.window, p.grad.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
+             p.work(p.grad), p.threads, &ClassAxis::keys, compute);
 }
 
 // d(key) and d(value): each gathers from the queries that see it.
 template <typename A>
-void backward_keys(const Problem& p, const TensorView& grad, const TensorView& query,
-                   const TensorView& weights, const TensorView& grad_logits,
-                   const TensorView& grad_key, const TensorView& grad_value) {
-  const int64_t channels = query.size[1] + grad.size[1], kernel = p.window.columns.kernel;
+void backward_keys(const Backward& p) {
+  const int64_t channels = p.query.size[1] + p.grad.size[1], kernel = p.window.columns.kernel;
   const auto compute = [&](const Block& block, auto keys) {
     constexpr int Q = decltype(keys)::value;
     A gathered[kMaxWeights];
@@ -438,62 +435,45 @@ void backward_keys(const Problem& p, const TensorView& grad, const TensorView& q
         }
       }
     };
-    gather(weights);
-    sums<Q>(block, grad_value, grad, p.heads, gathered);
-    gather(grad_logits);
-    sums<Q>(block, grad_key, query, p.heads, gathered);
+    gather(p.weights);
+    sums<Q>(block, p.grad_value, p.grad, p.num_heads, gathered);
+    gather(p.grad_logits);
+    sums<Q>(block, p.grad_key, p.query, p.num_heads, gathered);
   };
-  for_blocks(p.window, grad.size[0], p.heads, channels / p.heads * sizeof(A), p.work(grad),
-             p.threads, &ClassAxis::queries, compute);
+  for_blocks(p.window, p.grad.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
+             p.work(p.grad), p.threads, &ClassAxis::queries, compute);
 }
 
-// The kernels are compiled for the accumulators only; half precision is widened by the caller.
-template <typename F>
-const char* dispatch(const TensorView& query, const TensorView& weights, const F& f) {
-  if (element_count(weights) > 0 && !unit_stride(weights, 2)) {
-    return "the weights of a position must lie side by side";
-  }
-  if (query.dtype == DType::float32) {
-    f(Tag<float>{});
-  } else if (query.dtype == DType::float64) {
-    f(Tag<double>{});
-  } else {
+// f(problem, Tag<A>{}). The kernels are compiled for the accumulators only; half precision is
+// widened by the caller.
+template <typename Params, typename F>
+const char* with_problem(const Params& params, Threads threads, const F& f) {
+  return dispatch(params, [&](auto tag) -> const char* {
+    if (element_count(params.weights) > 0 && !unit_stride(params.weights, 2)) {
+      return "the weights of a position must lie side by side";
+    }
+    if constexpr (std::is_floating_point_v<typename decltype(tag)::type>) {
+      f(Problem<Params>{params, window_of(params), threads}, tag);
+      return nullptr;
+    }
     return "the CPU takes float32 and float64";
-  }
-  return nullptr;
+  });
 }
 
 }  // namespace
 
-const char* neighborhood_attention_forward(const TensorView& query, const TensorView& key,
-                                           const TensorView& value, const TensorView& output,
-                                           const TensorView& weights, const IntList& window,
-                                           int64_t heads, double scale, int64_t border,
-                                           int64_t threads) {
-  if (const char* error =
-          check_forward(query, key, value, output, weights, window, heads, border)) {
-    return error;
-  }
-  const Problem p{make_window(query, window, border), heads, threads, scale};
-  return dispatch(query, weights, [&](auto tag) {
-    forward<typename decltype(tag)::type>(p, query, key, value, output, weights);
-  });
+const char* neighborhood_attention_forward(const NeighborhoodAttentionForward& params,
+                                           Threads threads) {
+  return with_problem(params, threads,
+                      [](const Forward& p, auto tag) { forward<typename decltype(tag)::type>(p); });
 }
 
-const char* neighborhood_attention_backward(
-    const TensorView& grad, const TensorView& query, const TensorView& key, const TensorView& value,
-    const TensorView& weights, const TensorView& grad_logits, const TensorView& grad_query,
-    const TensorView& grad_key, const TensorView& grad_value, const IntList& window, int64_t heads,
-    double scale, int64_t border, int64_t threads) {
-  if (const char* error = check_backward(grad, query, key, value, weights, grad_logits, grad_query,
-                                         grad_key, grad_value, window, heads, border)) {
-    return error;
-  }
-  const Problem p{make_window(query, window, border), heads, threads, scale};
-  return dispatch(query, weights, [&](auto tag) {
+const char* neighborhood_attention_backward(const NeighborhoodAttentionBackward& params,
+                                            Threads threads) {
+  return with_problem(params, threads, [](const Backward& p, auto tag) {
     using A = typename decltype(tag)::type;
-    backward_queries<A>(p, grad, key, value, weights, grad_logits, grad_query);
-    backward_keys<A>(p, grad, query, weights, grad_logits, grad_key, grad_value);
+    backward_queries<A>(p);
+    backward_keys<A>(p);
   });
 }
 

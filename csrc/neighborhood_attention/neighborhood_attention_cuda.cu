@@ -12,6 +12,7 @@
 
 #include "common/cuda.h"
 #include "common/pack.h"
+#include "common/warp.h"
 #include "neighborhood_attention/neighborhood_attention.h"
 
 namespace ctxops {
@@ -86,17 +87,12 @@ __device__ Entries<A> entries_of(const TensorView& entries, const Place& at, con
           entries.stride[4] * window.columns.dilation};
 }
 
-__device__ float exponential(float x) { return expf(x); }
-__device__ double exponential(double x) { return exp(x); }
-
 __device__ bool within(const StepRange& range, int64_t step) {
   return step >= range.begin && step < range.end;
 }
 
 // ------------------------------------------------------------------------------------- general
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kBlocks = 2;  // on a multiprocessor at least
 constexpr int64_t kSharedBytes = 48 * 1024;
@@ -124,21 +120,6 @@ __device__ int lanes_on(int64_t channels, int per_lane) {
   int lanes = 1;
   while (lanes < kWarp && lanes * per_lane < channels) lanes *= 2;
   return lanes;
-}
-
-template <typename A>
-__device__ A sum_of_warp(A x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
-
-// What fmax does with a NaN does not matter: its exponential is a NaN still.
-template <typename A>
-__device__ A maximum_of_warp(A x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    x = fmax(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  }
-  return x;
 }
 
 // to[c] = sum over m < count of the coefficient times the map's channel c; visit(m, &coefficient)
@@ -231,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int n = lane; n < K; n += kWarp) {
         mean += *weights.at(n, my.row, my.column) * mine[n];
       }
-      mean = sum_of_warp(mean);
+      mean = warp_sum(mean);
       for (int n = lane; n < K; n += kWarp) {
         const A weight = *weights.at(n, my.row, my.column);
         mine[n] = inside(n) ? scale * weight * (mine[n] - mean) : A(0);
@@ -240,9 +221,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     } else {
       A largest = -static_cast<A>(INFINITY), total = 0;
       for (int n = lane; n < K; n += kWarp) largest = fmax(largest, mine[n]);
-      largest = maximum_of_warp(largest);
+      // What fmax does with a NaN does not matter: its exponential is a NaN still.
+      largest = warp_max(largest);
       for (int n = lane; n < K; n += kWarp) total += mine[n] = exponential(mine[n] - largest);
-      total = sum_of_warp(total);
+      total = warp_sum(total);
       for (int n = lane; n < K; n += kWarp) {
         mine[n] /= total;
         if (weights.data) *weights.at(n, my.row, my.column) = mine[n];
@@ -783,60 +765,38 @@ TensorView if_any(TensorView view) {
 
 }  // namespace
 
-const char* neighborhood_attention_forward(const TensorView& query, const TensorView& key,
-                                           const TensorView& value, const TensorView& output,
-                                           const TensorView& weights, const IntList& window,
-                                           int64_t heads, double scale, int64_t border,
-                                           int64_t stream) {
-  if (const char* error =
-          check_forward(query, key, value, output, weights, window, heads, border)) {
-    return error;
-  }
-  if (element_count(query) == 0) return nullptr;
-  const DeviceGuard guard(query.cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  const Attend p{query,
-                 key,
-                 if_any(value),
-                 if_any(output),
-                 if_any(weights),
-                 {},
-                 make_window(query, window, border),
-                 heads,
-                 scale};
-  const char* error = nullptr;
-  dispatch_floating(query.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    error = attend<T>(p, reinterpret_cast<cudaStream_t>(stream));
+const char* neighborhood_attention_forward(const NeighborhoodAttentionForward& params,
+                                           Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
+    const Attend p{params.query,
+                   params.key,
+                   if_any(params.value),
+                   if_any(params.output),
+                   if_any(params.weights),
+                   {},
+                   window_of(params),
+                   params.num_heads,
+                   params.scale};
+    return attend<typename decltype(tag)::type>(p, on);
   });
-  return error;
 }
 
-const char* neighborhood_attention_backward(
-    const TensorView& grad, const TensorView& query, const TensorView& key, const TensorView& value,
-    const TensorView& weights, const TensorView& grad_logits, const TensorView& grad_query,
-    const TensorView& grad_key, const TensorView& grad_value, const IntList& window, int64_t heads,
-    double scale, int64_t border, int64_t stream) {
-  if (const char* error = check_backward(grad, query, key, value, weights, grad_logits, grad_query,
-                                         grad_key, grad_value, window, heads, border)) {
-    return error;
-  }
-  if (element_count(query) == 0) return nullptr;
-  const DeviceGuard guard(query.cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  const Window w = make_window(query, window, border);
-  const Attend to_query{grad, value, key, grad_query, weights, grad_logits, w, heads, scale};
-  const Gather to_key{grad_logits, query, grad_key, w, heads};
-  const Gather to_value{weights, grad, grad_value, w, heads};
-  const auto on = reinterpret_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  dispatch_floating(query.dtype, [&](auto tag) {
+const char* neighborhood_attention_backward(const NeighborhoodAttentionBackward& params,
+                                            Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
     using T = typename decltype(tag)::type;
-    error = attend<T>(to_query, on);
+    const Window window = window_of(params);
+    const int64_t heads = params.num_heads;
+    const Attend to_query{params.grad,    params.value,       params.key, params.grad_query,
+                          params.weights, params.grad_logits, window,     heads,
+                          params.scale};
+    const Gather to_key{params.grad_logits, params.query, params.grad_key, window, heads};
+    const Gather to_value{params.weights, params.grad, params.grad_value, window, heads};
+    const char* error = attend<T>(to_query, on);
     if (error == nullptr) error = gather<T>(to_key, on);
     if (error == nullptr) error = gather<T>(to_value, on);
+    return error;
   });
-  return error;
 }
 
 }  // namespace cuda

@@ -11,29 +11,44 @@
 
 #include "common/bins.h"
 #include "common/dtype.h"
+#include "common/kernel.h"
 #include "common/tensor.h"
 
-// input       (B, C, H, W), unit stride along C or along W
-// output      (B, C, S)
-// argmax      (B, S, C) int32: the position h * W + w of each maximum; without elements: not wanted
-// cells       (B, R, Q, C) accumulator, workspace
-// cell_argmax (B, R, Q, C) int32, workspace; has elements exactly if argmax has
-// sizes       the n of each grid
-// maximum     take the maximum of a bin, not its mean
-CTXOPS_DECLARE_KERNEL(pyramid_pool_forward, const TensorView& input, const TensorView& output,
-                      const TensorView& argmax, const TensorView& cells,
-                      const TensorView& cell_argmax, const IntList& sizes, bool maximum,
-                      int64_t executor)
-
-// grad_output (B, S, C), transposed by the caller
-// argmax      (B, S, C) int32, or without elements: the forward took means
-// grad_cells  (B, R, Q, C) accumulator, workspace; without elements for maxima
-// grad_input  (B, C, H, W), unit stride along C or along W; on the CPU no half precision for maxima
-CTXOPS_DECLARE_KERNEL(pyramid_pool_backward, const TensorView& grad_output,
-                      const TensorView& argmax, const TensorView& grad_cells,
-                      const TensorView& grad_input, const IntList& sizes, int64_t executor)
+CTXOPS_DECLARE_KERNEL(pyramid_pool_forward, PyramidPoolForward)
+CTXOPS_DECLARE_KERNEL(pyramid_pool_backward, PyramidPoolBackward)
 
 namespace ctxops {
+
+struct PyramidPoolForward {
+  TensorView input;        // (B, C, H, W), unit stride along C or along W
+  TensorView output;       // (B, C, S)
+  TensorView argmax;       // (B, S, C) int32: the position h * W + w of each maximum; without
+                           // elements: not wanted
+  TensorView cells;        // (B, R, Q, C) accumulator, workspace
+  TensorView cell_argmax;  // (B, R, Q, C) int32, workspace; has elements exactly if argmax has
+  IntList sizes;           // the n of each grid
+  bool maximum;            // take the maximum of a bin, not its mean
+
+  CTXOPS_MEMBERS(input, output, argmax, cells, cell_argmax, sizes, maximum);
+  CTXOPS_INLINE const TensorView& like() const { return input; }
+  CTXOPS_INLINE bool empty() const { return element_count(output) == 0; }
+  const char* check() const;
+};
+
+struct PyramidPoolBackward {
+  TensorView grad_output;  // (B, S, C), transposed by the caller
+  TensorView argmax;       // (B, S, C) int32, or without elements: the forward took means
+  TensorView grad_cells;   // (B, R, Q, C) accumulator, workspace; without elements for maxima
+  TensorView grad_input;   // (B, C, H, W), unit stride along C or along W; on the CPU no half
+                           // precision for maxima
+  IntList sizes;           // the n of each grid
+
+  CTXOPS_MEMBERS(grad_output, argmax, grad_cells, grad_input, sizes);
+  CTXOPS_INLINE const TensorView& like() const { return grad_input; }
+  CTXOPS_INLINE bool empty() const { return element_count(grad_input) == 0; }
+  const char* check() const;
+};
+
 namespace {
 
 // The cells along one axis. More boundaries than the table holds: every position is a cell.
@@ -155,10 +170,9 @@ inline const char* check_map(const TensorView& map, const IntList& sizes) {
   return nullptr;
 }
 
-inline const char* check_forward(const TensorView& input, const TensorView& output,
-                                 const TensorView& argmax, const TensorView& cells,
-                                 const TensorView& cell_argmax, const IntList& sizes,
-                                 bool maximum) {
+}  // namespace
+
+CTXOPS_INLINE const char* PyramidPoolForward::check() const {
   if (const char* error = check_map(input, sizes)) return error;
   const int64_t B = input.size[0], C = input.size[1], S = grid_bins(sizes);
   const int64_t R = make_cell_axis(input.size[2], sizes).count;
@@ -176,9 +190,7 @@ inline const char* check_forward(const TensorView& input, const TensorView& outp
   return nullptr;
 }
 
-inline const char* check_backward(const TensorView& grad_output, const TensorView& argmax,
-                                  const TensorView& grad_cells, const TensorView& grad_input,
-                                  const IntList& sizes) {
+CTXOPS_INLINE const char* PyramidPoolBackward::check() const {
   if (const char* error = check_map(grad_input, sizes)) return error;
   const int64_t B = grad_input.size[0], C = grad_input.size[1], S = grid_bins(sizes);
   const int64_t R = make_cell_axis(grad_input.size[2], sizes).count;
@@ -196,5 +208,4 @@ inline const char* check_backward(const TensorView& grad_output, const TensorVie
                                                              : "argmax must be (B, S, C) int32";
 }
 
-}  // namespace
 }  // namespace ctxops

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <type_traits>
+
 #include "common/parallel.h"
 #include "pyramid_pool/pyramid_pool.h"
 
@@ -15,15 +17,9 @@ constexpr int64_t kColumnTile = 512;   // columns that are summed before they ar
 // may have millions of positions, and a float would stop counting ones at 2^24.
 constexpr int64_t kRun = 32;
 
-struct Forward {
-  TensorView input;
-  TensorView output;
-  TensorView argmax;
-  TensorView cells;
-  TensorView cell_argmax;
-  IntList sizes;
+struct Forward : PyramidPoolForward {
   CellAxis rows, columns;
-  int64_t threads;
+  Threads threads;
 };
 
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
@@ -234,14 +230,9 @@ void forward(const Forward& p) {
   bins_from_cells<T, kMaximum, kIndex>(p);
 }
 
-struct Backward {
-  TensorView grad_output;
-  TensorView argmax;
-  TensorView grad_cells;
-  TensorView grad_input;
-  IntList sizes;
+struct Backward : PyramidPoolBackward {
   CellAxis rows, columns;
-  int64_t threads;
+  Threads threads;
 };
 
 // d(map)[h, w] = sum over the bins that hold (h, w) of d(bin) / area: constant within a cell.
@@ -348,57 +339,42 @@ void gather_maxima(const Backward& p) {
 
 }  // namespace
 
-const char* pyramid_pool_forward(const TensorView& input, const TensorView& output,
-                                 const TensorView& argmax, const TensorView& cells,
-                                 const TensorView& cell_argmax, const IntList& sizes, bool maximum,
-                                 int64_t threads) {
-  if (const char* error =
-          check_forward(input, output, argmax, cells, cell_argmax, sizes, maximum)) {
-    return error;
-  }
-  const Forward p{input,
-                  output,
-                  argmax,
-                  cells,
-                  cell_argmax,
-                  sizes,
-                  make_cell_axis(input.size[2], sizes),
-                  make_cell_axis(input.size[3], sizes),
-                  threads};
-  dispatch_floating(input.dtype, [&](auto tag) {
+const char* pyramid_pool_forward(const PyramidPoolForward& params, Threads threads) {
+  return dispatch(params, [&](auto tag) -> const char* {
     using T = typename decltype(tag)::type;
-    if (!maximum) return forward<T, false, false>(p);
-    if (element_count(argmax) == 0) return forward<T, true, false>(p);
-    return forward<T, true, true>(p);
+    const Forward p{params, make_cell_axis(params.input.size[2], params.sizes),
+                    make_cell_axis(params.input.size[3], params.sizes), threads};
+    if (!p.maximum) {
+      forward<T, false, false>(p);
+    } else if (element_count(p.argmax) == 0) {
+      forward<T, true, false>(p);
+    } else {
+      forward<T, true, true>(p);
+    }
+    return nullptr;
   });
-  return nullptr;
 }
 
-const char* pyramid_pool_backward(const TensorView& grad_output, const TensorView& argmax,
-                                  const TensorView& grad_cells, const TensorView& grad_input,
-                                  const IntList& sizes, int64_t threads) {
-  if (const char* error = check_backward(grad_output, argmax, grad_cells, grad_input, sizes)) {
-    return error;
-  }
-  if (element_count(argmax) > 0 && grad_input.dtype != accumulator_dtype(grad_input.dtype)) {
-    return "maxima of half precision need a float map";
-  }
-  const Backward p{grad_output,
-                   argmax,
-                   grad_cells,
-                   grad_input,
-                   sizes,
-                   make_cell_axis(grad_input.size[2], sizes),
-                   make_cell_axis(grad_input.size[3], sizes),
-                   threads};
-  dispatch_floating(grad_input.dtype, [&](auto tag) {
+const char* pyramid_pool_backward(const PyramidPoolBackward& params, Threads threads) {
+  return dispatch(params, [&](auto tag) -> const char* {
     using T = typename decltype(tag)::type;
-    if (element_count(argmax) > 0) return gather_maxima<T>(p);
+    const Backward p{params, make_cell_axis(params.grad_input.size[2], params.sizes),
+                     make_cell_axis(params.grad_input.size[3], params.sizes), threads};
+    if (element_count(p.argmax) > 0) {
+      if constexpr (std::is_same_v<T, Accumulator<T>>) {
+        gather_maxima<T>(p);
+        return nullptr;
+      }
+      return "maxima of half precision need a float map";
+    }
     gather_cells<T>(p);
-    if (unit_stride(p.grad_input, 1)) return spread_cells_channels_inner<T>(p);
-    return spread_cells_width_inner<T>(p);
+    if (unit_stride(p.grad_input, 1)) {
+      spread_cells_channels_inner<T>(p);
+    } else {
+      spread_cells_width_inner<T>(p);
+    }
+    return nullptr;
   });
-  return nullptr;
 }
 
 }  // namespace CTXOPS_ISA

@@ -41,22 +41,13 @@ __device__ Place place_in(const BlockLayout& layout) {
           thread >> (lane_bits + team_bits)};
 }
 
-struct Forward {
-  TensorView input;
-  TensorView output;
-  TensorView argmax;  // this and cell_argmax without memory: not wanted
-  TensorView cells;
-  TensorView cell_argmax;
-  IntList sizes;
+// argmax and cell_argmax without memory: not wanted.
+struct Forward : PyramidPoolForward {
   CellAxis rows, columns;
 };
 
-struct Backward {
-  TensorView grad_output;
-  TensorView argmax;
-  TensorView grad_cells;  // without memory: the gradient is zero
-  TensorView grad_input;
-  IntList sizes;
+// grad_cells without memory: the gradient is zero.
+struct Backward : PyramidPoolBackward {
   CellAxis rows, columns;
 };
 
@@ -708,58 +699,23 @@ const char* backward(const Backward& p, cudaStream_t stream) {
 
 }  // namespace
 
-const char* pyramid_pool_forward(const TensorView& input, const TensorView& output,
-                                 const TensorView& argmax, const TensorView& cells,
-                                 const TensorView& cell_argmax, const IntList& sizes, bool maximum,
-                                 int64_t stream) {
-  if (const char* error =
-          check_forward(input, output, argmax, cells, cell_argmax, sizes, maximum)) {
-    return error;
-  }
-  if (element_count(input) == 0) return nullptr;
-  const DeviceGuard guard(input.cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  Forward p{input,
-            output,
-            argmax,
-            cells,
-            cell_argmax,
-            sizes,
-            make_cell_axis(input.size[2], sizes),
-            make_cell_axis(input.size[3], sizes)};
-  if (element_count(argmax) == 0) p.argmax.data = p.cell_argmax.data = nullptr;
-  const auto on = reinterpret_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  dispatch_floating(input.dtype, [&](auto tag) {
+const char* pyramid_pool_forward(const PyramidPoolForward& params, Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
     using T = typename decltype(tag)::type;
-    error = maximum ? forward<T, Mode::maximum>(p, on) : forward<T, Mode::mean>(p, on);
+    Forward p{params, make_cell_axis(params.input.size[2], params.sizes),
+              make_cell_axis(params.input.size[3], params.sizes)};
+    if (element_count(p.argmax) == 0) p.argmax.data = p.cell_argmax.data = nullptr;
+    return p.maximum ? forward<T, Mode::maximum>(p, on) : forward<T, Mode::mean>(p, on);
   });
-  return error;
 }
 
-const char* pyramid_pool_backward(const TensorView& grad_output, const TensorView& argmax,
-                                  const TensorView& grad_cells, const TensorView& grad_input,
-                                  const IntList& sizes, int64_t stream) {
-  if (const char* error = check_backward(grad_output, argmax, grad_cells, grad_input, sizes)) {
-    return error;
-  }
-  if (element_count(grad_input) == 0) return nullptr;
-  const DeviceGuard guard(grad_input.cuda_device);
-  if (guard.error() != nullptr) return guard.error();
-  Backward p{grad_output,
-             argmax,
-             grad_cells,
-             grad_input,
-             sizes,
-             make_cell_axis(grad_input.size[2], sizes),
-             make_cell_axis(grad_input.size[3], sizes)};
-  if (element_count(argmax) > 0) p.grad_cells.data = nullptr;
-  const char* error = nullptr;
-  dispatch_floating(grad_input.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    error = backward<T>(p, reinterpret_cast<cudaStream_t>(stream));
+const char* pyramid_pool_backward(const PyramidPoolBackward& params, Stream stream) {
+  return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
+    Backward p{params, make_cell_axis(params.grad_input.size[2], params.sizes),
+               make_cell_axis(params.grad_input.size[3], params.sizes)};
+    if (element_count(p.argmax) > 0) p.grad_cells.data = nullptr;
+    return backward<typename decltype(tag)::type>(p, on);
   });
-  return error;
 }
 
 }  // namespace cuda

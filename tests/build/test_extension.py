@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension as it was built: what it holds, what it refuses, what it must not contain."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -73,39 +74,67 @@ def test_no_symbol_is_shared_by_two_instruction_sets(source, tmp_path):
     assert all(name.startswith("ctxops::avx2::") for name in public)
 
 
-def call(*tensors, sizes=(1,)):
-    handed = [to_dlpack(t) if isinstance(t, torch.Tensor) else t for t in tensors]
-    _native.cpu.pyramid_pool_forward(*handed, list(sizes), False, 1)
-
-
-def test_a_kernel_checks_what_it_is_handed():
-    x, nothing = torch.ones(1, 2, 3, 3), torch.empty(0, dtype=torch.int32)
-    output, cells = torch.empty(1, 2, 1), torch.empty(1, 1, 1, 2)
-    call(x, output, nothing, cells, nothing)
-    assert torch.equal(output, torch.ones(1, 2, 1))
-    wrong = [
-        (torch.empty(1, 2, 2), nothing, cells, nothing),
-        (torch.empty(1, 2, 1).double(), nothing, cells, nothing),
-        (output, nothing, torch.empty(1, 1, 1, 1), nothing),
-        (output, torch.empty(1, 1, 2, dtype=torch.int32), cells, nothing),
-    ]
-    for arguments in wrong:
-        with pytest.raises(ValueError, match="pyramid_pool_forward: "):
-            call(x, *arguments)
-    with pytest.raises(ValueError, match="sizes"):
-        call(x, output, nothing, cells, nothing, sizes=())
-    with pytest.raises(ValueError, match="too many integers"):
-        call(x, output, nothing, cells, nothing, sizes=(1,) * (_native.extension.max_ints + 1))
-    with pytest.raises(TypeError):
-        _native.cpu.pyramid_pool_forward(x, output, nothing, cells, nothing, [1], False, 1)
-    with pytest.raises(TypeError):
-        call(1, output, nothing, cells, nothing)
-
-
-def test_a_kernel_takes_no_tensor_of_six_dimensions():
+def pool(leave_out=(), **changed):
+    """Hands the kernel good arguments but for these; what it made of ones."""
     nothing = torch.empty(0, dtype=torch.int32)
-    with pytest.raises(ValueError, match="too many dimensions"):
-        call(torch.ones(1, 1, 1, 1, 1, 1), nothing, nothing, nothing, nothing)
+    arguments = {
+        "input": torch.ones(1, 2, 3, 3),
+        "output": torch.empty(1, 2, 1),
+        "argmax": nothing,
+        "cells": torch.empty(1, 1, 1, 2),
+        "cell_argmax": nothing,
+        "sizes": [1],
+        "maximum": False,
+    } | changed
+    handed = {
+        name: to_dlpack(a) if isinstance(a, torch.Tensor) else a
+        for name, a in arguments.items()
+        if name not in leave_out
+    }
+    _native.cpu.pyramid_pool_forward(handed, 1)
+    return arguments["output"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"output": torch.empty(1, 2, 2)}, "output must be (B, C, S) of the map"),
+        ({"output": torch.empty(1, 2, 1).double()}, "output must be (B, C, S) of the map"),
+        ({"cells": torch.empty(1, 1, 1, 1)}, "cells must be (B, R, Q, C)"),
+        ({"argmax": torch.empty(1, 1, 2, dtype=torch.int32)}, "argmax is of use with maxima only"),
+        ({"sizes": []}, "sizes is empty"),
+        ({"sizes": [1] * (_native.extension.max_ints + 1)}, "too many integers"),
+        ({"input": torch.ones(1, 1, 1, 1, 1, 1)}, "too many dimensions"),
+    ],
+    ids=str,
+)
+def test_a_kernel_checks_what_it_is_handed(changed, text):
+    assert torch.equal(pool(), torch.ones(1, 2, 1))
+    with pytest.raises(ValueError, match=re.escape(text)):
+        pool(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"input": 1}, "input must be PyCapsule, got int"),
+        ({"sizes": ["1"]}, "sizes must be Sequence[int], got list"),
+        ({"maximum": "no"}, "maximum must be bool, got str"),
+        ({"leave_out": ["cells"]}, "cells is missing"),
+        ({"leave_out": ["cells"], "cels": 1}, "cells is missing"),
+        ({"cels": 1}, "cels is no argument of this kernel"),
+    ],
+    ids=str,
+)
+def test_a_kernel_takes_its_arguments_by_name(changed, text):
+    with pytest.raises(TypeError, match=re.escape(f"pyramid_pool_forward: {text}")):
+        pool(**changed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_names_the_first_argument_that_it_misses(kernel):
+    with pytest.raises(TypeError, match=f"{kernel}: \\w+ is missing"):
+        getattr(_native.cpu, kernel)({}, 1)
 
 
 def test_a_broken_extension_leaves_the_references(tmp_path):

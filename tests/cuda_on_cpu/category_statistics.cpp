@@ -3,6 +3,8 @@
 // Usage: category_statistics <dtype> plain|weighted small|labels|numbers|many|drawn|device
 #include "category_statistics/category_statistics.h"
 
+#include <type_traits>
+
 #include "compare.h"
 
 namespace {
@@ -169,10 +171,9 @@ struct Results {
   Tensor sums, weights, counts, outside;
 };
 
-using Kernel = decltype(&ctxops::cuda::category_statistics);
-
-Results call(const Problem& p, Inputs& in, Kernel kernel, Tensor own, int32_t device,
-             int64_t executor) {
+template <typename Executor>
+Results call(const Problem& p, Inputs& in, Tensor scratch, int32_t device, Executor executor,
+             const char* (*kernel)(const ctxops::CategoryStatistics&, Executor)) {
   const Case& s = p.shape;
   const DType A = p.accumulator();
   Results r = {Tensor(A, {s.K, s.C}), Tensor(A, {s.K}), Tensor(DType::int64, {s.K}),
@@ -183,11 +184,21 @@ Results call(const Problem& p, Inputs& in, Kernel kernel, Tensor own, int32_t de
   const auto view = [&](Tensor& tensor) { return on_device(device, tensor); };
   TensorView labels = view(in.labels);
   if (std::string(s.label_layout) == "one_row") labels.stride[1] = 0;
-  const char* error =
-      kernel(view(in.features), labels, view(in.directions), view(r.sums), view(r.weights),
-             view(r.counts), view(r.outside), view(part_sums), view(part_weights),
-             view(part_counts), view(own), s.ignore_index, s.align_corners, executor);
-  if (device >= 0) {
+  const char* error = kernel({.features = view(in.features),
+                              .labels = labels,
+                              .directions = view(in.directions),
+                              .sums = view(r.sums),
+                              .weights = view(r.weights),
+                              .counts = view(r.counts),
+                              .outside = view(r.outside),
+                              .part_sums = view(part_sums),
+                              .part_weights = view(part_weights),
+                              .part_counts = view(part_counts),
+                              .scratch = view(scratch),
+                              .ignore_index = s.ignore_index,
+                              .align_corners = s.align_corners},
+                             executor);
+  if constexpr (std::is_same_v<Executor, Stream>) {
     expect_launched("category_statistics", error, device, executor);
   } else if (error != nullptr) {
     fail(error);
@@ -195,18 +206,19 @@ Results call(const Problem& p, Inputs& in, Kernel kernel, Tensor own, int32_t de
   return r;
 }
 
-Results run(const Problem& p, Inputs& in, int32_t device = 0, int64_t stream = 0) {
+Results run(const Problem& p, Inputs& in, int32_t device = 0, Stream stream = {}) {
   const Case& s = p.shape;
-  Tensor own(p.accumulator(), {p.weighted ? s.B : 0, s.H, s.W});
-  return call(p, in, ctxops::cuda::category_statistics, own, device, stream);
+  Tensor scratch(p.accumulator(), {p.weighted ? s.B : 0, s.H, s.W});
+  return call(p, in, scratch, device, stream, ctxops::cuda::category_statistics);
 }
 
 Results run_cpu(const Problem& p, Inputs& in) {
   const Case& s = p.shape;
-  const int64_t columns = s.w + 1, vector = ctxops::doubles_of_vector(in.features.view());
-  const int64_t pixels = ctxops::pixels_each(in.labels.view(), columns);
-  Tensor own(DType::float64, {s.parts, columns, 2 * vector + 6 * s.K + 11 + 2 * pixels});
-  return call(p, in, ctxops::baseline::category_statistics, own, -1, 1);
+  const int64_t columns = s.w + 1;
+  const int64_t values =
+      ctxops::scratch_of_position(p.dtype == DType::float64, s.C, s.K, s.W, columns);
+  Tensor scratch(DType::float64, {s.parts, columns, values});
+  return call(p, in, scratch, -1, Threads{}, ctxops::baseline::category_statistics);
 }
 
 void expect_results(const Problem& p, Inputs& in, const Results& actual) {
@@ -249,7 +261,7 @@ int main(int argc, char** argv) {
   Problem p = {kSmall[1], dtype_named(argv[1]), std::string(argv[2]) == "weighted"};
   if (cases == "device") {
     Inputs in = random_inputs(p, 1);
-    expect_results(p, in, run(p, in, 1, 7));
+    expect_results(p, in, run(p, in, 1, {7}));
     return 0;
   }
   uint64_t seed = 0;

@@ -19,7 +19,9 @@
 namespace compare {
 
 using ctxops::DType;
+using ctxops::Stream;
 using ctxops::TensorView;
+using ctxops::Threads;
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "%s\n", what.c_str());
@@ -214,11 +216,10 @@ inline TensorView on_device(int32_t device, Tensor& tensor) {
 
 // Kernels run on the device of the tensors and on the stream that they are given, and leave the
 // current device as it was.
-inline void expect_launched(const std::string& what, const char* error, int device,
-                            intptr_t stream) {
+inline void expect_launched(const std::string& what, const char* error, int device, Stream stream) {
   if (error != nullptr) fail(what + ": " + error);
   if (cuda_on_cpu::last_launch.device != device) fail(what + " ran on another device");
-  if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != stream) {
+  if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != stream.handle) {
     fail(what + " ran on another stream");
   }
   if (cuda_on_cpu::current_device != 0) fail(what + ": the current device was not restored");

@@ -300,7 +300,7 @@ class Definition {
 
 // --------------------------------------------------------------------------------- the kernels
 
-Results run(const Problem& p, Inputs& in, int32_t device = 0, int64_t stream = 0) {
+Results run(const Problem& p, Inputs& in, int32_t device = 0, Stream stream = {}) {
   const DType A = p.accumulator();
   const int64_t L = p.L(), C = p.shape.C, sums_count = p.all_sums(), parts = p.parts();
   Results r = {new_maps(p, p.dtype), new_maps(p, p.dtype), buffer(A, p.all_gates()),
@@ -312,14 +312,27 @@ Results run(const Problem& p, Inputs& in, int32_t device = 0, int64_t stream = 0
   Tensor &weight = p.computed ? in.weight : nothing, &bias = p.computed ? in.bias : nothing;
   const auto view = [&](Tensor& tensor) { return on_device(device, tensor); };
 
-  const char* error = ctxops::cuda::gated_fusion_forward(
-      views(in.features, device), view(r.gates), view(weight), view(bias), views(r.outputs, device),
-      view(sums), p.shape.align_corners, stream);
+  const char* error = ctxops::cuda::gated_fusion_forward({.features = views(in.features, device),
+                                                          .gates = view(r.gates),
+                                                          .weight = view(weight),
+                                                          .bias = view(bias),
+                                                          .outputs = views(r.outputs, device),
+                                                          .sums = view(sums),
+                                                          .align_corners = p.shape.align_corners},
+                                                         stream);
   expect_launched("forward", error, device, stream);
-  error = ctxops::cuda::gated_fusion_backward(
-      views(in.grads, device), views(in.features, device), view(r.gates), view(weight), view(sums),
-      view(grad_sums), view(grad_sent), view(r.grad_gates), views(r.grad_features, device),
-      view(partial), p.shape.align_corners, stream);
+  error = ctxops::cuda::gated_fusion_backward({.grads = views(in.grads, device),
+                                               .features = views(in.features, device),
+                                               .gates = view(r.gates),
+                                               .weight = view(weight),
+                                               .sums = view(sums),
+                                               .grad_sums = view(grad_sums),
+                                               .grad_sent = view(grad_sent),
+                                               .grad_gates = view(r.grad_gates),
+                                               .grad_features = views(r.grad_features, device),
+                                               .grad_weight = view(partial),
+                                               .align_corners = p.shape.align_corners},
+                                              stream);
   expect_launched("backward", error, device, stream);
   r.grad_weight.fill([] { return 0.0; });
   for (int64_t i = 0; i < partial.stored(); ++i) {
@@ -373,9 +386,14 @@ void check(const Problem& p, uint64_t seed) {
   if (!p.computed || p.all_sums() > 0) return;
   Maps outputs = new_maps(p, p.dtype);
   Tensor nothing = buffer(p.accumulator(), 0);
-  const char* error = ctxops::cuda::gated_fusion_forward(
-      views(in.features), nothing.view(), in.weight.view(), in.bias.view(), views(outputs),
-      nothing.view(), p.shape.align_corners, 0);
+  const char* error = ctxops::cuda::gated_fusion_forward({.features = views(in.features),
+                                                          .gates = nothing.view(),
+                                                          .weight = in.weight.view(),
+                                                          .bias = in.bias.view(),
+                                                          .outputs = views(outputs),
+                                                          .sums = nothing.view(),
+                                                          .align_corners = p.shape.align_corners},
+                                                         {});
   if (error != nullptr) fail(std::string("forward without gates: ") + error);
   for (int64_t l = 0; l < p.L(); ++l) {
     expect_same_bits("output without gates", one.outputs[l], outputs[l]);
@@ -390,7 +408,7 @@ int main(int argc, char** argv) {
   Problem p = {kSizes[0], dtype_named(argv[1]), std::string(argv[3]) == "computed"};
   if (cases == "device") {
     Inputs in = random_inputs(p, 1);
-    expect_results(p, in, run(p, in, 1, 7));
+    expect_results(p, in, run(p, in, 1, {7}));
     return 0;
   }
   uint64_t seed = 0;

@@ -9,7 +9,6 @@ namespace {
 
 using namespace compare;
 using ctxops::Border;
-using ctxops::IntList;
 
 struct Case {
   int64_t B, C, Cv, H, W, heads;
@@ -61,8 +60,18 @@ struct Problem {
 
   DType accumulator() const { return ctxops::accumulator_dtype(dtype); }
   int64_t K() const { return shape.kh * shape.kw; }
-  IntList window() const { return {4, {shape.kh, shape.kw, shape.dh, shape.dw}}; }
 };
+
+// All but the tensors.
+ctxops::NeighborhoodAttentionForward window_of(const Problem& p) {
+  ctxops::NeighborhoodAttentionForward forward = {};
+  forward.kernel_size = {2, {p.shape.kh, p.shape.kw}};
+  forward.dilation = {2, {p.shape.dh, p.shape.dw}};
+  forward.scale = p.scale;
+  forward.border = p.border;
+  forward.num_heads = p.shape.heads;
+  return forward;
+}
 
 Tensor map_of(const Problem& p, int64_t channels) {
   if (channels == 0) return Tensor(p.dtype, {0});
@@ -215,20 +224,35 @@ Results expected(Problem p, const Inputs& in) {
   return r;
 }
 
-Results run(const Problem& p, Inputs& in, bool save) {
+Results run(const Problem& p, Inputs& in, bool save, int32_t device = 0, Stream stream = {}) {
   Results r = new_results(p);
   Tensor unwanted(p.accumulator(), {0});
-  const int64_t border = static_cast<int64_t>(p.border);
-  const char* error = ctxops::cuda::neighborhood_attention_forward(
-      in.query.view(), in.key.view(), in.value.view(), r.output.view(),
-      save ? r.weights.view() : unwanted.view(), p.window(), p.shape.heads, p.scale, border, 0);
-  if (error != nullptr) fail(std::string("forward: ") + error);
+  const auto view = [&](Tensor& tensor) { return on_device(device, tensor); };
+  ctxops::NeighborhoodAttentionForward forward = window_of(p);
+  forward.query = view(in.query);
+  forward.key = view(in.key);
+  forward.value = view(in.value);
+  forward.output = view(r.output);
+  forward.weights = view(save ? r.weights : unwanted);
+  const char* error = ctxops::cuda::neighborhood_attention_forward(forward, stream);
+  expect_launched("forward", error, device, stream);
   if (!save || p.shape.Cv == 0) return r;
-  error = ctxops::cuda::neighborhood_attention_backward(
-      in.grad.view(), in.query.view(), in.key.view(), in.value.view(), r.weights.view(),
-      r.grad_logits.view(), r.grad_query.view(), r.grad_key.view(), r.grad_value.view(), p.window(),
-      p.shape.heads, p.scale, border, 0);
-  if (error != nullptr) fail(std::string("backward: ") + error);
+  error = ctxops::cuda::neighborhood_attention_backward({.grad = view(in.grad),
+                                                         .query = forward.query,
+                                                         .key = forward.key,
+                                                         .value = forward.value,
+                                                         .weights = forward.weights,
+                                                         .grad_logits = view(r.grad_logits),
+                                                         .grad_query = view(r.grad_query),
+                                                         .grad_key = view(r.grad_key),
+                                                         .grad_value = view(r.grad_value),
+                                                         .kernel_size = forward.kernel_size,
+                                                         .dilation = forward.dilation,
+                                                         .scale = forward.scale,
+                                                         .border = forward.border,
+                                                         .num_heads = forward.num_heads},
+                                                        stream);
+  expect_launched("backward", error, device, stream);
   return r;
 }
 
@@ -272,8 +296,10 @@ void check(const Problem& p, Inputs& in) {
 }
 
 bool possible(const Problem& p) {
-  return ctxops::check_window(map_of(p, p.shape.C).view(), p.window(), p.shape.heads,
-                              static_cast<int64_t>(p.border)) == nullptr;
+  Tensor query = map_of(p, p.shape.C);
+  ctxops::NeighborhoodAttentionForward forward = window_of(p);
+  forward.query = query.view();
+  return ctxops::check_window(forward) == nullptr;
 }
 
 // A NaN or an infinity reaches the positions whose windows hold it, and no others.
@@ -300,22 +326,6 @@ void check_numbers(Problem p) {
   }
 }
 
-void check_device(const Problem& p) {
-  Inputs in = random_inputs(p, 1);
-  Results r = new_results(p);
-  const char* error = ctxops::cuda::neighborhood_attention_forward(
-      on_device(1, in.query), on_device(1, in.key), on_device(1, in.value), on_device(1, r.output),
-      on_device(1, r.weights), p.window(), p.shape.heads, p.scale, static_cast<int64_t>(p.border),
-      7);
-  expect_launched("forward", error, 1, 7);
-  error = ctxops::cuda::neighborhood_attention_backward(
-      on_device(1, in.grad), on_device(1, in.query), on_device(1, in.key), on_device(1, in.value),
-      on_device(1, r.weights), on_device(1, r.grad_logits), on_device(1, r.grad_query),
-      on_device(1, r.grad_key), on_device(1, r.grad_value), p.window(), p.shape.heads, p.scale,
-      static_cast<int64_t>(p.border), 7);
-  expect_launched("backward", error, 1, 7);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -327,7 +337,10 @@ int main(int argc, char** argv) {
                                   : Border::shift,
                0.7};
   if (cases == "numbers") return check_numbers(p), 0;
-  if (cases == "device") return check_device(p), 0;
+  if (cases == "device") {
+    Inputs in = random_inputs(p, 1);
+    return run(p, in, true, 1, {7}), 0;
+  }
   uint64_t seed = 0;
   for (const Case& s : cases_named(cases)) {
     p.shape = s;

@@ -83,22 +83,32 @@ struct Backward {
         grad_input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout) {}
 };
 
-template <typename Kernel>
-Forward run_forward(const Problem& p, Tensor& input, const Kernel& kernel, int64_t executor) {
+template <typename Executor>
+Forward run_forward(const Problem& p, Tensor& input,
+                    const char* (*kernel)(const ctxops::PyramidPoolForward&, Executor)) {
   Forward result(p);
-  const char* error =
-      kernel(input.view(), result.output.view(), result.argmax.view(), result.cells.view(),
-             result.cell_argmax.view(), int_list(p.shape.sizes), p.maximum, executor);
+  const char* error = kernel({.input = input.view(),
+                              .output = result.output.view(),
+                              .argmax = result.argmax.view(),
+                              .cells = result.cells.view(),
+                              .cell_argmax = result.cell_argmax.view(),
+                              .sizes = int_list(p.shape.sizes),
+                              .maximum = p.maximum},
+                             Executor{});
   if (error != nullptr) fail(std::string("forward: ") + error);
   return result;
 }
 
-template <typename Kernel>
-Backward run_backward(const Problem& p, Tensor& grad_output, Tensor& argmax, const Kernel& kernel,
-                      int64_t executor) {
+template <typename Executor>
+Backward run_backward(const Problem& p, Tensor& grad_output, Tensor& argmax,
+                      const char* (*kernel)(const ctxops::PyramidPoolBackward&, Executor)) {
   Backward result(p);
-  const char* error = kernel(grad_output.view(), argmax.view(), result.grad_cells.view(),
-                             result.grad_input.view(), int_list(p.shape.sizes), executor);
+  const char* error = kernel({.grad_output = grad_output.view(),
+                              .argmax = argmax.view(),
+                              .grad_cells = result.grad_cells.view(),
+                              .grad_input = result.grad_input.view(),
+                              .sizes = int_list(p.shape.sizes)},
+                             Executor{});
   if (error != nullptr) fail(std::string("backward: ") + error);
   return result;
 }
@@ -125,9 +135,9 @@ void check(const Problem& p, uint64_t seed) {
   Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
   input.fill(value);
 
-  Forward expected = run_forward(p, input, ctxops::baseline::pyramid_pool_forward, 1);
+  Forward expected = run_forward(p, input, ctxops::baseline::pyramid_pool_forward);
   auto [one, other] =
-      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward, 0); });
+      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward); });
   expect_rounded("output", p, expected.output, one.output);
   expect_rounded("cells", p, expected.cells, one.cells);
   expect_equal("argmax", expected.argmax, one.argmax);
@@ -142,9 +152,9 @@ void check(const Problem& p, uint64_t seed) {
   if (p.maximum) exact.dtype = p.accumulator();
   Tensor exact_grad = grad_output.to(exact.dtype);
   Backward expected_back =
-      run_backward(exact, exact_grad, expected.argmax, ctxops::baseline::pyramid_pool_backward, 1);
+      run_backward(exact, exact_grad, expected.argmax, ctxops::baseline::pyramid_pool_backward);
   auto [back, other_back] = in_both_orders([&] {
-    return run_backward(p, grad_output, expected.argmax, ctxops::cuda::pyramid_pool_backward, 0);
+    return run_backward(p, grad_output, expected.argmax, ctxops::cuda::pyramid_pool_backward);
   });
   expect_rounded("grad_input", p, expected_back.grad_input.to(p.dtype), back.grad_input);
   expect_same_bits("grad_input", back.grad_input, other_back.grad_input);
@@ -161,7 +171,7 @@ void check_sums(const Problem& p, bool constant) {
   Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
   input.fill([&] { return constant ? 0.1 : std::fabs(random.in_unit()); });
   auto [one, other] =
-      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward, 0); });
+      in_both_orders([&] { return run_forward(p, input, ctxops::cuda::pyramid_pool_forward); });
   expect_same_bits("output", one.output, other.output);
 
   const int64_t positions = p.shape.H * p.shape.W;
@@ -184,11 +194,17 @@ void check_sums(const Problem& p, bool constant) {
 void check_device(const Problem& p) {
   Forward result(p);
   Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
-  const char* error = ctxops::cuda::pyramid_pool_forward(
-      on_device(1, input), on_device(1, result.output), on_device(1, result.argmax),
-      on_device(1, result.cells), on_device(1, result.cell_argmax), int_list(p.shape.sizes),
-      p.maximum, 7);
-  expect_launched("forward", error, 1, 7);
+  const auto view = [](Tensor& tensor) { return on_device(1, tensor); };
+  const Stream stream = {7};
+  const char* error = ctxops::cuda::pyramid_pool_forward({.input = view(input),
+                                                          .output = view(result.output),
+                                                          .argmax = view(result.argmax),
+                                                          .cells = view(result.cells),
+                                                          .cell_argmax = view(result.cell_argmax),
+                                                          .sizes = int_list(p.shape.sizes),
+                                                          .maximum = p.maximum},
+                                                         stream);
+  expect_launched("forward", error, 1, stream);
 }
 
 }  // namespace

@@ -22,6 +22,26 @@ def _in(file: str, tests: str, *faults: tuple[str, str, str, str]) -> list[Fault
 
 _CPU = [
     *_in(
+        "csrc/bindings.cpp",
+        "tests/build/test_extension.py",
+        (
+            "binding-unknown-argument",
+            "a misspelt argument of a kernel is passed over",
+            "if (arguments.size() > members_.size()) refuse_unknown(arguments);",
+            "if (arguments.size() < members_.size()) refuse_unknown(arguments);",
+        ),
+    ),
+    *_in(
+        "csrc/common/kernel.h",
+        "tests/build/test_extension.py",
+        (
+            "kernel-unchecked",
+            "a kernel computes with arguments that do not fit together",
+            "if (const char* error = params.check()) return error;",
+            "",
+        ),
+    ),
+    *_in(
         "csrc/common/bins.h",
         "tests/ops/test_pyramid_pool.py",
         (
@@ -489,7 +509,7 @@ _OPS = [
         (
             "gates-bias-by-threads",
             "the gradient of the bias depends on the number of threads",
-            "return values[:whole].view(-1, _PART).sum(dim=0).sum() + values[whole:].sum()",
+            "return values[:whole].view(-1, part).sum(dim=0).sum() + values[whole:].sum()",
             "return values.sum()",
         ),
         (

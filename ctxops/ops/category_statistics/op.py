@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """category_statistics: what the features of every category add up to, seen at label resolution."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ctxops import _autocast, _layout, _operator
+from ctxops import _autocast, _layout, _native, _operator
 from ctxops._checks import check_map, check_shape
 from ctxops.ops.category_statistics.reference import reference
 
@@ -133,22 +135,6 @@ def _outside(label: int, classes: int, ignore_index: int) -> str:
     return f"labels must be in [0, {classes}) or ignore_index = {ignore_index}, got {label}"
 
 
-def _allocate(
-    features: Tensor,
-    labels: Tensor,
-    memory: Tensor | None,
-    num_classes: int,
-    ignore_index: int,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _operator.accumulator(features.dtype)
-    return (
-        features.new_empty((num_classes, features.shape[1]), dtype=dtype),
-        features.new_empty((num_classes,), dtype=dtype),
-        features.new_empty((num_classes,), dtype=torch.int64),
-    )
-
-
 def _statistics(
     features: Tensor,
     labels: Tensor,
@@ -156,43 +142,52 @@ def _statistics(
     num_classes: int,
     ignore_index: int,
     align_corners: bool,
+    *,
+    fake: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = _allocate(features, labels, memory, num_classes, ignore_index, align_corners)
-    if features.shape[0] == 0:
-        return tuple(result.zero_() for result in results)
     batch, channels, height, width = features.shape
-    dtype, long = torch.float64, torch.int64
-    directions = features.new_empty((0,), dtype=dtype)
+    dtype, long = _operator.accumulator(features.dtype), torch.int64
+    sums = features.new_empty((num_classes, channels), dtype=dtype)
+    weights = features.new_empty((num_classes,), dtype=dtype)
+    counts = features.new_empty((num_classes,), dtype=long)
+    if fake:
+        return sums, weights, counts
+    if batch == 0:
+        return sums.zero_(), weights.zero_(), counts.zero_()
+    double = torch.float64
+    directions = features.new_empty((0,), dtype=double)
     if memory is not None:
-        rows = memory.to(dtype).contiguous()
+        rows = memory.to(double).contiguous()
         directions = torch.nn.functional.normalize(rows, dim=1, eps=_EPS)
     if features.is_cuda:
         parts = min(-(-batch * height * width // _PART_POSITIONS), _CUDA_PARTS)
     else:
         parts = batch * -(-height // _PART_ROWS)
     parts = max(1, min(parts, _PART_BYTES // (8 * num_classes * (channels + 2))))
-    outside = features.new_empty((2,), dtype=long)
-    part_sums = features.new_empty((parts, num_classes, channels), dtype=dtype)
-    part_weights = features.new_empty((parts, num_classes), dtype=dtype)
-    part_counts = features.new_empty((parts, num_classes), dtype=long)
     if features.is_cuda:
         features = features.contiguous(memory_format=torch.channels_last)
-        own = features.new_empty((0,) if memory is None else labels.shape, dtype=results[0].dtype)
+        scratch = features.new_empty((0,) if memory is None else labels.shape, dtype=dtype)
     else:
         features = _layout.inner_dense(features)
-        size = max(4, features.itemsize)
-        largest = max(2 * channels * size, _CLASS_BYTES * num_classes)
+        largest = max(2 * channels * max(4, features.itemsize), _CLASS_BYTES * num_classes)
         columns = -(-width // -(-width * largest // _TILE_BYTES)) + 1
-        values = 2 * -(-channels * size // 8) + 6 * num_classes + 11
-        values += 2 * -(-labels.shape[2] // columns)
-        own = features.new_empty((parts, columns, values), dtype=dtype)
+        values = _native.extension.category_statistics_scratch(
+            dtype == double, channels, num_classes, labels.shape[2], columns
+        )
+        scratch = features.new_empty((parts, columns, values), dtype=double)
+    outside = features.new_empty((2,), dtype=long)
     _operator.launch(
-        "category_statistics", features, features, labels, directions, *results, outside,
-        part_sums, part_weights, part_counts, own, ignore_index, align_corners,
+        "category_statistics", features,
+        features=features, labels=labels, directions=directions, sums=sums, weights=weights,
+        counts=counts, outside=outside,
+        part_sums=features.new_empty((parts, num_classes, channels), dtype=double),
+        part_weights=features.new_empty((parts, num_classes), dtype=double),
+        part_counts=features.new_empty((parts, num_classes), dtype=long), scratch=scratch,
+        ignore_index=ignore_index, align_corners=align_corners,
     )  # fmt: skip
     if not features.is_cuda and outside[0]:
         raise ValueError(_outside(outside[1].item(), num_classes, ignore_index))
-    return results
+    return sums, weights, counts
 
 
 def _not_differentiable(ctx, *grads):
@@ -211,7 +206,7 @@ def _flops(features: torch.Size, labels: object, memory: torch.Size | None, *_) 
 _STATISTICS = _operator.Operator(
     "category_statistics(Tensor features, Tensor labels, Tensor? memory, SymInt num_classes, "
     "int ignore_index, bool align_corners) -> (Tensor, Tensor, Tensor)",
-    fake=_allocate,
+    fake=functools.partial(_statistics, fake=True),
     kernels=_operator.native_devices(_statistics),
     backward=_not_differentiable,
     flops=_flops,

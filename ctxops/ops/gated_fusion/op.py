@@ -7,15 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctxops import _autocast, _layout, _operator
+from ctxops import _autocast, _layout, _native, _operator
 from ctxops._checks import check_forward_mode, check_map, check_same_dtype, check_shape
 from ctxops.ops.gated_fusion.reference import reference, reference_gates
 
-# csrc/common/tensor.h
-_MAX_LEVELS = 8
-_BUT = f"more than {_MAX_LEVELS} levels: reference"
-# csrc/gated_fusion/gated_fusion.h
-_PART = 64
+_MAX_LEVELS = _native.limit("max_tensors")
+_BUT = "" if _native.extension is None else f"more than {_MAX_LEVELS} levels: reference"
 
 
 @_operator.served_by(cpu="C++", cuda="C++", but=_BUT)
@@ -218,24 +215,6 @@ def _new_gates(features: Sequence[Tensor]) -> Tensor:
     return features[0].new_empty((count,), dtype=_operator.accumulator(features[0].dtype))
 
 
-def _allocate(
-    features: Sequence[Tensor],
-    gates: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    align_corners: bool,
-    save: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    layout = _layout.memory_format(features[0])
-    fused = [_layout.empty_map(x.shape, x, layout) for x in features]
-    # Two tensors without elements, not one twice: results must not alias.
-    dtype = _operator.accumulator(features[0].dtype)
-    made, sums = (features[0].new_empty((0,), dtype=dtype) for _ in range(2))
-    if save and gates is None:
-        made = _new_gates(features)
-    return fused, made, _new_sums(features) if save else sums
-
-
 def _forward(
     features: Sequence[Tensor],
     gates: Tensor | None,
@@ -243,11 +222,19 @@ def _forward(
     bias: Tensor | None,
     align_corners: bool,
     save: bool,
+    *,
+    fake: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    fused, made, sums = _allocate(features, gates, weight, bias, align_corners, save)
-    if fused[0].numel() == 0:
-        return fused, made, sums
+    layout = _layout.memory_format(features[0])
+    fused = [_layout.empty_map(x.shape, x, layout) for x in features]
+    # Two tensors without elements, not one twice: results must not alias.
     accumulator = _operator.accumulator(features[0].dtype)
+    made, sums = (features[0].new_empty((0,), dtype=accumulator) for _ in range(2))
+    if save:
+        sums = _new_sums(features)
+        made = _new_gates(features) if gates is None else made
+    if fake or fused[0].numel() == 0:
+        return fused, made, sums
     nothing = features[0].new_empty((0,), dtype=accumulator)
     work = sums if save else _new_sums(features)
     if gates is None:
@@ -255,34 +242,19 @@ def _forward(
     targets = _empty_kernel_maps(fused)
     _operator.launch(
         "gated_fusion_forward", features[0],
-        _kernel_maps(features, _layout.memory_format(features[0])), gates.contiguous(),
-        nothing if weight is None else weight.to(accumulator).contiguous(),
-        nothing if bias is None else bias.to(accumulator).contiguous(),
-        targets, work, align_corners,
+        features=_kernel_maps(features, layout), gates=gates.contiguous(),
+        weight=nothing if weight is None else weight.to(accumulator).contiguous(),
+        bias=nothing if bias is None else bias.to(accumulator).contiguous(),
+        outputs=targets, sums=work, align_corners=align_corners,
     )  # fmt: skip
     _copy_unless_same(fused, targets)
     return fused, made, sums
 
 
-def _allocate_backward(
-    grads: Sequence[Tensor],
-    features: Sequence[Tensor],
-    gates: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    align_corners: bool,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    layout = _layout.memory_format(features[0])
-    grad_features = [_layout.empty_map(x.shape, x, layout) for x in features]
-    grad_weight = gates.new_empty((0,) if weight is None else weight.shape)
-    grad_bias = gates.new_empty((0 if weight is None else len(features),))
-    return grad_features, torch.empty_like(gates), grad_weight, grad_bias
-
-
-def _sum(values: Tensor) -> Tensor:
+def _sum(values: Tensor, part: int) -> Tensor:
     """The sum of a vector, for any number of threads the same: torch splits long ones by it."""
-    whole = len(values) // _PART * _PART
-    return values[:whole].view(-1, _PART).sum(dim=0).sum() + values[whole:].sum()
+    whole = len(values) // part * part
+    return values[:whole].view(-1, part).sum(dim=0).sum() + values[whole:].sum()
 
 
 def _backward(
@@ -292,28 +264,38 @@ def _backward(
     weight: Tensor | None,
     sums: Tensor,
     align_corners: bool,
+    *,
+    fake: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The gradients of features, of gates or with weight of their logits, of weight and bias."""
-    made = _allocate_backward(grads, features, gates, weight, sums, align_corners)
-    grad_features, grad_gates, grad_weight, grad_bias = made
+    layout = _layout.memory_format(features[0])
+    grad_features = [_layout.empty_map(x.shape, x, layout) for x in features]
+    grad_gates = torch.empty_like(gates)
+    grad_weight = gates.new_empty((0,) if weight is None else weight.shape)
+    grad_bias = gates.new_empty((0 if weight is None else len(features),))
+    if fake:
+        return grad_features, grad_gates, grad_weight, grad_bias
     if features[0].numel() == 0:
         return grad_features, grad_gates, grad_weight.zero_(), grad_bias.zero_()
-    layout = _layout.memory_format(features[0])
     batch, channels = features[0].shape[:2]
-    parts = batch * max(-(-x.shape[2] * x.shape[3] // _PART) for x in features)
+    part = _native.extension.gated_fusion_part
+    parts = batch * max(-(-x.shape[2] * x.shape[3] // part) for x in features)
     partial = gates.new_empty((0,) if weight is None else (len(features), parts, channels))
     targets = _empty_kernel_maps(grad_features)
     _operator.launch(
         "gated_fusion_backward", features[0],
-        _kernel_maps(grads, layout), _kernel_maps(features, layout), gates.contiguous(),
-        grad_weight if weight is None else weight.to(gates.dtype).contiguous(), sums.contiguous(),
-        torch.empty_like(sums), torch.empty_like(sums), grad_gates, targets, partial, align_corners,
+        grads=_kernel_maps(grads, layout), features=_kernel_maps(features, layout),
+        gates=gates.contiguous(),
+        weight=grad_weight if weight is None else weight.to(gates.dtype).contiguous(),
+        sums=sums.contiguous(), grad_sums=torch.empty_like(sums), grad_sent=torch.empty_like(sums),
+        grad_gates=grad_gates, grad_features=targets, grad_weight=partial,
+        align_corners=align_corners,
     )  # fmt: skip
     _copy_unless_same(grad_features, targets)
     if weight is not None:
         torch.sum(partial, dim=1, out=grad_weight)
         logits = grad_gates.split([x.shape[0] * x.shape[2] * x.shape[3] for x in features])
-        torch.stack([_sum(x) for x in logits], out=grad_bias)
+        torch.stack([_sum(x, part) for x in logits], out=grad_bias)
     return grad_features, grad_gates, grad_weight, grad_bias
 
 
@@ -365,7 +347,7 @@ def _flops_backward(
 _FORWARD = _operator.Operator(
     "gated_fusion(Tensor[] features, Tensor? gates, Tensor? weight, Tensor? bias, "
     "bool align_corners, bool save) -> (Tensor[], Tensor, Tensor)",
-    fake=_allocate,
+    fake=functools.partial(_forward, fake=True),
     kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
@@ -374,7 +356,7 @@ _FORWARD = _operator.Operator(
 _BACKWARD = _operator.Operator(
     "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
     "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor, Tensor)",
-    fake=_allocate_backward,
+    fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),
     backward=_operator.no_second_derivative("gated_fusion"),
     flops=_flops_backward,

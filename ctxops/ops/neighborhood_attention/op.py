@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """neighborhood_attention: every position attends to a dilated window around it."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ctxops import _autocast, _layout, _operator
+from ctxops import _autocast, _layout, _native, _operator
 from ctxops._checks import (
     check_dtype,
     check_forward_mode,
@@ -17,10 +18,8 @@ from ctxops._checks import (
 )
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
 
-# In the order of csrc/common/window.h.
 BORDERS = ("zeros", "mask", "shift")
-# csrc/neighborhood_attention/neighborhood_attention.h
-_MAX_WINDOW = 4096
+_MAX_WINDOW = _native.limit("neighborhood_attention_max_window")
 
 
 @_operator.served_by(cpu="C++", cuda="C++")
@@ -223,23 +222,6 @@ def _empty_kernel_map(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _allocate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    kernel_size: list[int],
-    dilation: list[int],
-    scale: float,
-    border: str,
-    num_heads: int,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((0,)) if value is None else _layout.empty_map(value.shape, query)
-    if save:
-        return output, _new_weights(query, kernel_size, border, num_heads)
-    return output, query.new_empty((0,), dtype=torch.float32)
-
-
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -250,36 +232,26 @@ def _forward(
     border: str,
     num_heads: int,
     save: bool,
+    *,
+    fake: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    output, weights = _allocate(
-        query, key, value, kernel_size, dilation, scale, border, num_heads, save
-    )
-    if query.numel() == 0:
+    output = query.new_empty((0,)) if value is None else _layout.empty_map(value.shape, query)
+    weights = query.new_empty((0,), dtype=torch.float32)
+    if save:
+        weights = _new_weights(query, kernel_size, border, num_heads)
+    if fake or query.numel() == 0:
         return output, weights
     target = output if value is None else _empty_kernel_map(output)
     _operator.launch(
         "neighborhood_attention_forward", query,
-        _kernel_map(query), _kernel_map(key), target if value is None else _kernel_map(value),
-        target, weights, [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
+        query=_kernel_map(query), key=_kernel_map(key),
+        value=target if value is None else _kernel_map(value), output=target, weights=weights,
+        kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
+        num_heads=num_heads,
     )  # fmt: skip
     if target is not output:
         output.copy_(target)
     return output, weights
-
-
-def _allocate_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    kernel_size: list[int],
-    dilation: list[int],
-    scale: float,
-    border: str,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
 
 
 def _backward(
@@ -293,10 +265,11 @@ def _backward(
     scale: float,
     border: str,
     num_heads: int,
+    *,
+    fake: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = (kernel_size, dilation, scale, border, num_heads)
-    grads = _allocate_backward(grad, query, key, value, weights, *options)
-    if query.numel() == 0:
+    grads = tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
+    if fake or query.numel() == 0:
         return grads
     targets = [_empty_kernel_map(g) for g in grads]
     grad_logits = _new_weights(query, kernel_size, border, num_heads)
@@ -304,8 +277,11 @@ def _backward(
         weights = _new_weights(query, kernel_size, border, num_heads).copy_(weights)
     _operator.launch(
         "neighborhood_attention_backward", query,
-        *map(_kernel_map, (grad, query, key, value)), weights, grad_logits, *targets,
-        [*kernel_size, *dilation], num_heads, scale, BORDERS.index(border),
+        grad=_kernel_map(grad), query=_kernel_map(query), key=_kernel_map(key),
+        value=_kernel_map(value), weights=weights, grad_logits=grad_logits,
+        grad_query=targets[0], grad_key=targets[1], grad_value=targets[2],
+        kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
+        num_heads=num_heads,
     )  # fmt: skip
     for gradient, target in zip(grads, targets, strict=True):
         if target is not gradient:
@@ -361,7 +337,7 @@ _OPTIONS = "int[] kernel_size, int[] dilation, float scale, str border, int num_
 _FORWARD = _operator.Operator(
     f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save) "
     "-> (Tensor, Tensor)",
-    fake=_allocate,
+    fake=functools.partial(_forward, fake=True),
     kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
@@ -370,7 +346,7 @@ _FORWARD = _operator.Operator(
 _BACKWARD = _operator.Operator(
     "neighborhood_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    fake=_allocate_backward,
+    fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),
     backward=_operator.no_second_derivative("neighborhood_attention"),
     flops=_flops_backward,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pyramid_pool: adaptive pooling to several grids in one pass over the map."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from ctxops._checks import check_forward_mode, check_map
 from ctxops.ops.pyramid_pool.reference import reference
 
 _MODES = ("avg", "max")
+_MAX_SIZES = _native.limit("max_ints")
 
 
 @_operator.served_by(cpu="C++", cuda="C++")
@@ -78,8 +80,8 @@ def check_output_sizes(output_sizes: Sequence[int]) -> tuple[int, ...]:
     """The sizes of a pyramid as a tuple; raises unless they are 1 to 32 integers in 1 ... 32768."""
     if not isinstance(output_sizes, Sequence) or isinstance(output_sizes, str):
         raise TypeError(f"output_sizes must be a sequence of integers, got {output_sizes!r}")
-    if not 1 <= len(output_sizes) <= 32:
-        raise ValueError(f"output_sizes must hold 1 to 32 integers, got {output_sizes!r}")
+    if not 1 <= len(output_sizes) <= _MAX_SIZES:
+        raise ValueError(f"output_sizes must hold 1 to {_MAX_SIZES} integers, got {output_sizes!r}")
     for n in output_sizes:
         if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"output_sizes must hold integers, got {n!r}")
@@ -97,39 +99,24 @@ def _new_cells(like: Tensor, size: Sequence[int], sizes: list[int]) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _allocate(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    input: Tensor, sizes: list[int], maximum: bool, save: bool, *, fake: bool = False
+) -> tuple[Tensor, Tensor]:
     batch, channels, _, _ = input.shape
     bins = sum(n * n for n in sizes)
     output = input.new_empty((batch, channels, bins))
     # The position of each maximum, (B, S, C): the kernels' own order.
     argmax = input.new_empty((batch, bins, channels) if save else (0,), dtype=torch.int32)
-    return output, argmax
-
-
-def _forward(input: Tensor, sizes: list[int], maximum: bool, save: bool) -> tuple[Tensor, Tensor]:
-    output, argmax = _allocate(input, sizes, maximum, save)
-    if output.numel() == 0:
+    if fake or output.numel() == 0:
         return output, argmax
     cells = _new_cells(input, input.shape, sizes)
-    cell_argmax = torch.empty_like(cells, dtype=torch.int32) if save else argmax
     _operator.launch(
         "pyramid_pool_forward", input,
-        _layout.inner_dense(input), output, argmax, cells, cell_argmax, sizes, maximum,
+        input=_layout.inner_dense(input), output=output, argmax=argmax, cells=cells,
+        cell_argmax=torch.empty_like(cells, dtype=torch.int32) if save else argmax, sizes=sizes,
+        maximum=maximum,
     )  # fmt: skip
     return output, argmax
-
-
-def _allocate_backward(
-    grad: Tensor,
-    argmax: Tensor | None,
-    sizes: list[int],
-    height: int,
-    width: int,
-    channels_last: bool,
-) -> Tensor:
-    shape = (grad.shape[0], grad.shape[1], height, width)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return _layout.empty_map(shape, grad, layout)
 
 
 def _backward(
@@ -139,9 +126,12 @@ def _backward(
     height: int,
     width: int,
     channels_last: bool,
+    *,
+    fake: bool = False,
 ) -> Tensor:
-    grad_input = _allocate_backward(grad, argmax, sizes, height, width, channels_last)
-    if grad_input.numel() == 0:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    grad_input = _layout.empty_map((*grad.shape[:2], height, width), grad, layout)
+    if fake or grad_input.numel() == 0:
         return grad_input
     if argmax is not None:
         # The CPU's kernel adds in the map itself. A grid finer than the map sends a position so
@@ -150,14 +140,14 @@ def _backward(
         if finer or (not grad.is_cuda and grad.dtype.itemsize == 2):
             wide = grad.double() if finer else grad.float()
             return grad_input.copy_(_backward(wide, argmax, sizes, height, width, channels_last))
-    if argmax is None:
+        grad_cells = grad.new_empty((0,), dtype=torch.float32)
+    else:
         argmax = grad.new_empty((0,), dtype=torch.int32)
         grad_cells = _new_cells(grad, grad_input.shape, sizes)
-    else:
-        grad_cells = grad.new_empty((0,), dtype=torch.float32)
     _operator.launch(
         "pyramid_pool_backward", grad,
-        grad.transpose(1, 2).contiguous(), argmax, grad_cells, grad_input, sizes,
+        grad_output=grad.transpose(1, 2).contiguous(), argmax=argmax, grad_cells=grad_cells,
+        grad_input=grad_input, sizes=sizes,
     )  # fmt: skip
     return grad_input
 
@@ -190,7 +180,7 @@ def _autograd(ctx, grad, _):
 
 _FORWARD = _operator.Operator(
     "pyramid_pool(Tensor input, int[] sizes, bool maximum, bool save) -> (Tensor, Tensor)",
-    fake=_allocate,
+    fake=functools.partial(_forward, fake=True),
     kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
     backward=_autograd,
@@ -199,7 +189,7 @@ _FORWARD = _operator.Operator(
 _BACKWARD = _operator.Operator(
     "pyramid_pool_bwd(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
     "bool channels_last) -> Tensor",
-    fake=_allocate_backward,
+    fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),
     backward=_operator.no_second_derivative("pyramid_pool"),
     flops=_operator.no_products,
