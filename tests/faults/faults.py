@@ -1032,7 +1032,7 @@ _NETWORKS = [
         (
             "registry-defaults",
             "the defaults of a registration are ignored",
-            "(defaults | entry.defaults).items()",
+            "{**defaults, **entry.defaults}.items()",
             "defaults.items()",
         ),
         (
