@@ -11,7 +11,7 @@ one element at a time, aligned rows load 16 bytes, and no load needs a mask over
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -390,6 +390,7 @@ def forward(
             # P again costs less than half of the product with v
             slices = min(triton.cdiv(2 * multiprocessors, programs), max(1, Cv // (2 * C)))
             v_slice = triton.cdiv(Cv, slices * tiles.BV) * tiles.BV
+            v_size: tuple[int, ...]
             kernel, v_size = asymmetric_attention_fwd_kernel, (v_slice,)
         else:
             kernel, v_slice, v_size = asymmetric_attention_fwd_online_kernel, tiles.BV, ()
@@ -445,7 +446,7 @@ def backward(
             sum_key = torch.zeros_like(b_key, dtype=torch.float32)
             sum_value = torch.zeros_like(b_value, dtype=torch.float32)
             part_key, part_value = torch.empty_like(b_key), torch.empty_like(b_value)
-            sum_bias = 0.0
+            sum_bias: Any = 0.0
             for n in range(0, N, rows):
                 i_n = slice(n, n + rows)
                 n_grad, n_query, n_lse = grad[i_b, :, i_n], query[i_b, :, i_n], lse[i_b, i_n]

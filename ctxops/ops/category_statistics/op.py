@@ -128,7 +128,7 @@ def _check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
     labels = labels.long()  # a comparison would wrap the number to the labels' dtype
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if outside.any():
-        raise ValueError(_outside(labels[outside][0].item(), classes, ignore_index))
+        raise ValueError(_outside(int(labels[outside][0]), classes, ignore_index))
 
 
 def _outside(label: int, classes: int, ignore_index: int) -> str:
@@ -186,7 +186,7 @@ def _statistics(
         ignore_index=ignore_index, align_corners=align_corners,
     )  # fmt: skip
     if not features.is_cuda and outside[0]:
-        raise ValueError(_outside(outside[1].item(), num_classes, ignore_index))
+        raise ValueError(_outside(int(outside[1]), num_classes, ignore_index))
     return sums, weights, counts
 
 

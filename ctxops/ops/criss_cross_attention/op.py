@@ -216,7 +216,7 @@ def _forward_image(
     query, key, value = (x.to(lse.dtype) for x in (query, key, value))
     widened = _widened(output, lse.dtype)
     for lines, others in ((_columns, False), (_rows, True)):
-        _attend(*map(lines, (query, key, value, widened, lse)), scale, others)
+        _attend(*map(lines, (query, key, value, widened, lse)), scale=scale, others=others)
     if widened is not output:
         output.copy_(widened)
 
@@ -227,6 +227,7 @@ def _attend(
     value: Tensor,  # (L, n, Cv)
     output: Tensor,  # (L, n, Cv), written; with `others` read as well
     lse: Tensor,  # (L, n), likewise
+    *,
     scale: float,
     others: bool,
 ) -> None:
@@ -269,7 +270,7 @@ def _allocate_backward(
     output: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
 
 
@@ -281,7 +282,7 @@ def _backward(
     output: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grads = _allocate_backward(grad, query, key, value, output, lse, scale)
     if output.numel() == 0:
         return grads
@@ -309,7 +310,7 @@ def _backward_in_blocks(
 ) -> None:
     maps = [_layout.inner_dense(x) for x in (grad, query, key, value, output)]
     for image in zip(*maps, lse, grad_query, grad_key, grad_value, strict=True):
-        _backward_image(*image, scale)
+        _backward_image(*image, scale=scale)
 
 
 def _backward_image(
@@ -322,6 +323,7 @@ def _backward_image(
     grad_query: Tensor,  # (C, H, W), written
     grad_key: Tensor,  # (C, H, W), written
     grad_value: Tensor,  # (Cv, H, W), written
+    *,
     scale: float,
 ) -> None:
     dtype = lse.dtype
@@ -331,7 +333,7 @@ def _backward_image(
     widened = [_widened(x, dtype) for x in grads]
     for lines, others in ((_columns, False), (_rows, True)):
         maps = map(lines, (grad, query, key, value, lse, delta, *widened))
-        _attend_backward(*maps, scale, others)
+        _attend_backward(*maps, scale=scale, others=others)
     for x, wide in zip(grads, widened, strict=True):
         if wide is not x:
             x.copy_(wide)
@@ -355,6 +357,7 @@ def _attend_backward(
     grad_query: Tensor,  # (L, n, C), written; with `others` added to
     grad_key: Tensor,  # (L, n, C), likewise
     grad_value: Tensor,  # (L, n, Cv), likewise
+    *,
     scale: float,
     others: bool,
 ) -> None:

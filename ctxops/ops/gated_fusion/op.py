@@ -180,7 +180,7 @@ def _kernel_maps(maps: Sequence[Tensor], layout: torch.memory_format) -> list[Te
     ]
 
 
-def _empty_kernel_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+def _empty_kernel_maps(maps: Sequence[Tensor]) -> Sequence[Tensor]:
     """The maps themselves where the kernels can write to them, else some to be copied from."""
     if maps[0].is_cuda or maps[0].dtype.itemsize > 2:
         return maps
@@ -195,7 +195,7 @@ def _copy_unless_same(maps: Sequence[Tensor], sources: Sequence[Tensor]) -> None
 
 def _sizes(features: Sequence[Tensor]) -> list[tuple[int, int]]:
     """The sizes of the levels, each once, in the order of their first levels."""
-    sizes = []
+    sizes: list[tuple[int, int]] = []
     for x in features:
         if not any(x.shape[2] == height and x.shape[3] == width for height, width in sizes):
             sizes.append((x.shape[2], x.shape[3]))

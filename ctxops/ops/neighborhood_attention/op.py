@@ -185,7 +185,7 @@ def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
             raise TypeError(f"{name} must hold integers, got {size!r}")
         if not 1 <= size < 2**31:
             raise ValueError(f"{name} must be at least 1 and below 2147483648, got {size}")
-    return tuple(pair)
+    return pair[0], pair[1]
 
 
 def _new_weights(query: Tensor, kernel_size: Sequence[int], border: str, num_heads: int) -> Tensor:
@@ -267,7 +267,7 @@ def _backward(
     num_heads: int,
     *,
     fake: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grads = tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
     if fake or query.numel() == 0:
         return grads
