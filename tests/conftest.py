@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Saves a program for each instruction set, which tells whether the compiler knows it.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# Saves a pool of processes, each of which imports torch: the workers of pytest-xdist are the pool.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Its key does not see an operator's autograd rule: after a change it would serve the former one.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
