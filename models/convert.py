@@ -196,11 +196,11 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
     """
     expected = encoder.body.state_dict()
     tensors = _strip_prefixes(state_dict)
-    outside = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
-    if len(outside) < len(tensors):
-        theirs = {n.removeprefix("backbone."): x for n, x in tensors.items() if n not in outside}
+    others = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
+    if len(others) < len(tensors):
+        theirs = {n.removeprefix("backbone."): x for n, x in tensors.items() if n not in others}
     else:
-        theirs, outside = outside, {}
+        theirs, others = others, {}
     names = {ours: _backbone_name(ours, theirs) for ours in expected}
     missing = [
         ours
@@ -223,7 +223,7 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
             + _differences(missing, unexpected, shapes)
         )
     encoder.body.load_state_dict(expected | loaded)
-    return [*unused, *outside]
+    return [*unused, *others]
 
 
 def _load(path: str | os.PathLike) -> object:

@@ -31,7 +31,7 @@ CASES = {
             bias=make(2, 7, device=device),
         ),
         # 40 positions, 7 anchors, 3 and 6 channels; backward three times the 3 and twice the 6
-        {"asymmetric_attention": 5040, "asymmetric_attention_bwd": 11760},
+        {"asymmetric_attention": 5040, "asymmetric_attention_backward": 11760},
     ),
     "criss_cross_attention": (
         lambda device: ctxops.criss_cross_attention(
@@ -40,7 +40,7 @@ CASES = {
             make(2, 7, 4, 5, device=device),
         ),
         # 40 positions, 8 in a cross, 3 and 7 channels; backward three times the 3 and twice the 7
-        {"criss_cross_attention": 6400, "criss_cross_attention_bwd": 14720},
+        {"criss_cross_attention": 6400, "criss_cross_attention_backward": 14720},
     ),
     "neighborhood_attention": (
         lambda device: ctxops.neighborhood_attention(
@@ -51,7 +51,7 @@ CASES = {
             num_heads=2,
         ),
         # 60 positions, 6 in a window, 4 and 6 channels; backward both twice
-        {"neighborhood_attention": 7200, "neighborhood_attention_bwd": 14400},
+        {"neighborhood_attention": 7200, "neighborhood_attention_backward": 14400},
     ),
     "neighborhood_attention_weights": (
         lambda device: ctxops.neighborhood_attention_weights(
@@ -61,18 +61,18 @@ CASES = {
     ),
     "pyramid_pool avg": (
         lambda device: ctxops.pyramid_pool(make(2, 3, 9, 7, device=device), (1, 3)),
-        {"pyramid_pool": 0, "pyramid_pool_bwd": 0},
+        {"pyramid_pool": 0, "pyramid_pool_backward": 0},
     ),
     "pyramid_pool max": (
         lambda device: ctxops.pyramid_pool(make(2, 3, 9, 7, device=device), (1, 3), mode="max"),
-        {"pyramid_pool": 0, "pyramid_pool_bwd": 0},
+        {"pyramid_pool": 0, "pyramid_pool_backward": 0},
     ),
     "gated_fusion": (
         lambda device: ctxops.gated_fusion(
             [make(2, 3, 4, 5, device=device), make(2, 3, 2, 3, device=device)],
             [make(2, 1, 4, 5, device=device), make(2, 1, 2, 3, device=device)],
         ),
-        {"gated_fusion": 0, "gated_fusion_bwd": 0},
+        {"gated_fusion": 0, "gated_fusion_backward": 0},
     ),
     "self_gated_fusion": (
         lambda device: ctxops.self_gated_fusion(
@@ -81,7 +81,7 @@ CASES = {
             make(2, device=device),
         ),
         # 52 positions of 3 channels; backward twice
-        {"gated_fusion": 312, "gated_fusion_bwd": 624},
+        {"gated_fusion": 312, "gated_fusion_backward": 624},
     ),
     "category_statistics without a memory": (
         lambda device: ctxops.category_statistics(

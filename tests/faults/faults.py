@@ -974,7 +974,7 @@ _IMPORTERS = [
         (
             "convert-unused",
             "load_backbone does not say what it left out of a whole network",
-            "return [*unused, *outside]",
+            "return [*unused, *others]",
             "return [*unused]",
         ),
     ),

@@ -94,7 +94,7 @@ class TestAsymmetricAttention(OperatorContract):
         yield forward, (*inputs, 0.3, save)
         yield forward, (*leaves, 0.3, save)
         output, lse = torch.ops.ctxops.asymmetric_attention(*inputs, 0.3, save)
-        yield "asymmetric_attention_bwd", (random_like(output), *inputs, lse, 0.3)
+        yield "asymmetric_attention_backward", (random_like(output), *inputs, lse, 0.3)
 
 
 def test_strided_anchors(device):

@@ -211,7 +211,7 @@ def test_large_batches_fit_the_grid(monkeypatch, S):
 
     # as little shared memory as makes 130 anchors too many for one tile
     monkeypatch.setattr(triton_kernels, "_device_limits", lambda index: (99 << 10, 1))
-    for name in ("fwd", "fwd_online", "bwd"):
+    for name in ("forward", "forward_online", "backward"):
         monkeypatch.setattr(triton_kernels, f"asymmetric_attention_{name}_kernel", Recorder())
     inputs, grad = draw(1, 1, 1, 1, 1, S, torch.float16)
     *inputs, grad = (x.expand(70_000, *x.shape[1:]) for x in (*inputs, grad))

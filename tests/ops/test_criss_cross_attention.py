@@ -94,7 +94,7 @@ class TestCrissCrossAttention(OperatorContract):
         yield forward, (*inputs, 0.3)
         yield forward, (*(x.clone().requires_grad_() for x in inputs), 0.3)
         output, lse = torch.ops.ctxops.criss_cross_attention(*inputs, 0.3)
-        yield "criss_cross_attention_bwd", (random_like(output), *inputs, output, lse, 0.3)
+        yield "criss_cross_attention_backward", (random_like(output), *inputs, output, lse, 0.3)
 
 
 class TestCrissCrossAttentionWeights(TestCrissCrossAttention):

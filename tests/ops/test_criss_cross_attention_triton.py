@@ -286,7 +286,7 @@ def test_large_batches_fit_the_grid(monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("fwd", "delta", "bwd"):
+    for name in ("forward", "delta", "backward"):
         monkeypatch.setattr(triton_kernels, f"criss_cross_attention_{name}_kernel", Recorder())
     inputs, grad = draw(35_000, 1, 1, 1, 2, torch.float16)
     run_kernels(inputs, 1.0, grad)

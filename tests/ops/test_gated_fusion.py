@@ -195,7 +195,7 @@ def opchecks(features, gates, weight, bias, align_corners):
     fused, made, sums = torch.ops.ctxops.gated_fusion(features, *arguments, True)
     grads = [random_like(y) for y in fused]
     kept = made if gates is None else gates
-    yield "gated_fusion_bwd", (grads, features, kept, weight, sums, align_corners)
+    yield "gated_fusion_backward", (grads, features, kept, weight, sums, align_corners)
 
 
 def resize_matrix(size, new_size, align_corners):

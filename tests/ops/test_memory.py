@@ -149,8 +149,8 @@ def test_category_statistics(classes, dtype, layout, device):
     parts = 8 * 8 * classes * (256 + 2)
     if device == "cpu":
         columns = 65
-        own = columns * (2 * 256 * dtype.itemsize + 48 * classes + 96) + 16 * (512 + columns)
-        extra = 8 * own
+        scratch = columns * (2 * 256 * dtype.itemsize + 48 * classes + 96) + 16 * (512 + columns)
+        extra = 8 * scratch
     else:
         copy = 0 if layout == "channels_last" else features.nbytes
         extra = dtype.itemsize * labels.numel() + copy
@@ -163,9 +163,9 @@ def test_category_statistics_of_many_classes_and_few_channels():
     memory = torch.randn(1000, 7)
     rows, parts = 2 * 8 * 1000 * (7 + 1), 8 * 8 * 1000 * (7 + 2)
     columns = 1 + -(-512 // 12)
-    own = columns * (2 * 7 * 4 + 48 * 1000 + 96) + 16 * (512 + columns)
+    scratch = columns * (2 * 7 * 4 + 48 * 1000 + 96) + 16 * (512 + columns)
     used = peak(ctxops.category_statistics, features, labels, memory, device="cpu")
-    assert used <= parts + 8 * own + rows + KIB
+    assert used <= parts + 8 * scratch + rows + KIB
 
 
 @product(

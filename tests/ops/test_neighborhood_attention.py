@@ -165,7 +165,7 @@ class TestNeighborhoodAttention(OperatorContract):
             yield forward, (*(x.clone().requires_grad_() for x in inputs), *options, save)
         yield forward, (*inputs[:2], None, *options, True)
         y, weights = torch.ops.ctxops.neighborhood_attention(*inputs, *options, True)
-        yield "neighborhood_attention_bwd", (random_like(y), *inputs, weights, *options)
+        yield "neighborhood_attention_backward", (random_like(y), *inputs, weights, *options)
 
 
 class TestNeighborhoodAttentionWeights(TestNeighborhoodAttention):
@@ -352,7 +352,9 @@ def test_a_backward_without_values_is_refused():
     _, weights = torch.ops.ctxops.neighborhood_attention(query, key, None, *options, True)
     value = torch.empty(1, 0, 8, 8)
     with pytest.raises(ValueError, match="value has no elements"):
-        torch.ops.ctxops.neighborhood_attention_bwd(query, query, key, value, weights, *options)
+        torch.ops.ctxops.neighborhood_attention_backward(
+            query, query, key, value, weights, *options
+        )
 
 
 def test_compiled_shift_on_a_map_that_is_too_small():

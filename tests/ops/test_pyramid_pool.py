@@ -95,7 +95,7 @@ class TestPyramidPool(OperatorContract):
         y, argmax = torch.ops.ctxops.pyramid_pool(x, sizes, maximum, maximum)
         argmax = argmax if maximum else None
         channels_last = not x.is_contiguous()
-        yield "pyramid_pool_bwd", (random_like(y), argmax, sizes, *x.shape[2:], channels_last)
+        yield "pyramid_pool_backward", (random_like(y), argmax, sizes, *x.shape[2:], channels_last)
 
 
 def check(x, sizes=SIZES, mode="avg"):

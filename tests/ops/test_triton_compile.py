@@ -57,16 +57,16 @@ def asymmetric_attention_cases(capability):
         for S in (110, 225, 300):
             shared_memory = SHARED_MEMORY[capability]
             tiles = kernels.forward_tiles(256, 2048, S, size, precision, shared_memory)
-            kernel = kernels.asymmetric_attention_fwd_online_kernel
+            kernel = kernels.asymmetric_attention_forward_online_kernel
             if S <= tiles.BS:
-                kernel = kernels.asymmetric_attention_fwd_kernel
+                kernel = kernels.asymmetric_attention_forward_kernel
             hot = capability == 90 and S == 110
             for layout in contiguous if hot else ("nchw",):
                 yield case(kernel, tiles, S, element, precision, layout)
             if S == 225:  # the backward takes the tiles of S = 300
                 continue
             tiles = kernels.backward_tiles(256, 2048, S, size, precision)
-            kernel = kernels.asymmetric_attention_bwd_kernel
+            kernel = kernels.asymmetric_attention_backward_kernel
             for layout in contiguous if hot else ("nhwc",):
                 yield case(kernel, tiles, S, element, precision, layout)
 
@@ -74,12 +74,12 @@ def asymmetric_attention_cases(capability):
     ones = dict.fromkeys(("N", "S", "C", "Cv"), 1) | {"p_bias": None}
     tiles = kernels.forward_tiles(1, 1, 1, 2, "ieee", SHARED_MEMORY[capability])
     for kernel in (
-        kernels.asymmetric_attention_fwd_kernel,
-        kernels.asymmetric_attention_fwd_online_kernel,
+        kernels.asymmetric_attention_forward_kernel,
+        kernels.asymmetric_attention_forward_online_kernel,
     ):
         yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones | {"p_lse": None})
     tiles = kernels.backward_tiles(1, 1, 1, 2, "ieee")
-    kernel = kernels.asymmetric_attention_bwd_kernel
+    kernel = kernels.asymmetric_attention_backward_kernel
     yield case(kernel, tiles, 1, "fp16", "ieee", "nhwc", ones)
 
 
@@ -87,8 +87,8 @@ def criss_cross_attention_cases(capability):
     """The tiles chosen at C = 64, Cv = 512 for rows of 97, and for single channels."""
     from ctxops.ops.criss_cross_attention import triton_kernels as kernels
 
-    forward = kernels.criss_cross_attention_fwd_kernel
-    backward = kernels.criss_cross_attention_bwd_kernel
+    forward = kernels.criss_cross_attention_forward_kernel
+    backward = kernels.criss_cross_attention_backward_kernel
 
     def case(kernel, tiles, element, precision, name, constants):
         constants = constants | tiles._asdict() | {"PRECISION": precision}
@@ -167,10 +167,10 @@ def compile_for(case: Case, capability: int) -> dict[str, int]:
 
 # Triton 3.8 spills 8 bytes in these float32 kernels, for one GPU or another.
 SPILLED_BY_3_8 = {
-    "asymmetric_attention_bwd_kernel-110-fp32-ieee-nhwc",
-    "criss_cross_attention_bwd_kernel-key-fp32-ieee",
-    "criss_cross_attention_bwd_kernel-key-fp32-tf32",
-    "criss_cross_attention_fwd_kernel-rows-fp32-ieee",
+    "asymmetric_attention_backward_kernel-110-fp32-ieee-nhwc",
+    "criss_cross_attention_backward_kernel-key-fp32-ieee",
+    "criss_cross_attention_backward_kernel-key-fp32-tf32",
+    "criss_cross_attention_forward_kernel-rows-fp32-ieee",
 }
 
 

@@ -283,8 +283,8 @@ _FORWARD = _operator.Operator(
     flops=_flops,
 )
 _BACKWARD = _operator.Operator(
-    "asymmetric_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    "Tensor lse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "asymmetric_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+    "Tensor? bias, Tensor lse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),
     backward=_operator.no_second_derivative("asymmetric_attention"),

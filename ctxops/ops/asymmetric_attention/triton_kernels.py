@@ -79,7 +79,7 @@ def _logits(
 
 
 @triton.jit
-def asymmetric_attention_fwd_kernel(
+def asymmetric_attention_forward_kernel(
     p_q,  # (B, C, N)
     p_k,  # (B, C, SP)
     p_v,  # (B, Cv, SP)
@@ -139,7 +139,7 @@ def asymmetric_attention_fwd_kernel(
 
 
 @triton.jit
-def asymmetric_attention_fwd_online_kernel(
+def asymmetric_attention_forward_online_kernel(
     p_q,  # (B, C, N)
     p_k,  # (B, C, SP)
     p_v,  # (B, Cv, SP)
@@ -200,7 +200,7 @@ def asymmetric_attention_fwd_online_kernel(
 
 
 @triton.jit
-def asymmetric_attention_bwd_kernel(
+def asymmetric_attention_backward_kernel(
     p_do,  # (B, Cv, N)
     p_q,  # (B, C, N)
     p_k,  # (B, C, SP)
@@ -391,9 +391,9 @@ def forward(
             slices = min(triton.cdiv(2 * multiprocessors, programs), max(1, Cv // (2 * C)))
             v_slice = triton.cdiv(Cv, slices * tiles.BV) * tiles.BV
             v_size: tuple[int, ...]
-            kernel, v_size = asymmetric_attention_fwd_kernel, (v_slice,)
+            kernel, v_size = asymmetric_attention_forward_kernel, (v_slice,)
         else:
-            kernel, v_slice, v_size = asymmetric_attention_fwd_online_kernel, tiles.BV, ()
+            kernel, v_slice, v_size = asymmetric_attention_forward_online_kernel, tiles.BV, ()
         kernel[programs, triton.cdiv(Cv, v_slice)](
             *(query, key, value, bias, output, lse),
             *(scale, N, S, SP, C, Cv, *v_size, *query.stride(), *output.stride()),
@@ -453,7 +453,7 @@ def backward(
                 n_grad_query = grad_query[i_b, :, i_n]
                 n_items, _, n_rows = n_query.shape
                 p, ds = workspace[:, :n_items, :n_rows]
-                asymmetric_attention_bwd_kernel[(n_items * triton.cdiv(n_rows, tiles.BN),)](
+                asymmetric_attention_backward_kernel[(n_items * triton.cdiv(n_rows, tiles.BN),)](
                     *(n_grad, n_query, b_key, b_value, None if bias is None else bias[i_b]),
                     *(n_lse, p, ds, scale, n_rows, S, SP, C, Cv),
                     *(*n_grad.stride(), *n_query.stride(), n_lse.stride(0), p.stride(0)),

@@ -418,7 +418,7 @@ _FORWARD = _operator.Operator(
     flops=_flops,
 )
 _BACKWARD = _operator.Operator(
-    "criss_cross_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
+    "criss_cross_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
     "Tensor output, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),

@@ -53,7 +53,7 @@ def _inner_products(
 
 
 @triton.jit
-def criss_cross_attention_fwd_kernel(
+def criss_cross_attention_forward_kernel(
     p_q,  # (B, N, C)
     p_k,  # (B, N, C)
     p_v,  # (B, N, Cv)
@@ -140,7 +140,7 @@ def criss_cross_attention_delta_kernel(
 
 
 @triton.jit
-def criss_cross_attention_bwd_kernel(
+def criss_cross_attention_backward_kernel(
     p_a,  # (B, N, C), query (KEYS: key)
     p_b,  # (B, N, C), key (KEYS: query)
     p_x,  # (B, N, Cv) or None, gradient of the output (KEYS: value)
@@ -293,7 +293,7 @@ def forward(
         for i, (LINES, L, s_line, s_n, others) in enumerate(launches):
             tiles = choose_tiles(L, C, Cv, query.element_size(), precision)
             grid = (B * LINES * triton.cdiv(L, tiles.BN), triton.cdiv(Cv, tiles.BV))
-            criss_cross_attention_fwd_kernel[grid](
+            criss_cross_attention_forward_kernel[grid](
                 *(query, key, value, written, states[i], states[i + 1]),
                 *(scale, LINES, L, C, Cv, s_line, s_n),
                 **tiles._asdict(),
@@ -344,7 +344,7 @@ def backward(
                 channels = g.shape[1]
                 tiles = choose_tiles(L, C if x is None else max(C, Cv), channels, size, precision)
                 grid = (B * LINES * triton.cdiv(L, tiles.BN), triton.cdiv(channels, tiles.BV))
-                criss_cross_attention_bwd_kernel[grid](
+                criss_cross_attention_backward_kernel[grid](
                     *(a, b, x, y, z, g, lse, d, scale, LINES, L, C, Cv, channels, s_line, s_n),
                     **tiles._asdict(),
                     KEYS=keys,

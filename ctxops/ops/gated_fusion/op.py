@@ -229,26 +229,26 @@ def _forward(
     fused = [_layout.empty_map(x.shape, x, layout) for x in features]
     # Two tensors without elements, not one twice: results must not alias.
     accumulator = _operator.accumulator(features[0].dtype)
-    made, sums = (features[0].new_empty((0,), dtype=accumulator) for _ in range(2))
+    computed, sums = (features[0].new_empty((0,), dtype=accumulator) for _ in range(2))
     if save:
         sums = _new_sums(features)
-        made = _new_gates(features) if gates is None else made
+        computed = _new_gates(features) if gates is None else computed
     if fake or fused[0].numel() == 0:
-        return fused, made, sums
-    nothing = features[0].new_empty((0,), dtype=accumulator)
+        return fused, computed, sums
+    empty = features[0].new_empty((0,), dtype=accumulator)
     work = sums if save else _new_sums(features)
     if gates is None:
-        gates = _new_gates(features) if work.numel() > 0 and not save else made
+        gates = _new_gates(features) if work.numel() > 0 and not save else computed
     targets = _empty_kernel_maps(fused)
     _operator.launch(
         "gated_fusion_forward", features[0],
         features=_kernel_maps(features, layout), gates=gates.contiguous(),
-        weight=nothing if weight is None else weight.to(accumulator).contiguous(),
-        bias=nothing if bias is None else bias.to(accumulator).contiguous(),
+        weight=empty if weight is None else weight.to(accumulator).contiguous(),
+        bias=empty if bias is None else bias.to(accumulator).contiguous(),
         outputs=targets, sums=work, align_corners=align_corners,
     )  # fmt: skip
     _copy_unless_same(fused, targets)
-    return fused, made, sums
+    return fused, computed, sums
 
 
 def _sum(values: Tensor, part: int) -> Tensor:
@@ -301,11 +301,11 @@ def _backward(
 
 def _setup_context(ctx, inputs, output):
     features, gates, weight, bias, ctx.align_corners, saved = inputs
-    _, made, sums = output
+    _, computed, sums = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(made, sums)
+    ctx.mark_non_differentiable(computed, sums)
     ctx.saved, ctx.layout = saved, _layout.memory_format(features[0])
-    ctx.save_for_backward(*features, gates if weight is None else made, weight, bias, sums)
+    ctx.save_for_backward(*features, gates if weight is None else computed, weight, bias, sums)
 
 
 def _autograd(ctx, grads, *_):
@@ -315,8 +315,8 @@ def _autograd(ctx, grads, *_):
     if not ctx.saved:
         # A graph that was exported without gradients has neither gates nor sums: take them anew.
         given = None if weight is not None else gates
-        _, made, sums = _FORWARD(features, given, weight, bias, ctx.align_corners, True)
-        gates = made if given is None else given
+        _, computed, sums = _FORWARD(features, given, weight, bias, ctx.align_corners, True)
+        gates = computed if given is None else given
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(features, grads, strict=True)]
     grad_features, grad_gates, grad_weight, grad_bias = _BACKWARD(
         grads, features, gates, weight, sums, ctx.align_corners
@@ -354,7 +354,7 @@ _FORWARD = _operator.Operator(
     flops=_flops,
 )
 _BACKWARD = _operator.Operator(
-    "gated_fusion_bwd(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
+    "gated_fusion_backward(Tensor[] grads, Tensor[] features, Tensor gates, Tensor? weight, "
     "Tensor sums, bool align_corners) -> (Tensor[], Tensor, Tensor, Tensor)",
     fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),

@@ -298,13 +298,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    nothing = (None,) * 9
+    no_gradients = (None,) * 9
     if grad is None:
-        return nothing
+        return no_gradients
     query, key, value, weights = ctx.saved_tensors
     if weights is None:
         weights = _FORWARD(query, key, None, *ctx.options, True)[1]
-    return *_BACKWARD(grad, query, key, value, weights, *ctx.options), *nothing[3:]
+    return *_BACKWARD(grad, query, key, value, weights, *ctx.options), *no_gradients[3:]
 
 
 def _flops(
@@ -344,7 +344,7 @@ _FORWARD = _operator.Operator(
     flops=_flops,
 )
 _BACKWARD = _operator.Operator(
-    "neighborhood_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, "
+    "neighborhood_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
     f"Tensor weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),

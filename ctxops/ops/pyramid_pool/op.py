@@ -187,7 +187,7 @@ _FORWARD = _operator.Operator(
     flops=_operator.no_products,
 )
 _BACKWARD = _operator.Operator(
-    "pyramid_pool_bwd(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
+    "pyramid_pool_backward(Tensor grad, Tensor? argmax, int[] sizes, SymInt height, SymInt width, "
     "bool channels_last) -> Tensor",
     fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),
