@@ -162,17 +162,16 @@ def launch(kernel: str, like: Tensor, /, **arguments: object) -> None:
 
     ``arguments`` are the members of the kernel's struct of parameters, tensors as DLPack capsules.
     """
-    handed = {
-        name: to_dlpack(a) if isinstance(a, Tensor)
-        else [to_dlpack(t) for t in a] if isinstance(a, list) and isinstance(a[0], Tensor)
-        else a
-        for name, a in arguments.items()
-    }  # fmt: skip
+    for name, argument in arguments.items():
+        if isinstance(argument, Tensor):
+            arguments[name] = to_dlpack(argument)
+        elif isinstance(argument, list) and isinstance(argument[0], Tensor):
+            arguments[name] = [to_dlpack(tensor) for tensor in argument]
     if like.is_cuda:
         stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native.cuda, kernel)(handed, stream)
+        getattr(_native.cuda, kernel)(arguments, stream)
     else:
-        getattr(_native.cpu, kernel)(handed, torch.get_num_threads())
+        getattr(_native.cpu, kernel)(arguments, torch.get_num_threads())
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
