@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets: images with the class of every pixel."""
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from ctxops._checks import check_known
+from ctxops.models.data.ade20k import ADE20K
+from ctxops.models.data.augment import Augmentation, Augmented
+from ctxops.models.data.camvid import CAMVID
+from ctxops.models.data.check import check_data
+from ctxops.models.data.cityscapes import CITYSCAPES, CITYSCAPES_COARSE
+from ctxops.models.data.files import Files, read_image
+from ctxops.models.data.folder import folder_spec
+from ctxops.models.data.order import StreamSampler
+from ctxops.models.data.scenes import CLASSES, PALETTE, Scenes, scene
+from ctxops.models.data.spec import IGNORE, Spec, Split
+from ctxops.models.data.voc2012 import VOC2012
+
+__all__ = [
+    "IGNORE",
+    "SPECS",
+    "Augmentation",
+    "Augmented",
+    "Files",
+    "Scenes",
+    "Spec",
+    "Split",
+    "StreamSampler",
+    "check_data",
+    "find_spec",
+    "folder_spec",
+    "open_split",
+    "read_image",
+    "scene",
+]
+
+SPECS = {spec.name: spec for spec in (ADE20K, CAMVID, CITYSCAPES, CITYSCAPES_COARSE, VOC2012)}
+
+
+def find_spec(name: str, root: str | Path | None = None) -> Spec:
+    """The spec of a data set of files; that of "folder" is in its root.
+
+    Raises:
+        ValueError: an unknown name (the closest is given), "folder" without root.
+        FileNotFoundError, ValueError: as :func:`folder_spec`.
+    """
+    check_known("data set", name, [*SPECS, "folder"])
+    if name != "folder":
+        return SPECS[name]
+    if root is None:
+        raise ValueError("root must be the folder of your data, got None")
+    return folder_spec(root)
+
+
+def class_names(name: str, root: str | Path | None = None) -> tuple[tuple, tuple]:
+    """The names of the classes of any data set, and their colours."""
+    if name == "scenes":
+        return CLASSES, PALETTE
+    check_known("data set", name, [*SPECS, "folder", "scenes"])
+    spec = find_spec(name, root)
+    return spec.classes, spec.palette
+
+
+def open_split(name: str, split: str, root: str | Path | None = None, **options) -> Dataset:
+    """A split of any data set: :class:`Files`, or :class:`Scenes`, which need no root.
+
+    ``options`` are those of :class:`Scenes`.
+    """
+    if name == "scenes":
+        return Scenes(split, **options)
+    if options:
+        raise ValueError(f"options are for scenes, not for {name}: got {sorted(options)}")
+    spec = find_spec(name, root)
+    if root is None:
+        raise ValueError(f"root must be the folder of {name} ({spec.source}), got None")
+    return Files(spec, root, split)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and labels of files, and the data set that they are."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ctxops.models.data.spec import Spec
+
+# How many files or numbers an error spells out.
+_SPELLED = 3
+
+
+def _open(path: Path) -> Image.Image:
+    """The image, decoded; raises ValueError with the file's name where that fails."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    return image
+
+
+def read_image(path: str | Path) -> Tensor:
+    """``(3, H, W)``, uint8: grey images three times the same, without transparency, upright.
+
+    Of 16 bits the upper 8 are kept.
+    """
+    image = ImageOps.exif_transpose(_open(Path(path)))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def read_numbers(path: str | Path) -> np.ndarray:
+    """The numbers in a labels file, ``(H, W)``: one channel of up to 16 bits, or a palette's."""
+    image = _open(Path(path))
+    numbers = np.asarray(image)
+    if numbers.ndim != 2 or not 0 <= numbers.min() <= numbers.max() < 1 << 16:
+        raise ValueError(
+            f"{path} must have one channel of numbers from 0 to 65535, got mode {image.mode!r}"
+        )
+    return numbers.astype(np.uint16)
+
+
+class Files(Dataset):
+    """The pairs of a split: ``files[i]`` is an image ``(3, H, W)`` and labels ``(H, W)``, uint8.
+
+    Args:
+        spec: the data set.
+        root: its folder.
+        split: such as ``"train"`` or ``"train+val"``.
+
+    Raises:
+        FileNotFoundError: no images, or one without labels.
+        ValueError: an unknown split; in reading: a file that is no image, an image and labels that
+            differ in size, a number that the data set does not know. The file is named.
+    """
+
+    def __init__(self, spec: Spec, root: str | Path, split: str) -> None:
+        self.spec, self.pairs = spec, spec.pairs(root, split)
+        missing = [str(path) for pair in self.pairs for path in pair if not path.is_file()]
+        if missing:
+            spelled = ", ".join(missing[:_SPELLED])
+            raise FileNotFoundError(
+                f"{len(missing)} files of {spec.name} are missing: {spelled}; all of them: "
+                f"ctxops data check {spec.name} {root}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return str(self.pairs[index].image)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        pair = self.pairs[index]
+        image, numbers = read_image(pair.image), read_numbers(pair.labels)
+        if image.shape[1:] != numbers.shape:
+            raise ValueError(
+                f"{pair.labels} must have the size of its image, {tuple(image.shape[1:])}, "
+                f"got {numbers.shape}"
+            )
+        labels, unknown = self.spec.to_classes(numbers)
+        if unknown:
+            raise ValueError(
+                f"{pair.labels} has {unknown[:_SPELLED]}, no numbers of {self.spec.name}"
+            )
+        return image, torch.from_numpy(labels)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trees
+
+pytest.importorskip("torchvision")
+
+from ctxops.__main__ import main
+from ctxops.models.data import IGNORE, SPECS, Files, Spec, find_spec, folder_spec, open_split
+from ctxops.models.data.files import read_image
+from ctxops.models.data.spec import colours
+
+# Of each data set: its tree, how many pairs, and the classes of the first labels' first columns.
+TREES = {
+    "cityscapes": (trees.cityscapes, 3, (0, IGNORE, 18, IGNORE)),
+    "cityscapes_coarse": (lambda root: trees.cityscapes(root, "gtCoarse"), 3, (0, IGNORE, 18)),
+    "ade20k": (trees.ade20k, 2, (IGNORE, 0, 149)),
+    "camvid": (trees.camvid, 2, (0, 10, IGNORE)),
+    "voc2012": (trees.voc2012, 2, (0, 20, IGNORE)),
+    "folder": (trees.folder, 2, (0, 2, IGNORE)),
+}
+
+
+def test_every_data_set_has_a_tree():
+    assert TREES.keys() == SPECS.keys() | {"folder"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_in_the_true_layout(name, tmp_path):
+    make, count, classes = TREES[name]
+    make(tmp_path)
+    files = open_split(name, "train", tmp_path)
+    assert len(files) == count
+    assert len({files.name(i) for i in range(count)}) == count
+    for image, labels in files:
+        assert image.shape == (3, *trees.SIZE)
+        assert labels.shape == trees.SIZE
+        assert image.dtype == labels.dtype == torch.uint8
+        assert tuple(labels[0, : len(classes)].tolist()) == classes
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_specs(spec):
+    assert len(set(spec.classes)) == len(spec.classes) == len(spec.palette)
+    assert spec.source
+    if spec.ids is not None:
+        assert {*spec.ids.values()} - {IGNORE} == {*range(len(spec.classes))}
+
+
+def test_several_splits(tmp_path):
+    trees.folder(tmp_path)
+    files = open_split("folder", "train+val", tmp_path)
+    assert [files.name(i).split("/")[-2] for i in range(4)] == ["train", "train", "val", "val"]
+
+
+def test_colours_of_voc():
+    assert colours(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert len(set(colours(255))) == 255
+
+
+def test_classes_with_colours(tmp_path):
+    trees.folder(tmp_path, "sky: [1, 2, 3]\nground:\ntree: [0, 255, 0]\n")
+    spec = folder_spec(tmp_path)
+    assert spec.classes == ("sky", "ground", "tree")
+    assert spec.palette == ((1, 2, 3), (128, 0, 0), (0, 255, 0))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA"])
+def test_modes_of_images(mode, tmp_path):
+    trees.image(tmp_path / "a.png", mode=mode)
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (3, *trees.SIZE)
+    if mode in ("L", "LA"):
+        assert torch.equal(image[0], image[2])
+
+
+def test_sixteen_bits_and_rotation(tmp_path):
+    values = np.arange(48, dtype=np.uint16).reshape(6, 8) << 8
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert torch.equal(read_image(tmp_path / "a.png")[1], torch.arange(48).view(6, 8).byte())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (8, 6)).save(tmp_path / "b.jpg", exif=exif)
+    assert read_image(tmp_path / "b.jpg").shape == (3, 8, 6)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+# What can be wrong with a pair: how it comes about, and what is said of it.
+FAULTS = {
+    "other size": (lambda f: trees.labels(f, size=(6, 9)), r"c\.png must have the size of its ima"),
+    "unknown number": (lambda f: trees.labels(f, (0, 9)), r"c\.png has \[9\], no numbers of folde"),
+    "16 bits": (lambda f: trees.labels(f, (0, 300)), r"c\.png has \[300\], no numbers of folder"),
+    "colours": (trees.image, r"c\.png must have one channel of numbers .* got mode 'RGB'"),
+    "truncated": (truncate, r"c\.png is no image that can be read"),
+    "empty": (lambda f: f.write_bytes(b""), r"c\.png is no image that can be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_pairs(fault, tmp_path, capsys):
+    trees.folder(tmp_path)
+    spoil, message = FAULTS[fault]
+    spoil(tmp_path / "labels/train/c.png")
+    files = open_split("folder", "train", tmp_path)
+    files[0]
+    with pytest.raises(ValueError, match=message):
+        files[1]
+    assert main(["data", "check", "folder", str(tmp_path)]) == 1
+    assert "c.png" in capsys.readouterr().out
+
+
+def test_missing_labels(tmp_path):
+    trees.folder(tmp_path)
+    (tmp_path / "labels/train/c.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 files of folder are missing: .*c\.png; all of"):
+        open_split("folder", "train", tmp_path)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_an_empty_folder_says_what_to_put_where(name, tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        open_split(name, "train", tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "expected" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find_spec("citiscapes"), "unknown data set 'citiscapes', the closest is 'citys"),
+        (lambda: find_spec("folder"), "root must be the folder of your data, got None"),
+        (lambda: open_split("camvid", "train"), "root must be the folder of camvid .* got None"),
+        (lambda: open_split("camvid", "train", ".", zones=2), r"options are for scenes, .*\['zone"),
+        (lambda: Files(SPECS["camvid"], ".", "vla"), "unknown split of camvid 'vla', the closest"),
+        (lambda: Spec("a", ("b",), {}), "classes must be 2 to 255, got 1"),
+        (lambda: Spec("a", ("b", "c"), {}, palette=((1, 2, 3),)), "a colour for each of 2 classes"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("3", "must be a list of names, or names with colours, got 3"),
+        ("sky: [1, 2]\nground:", r"must have colours of three numbers up to 255, got \[1, 2\]"),
+        ("- [", "is no YAML"),
+    ],
+)
+def test_bad_classes(classes, message, tmp_path):
+    (tmp_path / "classes.yaml").write_text(classes)
+    with pytest.raises(ValueError, match=f"classes.yaml {message}"):
+        folder_spec(tmp_path)
+
+
+def test_check_finds_everything_at_once(tmp_path, capsys):
+    trees.folder(tmp_path)
+    for name, (spoil, _) in FAULTS.items():
+        trees.image(tmp_path / f"images/train/{name}.png")
+        trees.labels(tmp_path / f"labels/train/{name}.png")
+        spoil(tmp_path / f"labels/train/{name}.png")
+    trees.image(tmp_path / "images/train/alone.png")
+    truncate(tmp_path / "images/val/c.png")
+    assert main(["data", "check", "folder", str(tmp_path)]) == 1
+    report = capsys.readouterr().out
+    problems = [line for line in report.splitlines() if line.startswith("  ")]
+    assert len(problems) == len(FAULTS) + 2
+    for name in (*FAULTS, "alone"):
+        assert sum(f"/{name}.png" in line for line in problems) == 1, name
+    assert "train: 9 pairs" in report
+    assert "val: 2 pairs" in report
+    assert "not there: no 'test' images" in report
+
+
+def test_check_counts_the_classes(tmp_path, capsys):
+    trees.folder(tmp_path)
+    assert main(["data", "check", "folder", str(tmp_path), "--split", "train"]) == 0
+    report = capsys.readouterr().out
+    assert "train: 2 pairs; sizes 6 x 8 (2)" in report
+    rows = {line.split()[0]: line.split()[1:] for line in report.splitlines()[2:]}
+    # of 8 columns 3 are sky, 3 tree and 2 ignored
+    assert rows["sky"] == ["37.5000%", "2"]
+    assert rows["ground"] == ["0.0000%", "0"]
+    assert rows["tree"] == ["37.5000%", "2"]
+    assert rows["(ignored)"] == ["25.0000%", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["citiscapes", "."], "unknown data set 'citiscapes', the closest is 'cityscapes'"),
+        (["camvid", "nowhere", "--split", "vla"], "unknown split of camvid 'vla', the closest is"),
+        (["folder", "nowhere"], "no nowhere/classes.yaml: expected classes.yaml, images/train/"),
+    ],
+)
+def test_check_fails(arguments, message, capsys):
+    assert main(["data", "check", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_check_of_an_empty_root(tmp_path, capsys):
+    assert main(["data", "check", "cityscapes", str(tmp_path)]) == 1
+    assert "expected" in capsys.readouterr().out
