@@ -26,6 +26,7 @@ from ctxops.models.fcn import fcn
 from ctxops.models.gald import gald
 from ctxops.models.gcn import gcn
 from ctxops.models.gff import gff
+from ctxops.models.inference import Inference, segment
 from ctxops.models.mcibi import mcibi
 from ctxops.models.non_local import non_local
 from ctxops.models.ocrnet import ocrnet
@@ -37,6 +38,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "ImportedModel",
+    "Inference",
     "LogitsOnly",
     "SegmentationNetwork",
     "SegmentationOutput",
@@ -65,4 +67,5 @@ __all__ = [
     "psanet",
     "pspnet",
     "register_model",
+    "segment",
 ]
