@@ -3,7 +3,9 @@
 
 import argparse
 import ast
+import importlib
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,7 +139,44 @@ def _option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _import(module: str, extra: str) -> types.ModuleType:
+    """A module of ``ctxops.models``, for the commands that need more than torch."""
+    try:
+        return importlib.import_module(f"ctxops.models.{module}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "ctxops").partition(".")[0]
+        if missing == "ctxops":
+            raise
+        raise ImportError(
+            f'this needs {missing}, which is not installed: pip install "ctxops[{extra}]"'
+        ) from None
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    """Prints what is in a data set."""
+    data = _import("data", "models")
+    spec = data.find_spec(arguments.spec, arguments.root)
+    report, well = data.check_data(spec, arguments.root, arguments.split)
+    print(report)
+    return 0 if well else 1
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    """Segments images and prints the names of the files that it writes."""
+    options = vars(arguments).copy()
+    del options["command"]
+    for path in _import("predict", "models").predict_files(**options):
+        print(path, flush=True)
+
+
+_TRAINING = {
+    "fit": "trains a network; without options on synthetic scenes",
+    "resume": "goes on with a run that was stopped: ctxops resume RUN",
+    "validate": "scores a checkpoint: ctxops validate CHECKPOINT [--KEY VALUE]...",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ctxops", description="Context operators.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what was built and what of it runs here")
@@ -156,16 +195,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=VALUE",
         help="an argument of create_model that shapes do not tell: --option output_stride=16",
     )
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "info":
-        print(_info())
-        return 0
+    for command, text in _TRAINING.items():
+        commands.add_parser(command, help=text, add_help=False)
+    predict = commands.add_parser("predict", help="the classes of images, as PNG files")
+    predict.add_argument("checkpoint", help="of ctxops fit or ctxops convert")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns")
+    predict.add_argument("-o", "--out", default="out", help="the folder to write to; default: out")
+    predict.add_argument("--overlay", action="store_true", help="the image under its colours too")
+    predict.add_argument("--device", help="default: a GPU if there is one")
+    predict.add_argument(
+        "--window", type=int, help="side of the parts of the image looked at; default: the whole"
+    )
+    predict.add_argument(
+        "--context",
+        choices=("image", "window"),
+        default="image",
+        help="what each pixel sees, with --window: the whole image, or the window alone",
+    )
+    predict.add_argument("--halo", type=int, help="what the encoder sees around each tile")
+    predict.add_argument("--overlap", type=float, default=1 / 3, help="share, of sliding windows")
+    predict.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="SCALE")
+    predict.add_argument("--flip", action="store_true", help="mirror images too")
+    predict.add_argument("--average", choices=("probabilities", "logits"), default="probabilities")
+    data = commands.add_parser("data", help="looks at data sets")
+    checks = data.add_subparsers(dest="action", required=True)
+    check = checks.add_parser("check", help="reads all pairs: what is missing, wrong, how frequent")
+    check.add_argument("spec", help="cityscapes, ade20k, camvid, voc2012 or folder")
+    check.add_argument("root", help="its folder")
+    check.add_argument("--split", nargs="+", default=[], help="default: all that are there")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    trains = bool(arguments) and arguments[0] in _TRAINING  # whose options are Lightning's to read
+    parsed = None if trains else _parser().parse_args(arguments)
     try:
-        print(_convert(parsed))
+        if trains:
+            train = _import("training.cli", "train").main
+        elif parsed.command == "info":
+            print(_info())
+        elif parsed.command == "convert":
+            print(_convert(parsed))
+        elif parsed.command == "predict":
+            _predict(parsed)
+        else:
+            return _check_data(parsed)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"ctxops convert: {error}", file=sys.stderr)
+        print(f"ctxops {arguments[0]}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return train(arguments) if trains else 0
 
 
 if __name__ == "__main__":

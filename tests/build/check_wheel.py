@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``check_wheel.py WHEEL``: the libraries that a wheel's extension needs, and how new.
 
-Fails if one is newer than BOUNDS: then the wheel runs on fewer systems than README.md says.
+Fails if one is newer than BOUNDS: then the wheel runs on fewer systems than README.md says; and if
+a module or a recipe of this tree is not in the wheel.
 """
 
 import re
@@ -10,6 +11,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 # RHEL 9, Ubuntu 22.04, Debian 12 and later have these. Threads became part of glibc itself in 2.34:
 # what is linked on such a system needs it.
@@ -38,6 +41,17 @@ def needs(extension: Path) -> tuple[set[str], dict[str, str]]:
     }
 
 
+def left_out(wheel: Path) -> list[str]:
+    """The modules and recipes of this tree that the wheel has not."""
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = set(archive.namelist())
+    files = [path for part in ("ctxops", "models") for path in (ROOT / part).rglob("*.*")]
+    names = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in (".py", ".yaml")}
+    # models/ is installed as a package of ctxops.
+    wanted = {f"ctxops/{name.removeprefix('ctxops/')}" for name in names}
+    return sorted(wanted - shipped)
+
+
 def check(wheel: Path) -> list[str]:
     """Prints what each extension of the wheel needs; what of it is too new."""
     problems = []
@@ -60,4 +74,6 @@ def check(wheel: Path) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("check_wheel.py WHEEL")
-    raise SystemExit("\n".join(check(Path(sys.argv[1]))) or None)
+    problems = check(Path(sys.argv[1]))
+    problems += [f"the wheel lacks {name}" for name in left_out(Path(sys.argv[1]))]
+    raise SystemExit("\n".join(problems) or None)

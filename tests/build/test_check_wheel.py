@@ -48,3 +48,11 @@ def test_other_libraries_and_no_extension_fail(check_wheel, tmp_path, monkeypatc
     assert problem.endswith("needs libgomp.so.1")
     (problem,) = check_wheel.check(wheel(tmp_path, __file__))
     assert problem == "a.whl has no extension"
+
+
+def test_what_the_wheel_lacks_is_named(check_wheel, tmp_path):
+    root = check_wheel.ROOT
+    lacking = check_wheel.left_out(wheel(tmp_path, root / "ctxops/__init__.py"))
+    assert "ctxops/__init__.py" not in lacking
+    expected = {"ctxops/nn/cbr.py", "ctxops/models/fcn.py", "ctxops/models/recipes/scenes.yaml"}
+    assert expected <= set(lacking)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a run, for Lightning."""
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ctxops.models.data import Augmentation, Augmented, StreamSampler, class_names, open_split
+
+
+class SegmentationData(LightningDataModule):
+    """Training samples as one endless stream, of which an epoch takes a fixed number of steps.
+
+    Args:
+        name: cityscapes, cityscapes_coarse, ade20k, camvid, voc2012; folder: your own; scenes:
+            synthetic, without files.
+        root: the folder of its files.
+        train_split: trained on; several joined by "+".
+        val_split: validated on.
+        options: of scenes: length, size, zones.
+        batch_size: images of a step, of all processes together.
+        steps_per_epoch: steps between two validations.
+        scale: both sides of an image are multiplied by a number drawn between these two.
+        crop: height and width of a random crop.
+        most_of_one_class: a crop of which one class has a larger share is drawn again.
+        flip: probability of a mirror image.
+        brightness: the factor is drawn between 1 - x and 1 + x.
+        contrast: likewise.
+        saturation: likewise.
+        hue: the shift is drawn between -x and x.
+        workers: processes that load, of each training process.
+        seed: of order and augmentation; that of the run.
+
+    Attributes:
+        classes: their names.
+        palette: a colour for each.
+    """
+
+    def __init__(
+        self,
+        name: str = "scenes",
+        root: str | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        options: dict | None = None,
+        batch_size: int = 4,
+        steps_per_epoch: int = 100,
+        scale: tuple[float, float] = (1.0, 1.0),
+        crop: tuple[int, int] | None = None,
+        most_of_one_class: float = 1.0,
+        flip: float = 0.5,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.classes, self.palette = class_names(name, root)
+        self.name, self.root, self.options = name, root, options or {}
+        self.train_split, self.val_split = train_split, val_split
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+        self.workers, self.seed = workers, seed
+        self.augmentation = Augmentation(
+            tuple(scale),
+            None if crop is None else tuple(crop),
+            most_of_one_class,
+            flip,
+            brightness,
+            contrast,
+            saturation,
+            hue,
+        )
+        self.train: Dataset | None = None
+        self.val: Dataset | None = None
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.train is None:
+            self.train = self._open(self.train_split)
+        if self.val is None:
+            self.val = self._open(self.val_split)
+
+    def _open(self, split: str) -> Dataset:
+        return open_split(self.name, split, self.root, **self.options)
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = StreamSampler(
+            len(self.train),
+            self.batch_size,
+            self.steps_per_epoch,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            processes=self.trainer.world_size,
+        )
+        return DataLoader(
+            Augmented(self.train, self.augmentation, self.seed),
+            sampler.share,
+            sampler=sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Each image once, in one of the processes: one at a time, as their sizes may differ."""
+        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
+        return DataLoader(Subset(self.val, mine), 1, num_workers=self.workers)

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by command: what it writes, how it resumes, and what it says of bad input."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason='needs pip install "ctxops[train]"')
+
+from PIL import Image
+
+import trees
+from ctxops.__main__ import main
+from ctxops.models import load_model, segment
+from ctxops.models.data import scene
+from ctxops.models.training.checkpoint import AtomicCheckpointIO
+from ctxops.models.training.cli import RECIPES
+from ctxops.models.training.task import SegmentationTask
+
+SMALL = {
+    "--data.options": "{length: 6, size: [64, 64]}",
+    "--data.batch_size": "2",
+    "--data.steps_per_epoch": "3",
+    "--trainer.max_epochs": "3",
+    "--trainer.enable_progress_bar": "false",
+    "--trainer.log_every_n_steps": "1",
+    "--trainer.accelerator": "cpu",
+    "--model.options": "{channels: 16}",
+}
+WIDTHS = {"ccnet": "{channels: 16, reduction: 4}", "gcn": "{kernel_size: 5}"}
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def fit(run, *more, **options):
+    """``ctxops fit`` on a few small scenes; options with __ for dots."""
+    given = SMALL | {f"--{name.replace('__', '.')}": value for name, value in options.items()}
+    return main(["fit", "--run", str(run), *(x for pair in given.items() for x in pair), *more])
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def losses(run):
+    """The loss of every step, of all starts of the run."""
+    values = []
+    for file in sorted(run.glob("logs/version_*/metrics.csv")):
+        with open(file) as lines:
+            values += [float(row["loss"]) for row in csv.DictReader(lines) if row["loss"]]
+    return values
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert fit(folder) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_needs(run):
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "logs"} == {p.name for p in run.iterdir()}
+    assert len(losses(run)) == 9
+    assert list(run.glob("logs/version_0/events*"))
+
+
+def test_a_checkpoint_is_a_network(run, tmp_path, capsys):
+    """For load_model and for predict, which know nothing of training."""
+    image, _, _ = scene(0, split="val")
+    expected = segment(load_model(run / "best.ckpt"), image[None])[0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    out = str(tmp_path / "out")
+    assert main(["predict", str(run / "best.ckpt"), str(tmp_path / "a.png"), "-o", out]) == 0
+    labels = Image.open(tmp_path / "out/a.png")
+    assert torch.equal(torch.from_numpy(np.array(labels)), expected)
+    assert tuple(labels.getpalette()[:3]) == (70, 130, 180)  # sky
+
+
+def test_validate_needs_the_checkpoint_alone(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", str(run / "best.ckpt")]) == 0
+    printed = capsys.readouterr().out
+    states = load(run / "best.ckpt")["callbacks"]
+    (best,) = (s["best_model_score"] for name, s in states.items() if "mIoU" in name)
+    assert f"mean IoU        {best:.4f}" in printed
+    assert main(["validate", str(run / "best.ckpt"), "--inference.scales", "[0.5]"]) == 0
+    assert capsys.readouterr().out != printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("network", ["ann", *slow("mcibi")])
+def test_a_resumed_run_continues_bitwise(network, tmp_path, monkeypatch):
+    options = {"model__network": network, "data__crop": "[48, 48]", "data__brightness": "0.3"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert fit(whole, **options) == 0
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(task):
+        if task.current_epoch == 1:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "on_train_epoch_start", stop)
+        with pytest.raises(Stop):
+            fit(broken, **options)
+    assert load(broken / "last.ckpt")["epoch"] == 0
+    torch.manual_seed(999)  # what random numbers other code drew does not matter
+    assert main(["resume", str(broken)]) == 0
+    assert losses(broken) == losses(whole)
+    a, b = load(whole / "last.ckpt"), load(broken / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+    if network == "mcibi":
+        assert a["state_dict"]["bank.step"] == 9
+        assert a["state_dict"]["bank.memory"].any()
+
+
+@pytest.mark.parametrize("network", ["mcibi", *slow("ann", "ccnet", "gald", "gcn", "gff")])
+def test_twenty_steps_lower_the_loss(network, tmp_path):
+    """Not counting the first: then a memory is empty and its rows cost nothing."""
+    options = {"model__options": WIDTHS.get(network, "{channels: 16}"), "model__network": network}
+    options |= {"data__steps_per_epoch": "20", "data__options": "{length: 2, size: [64, 64]}"}
+    options |= {"trainer__max_epochs": "1", "data__flip": "0", "model__optimization__lr": "0.01"}
+    assert fit(tmp_path, **options) == 0
+    values = losses(tmp_path)[1:]
+    assert len(values) == 19
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["ohem", "cross_entropy"])
+def test_ohem_and_options_reach_their_parts(loss, tmp_path):
+    """Frozen norms, weights to start from, memory format and accumulation in one run."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert fit(first, model__loss__kind=loss, trainer__max_epochs="1") == 0
+    more = {"model__init_from": str(first / "last.ckpt"), "model__freeze_norm": "true"}
+    more |= {"model__channels_last": "true", "trainer__accumulate_grad_batches": "3"}
+    assert fit(second, trainer__max_epochs="1", **more) == 0
+    a, b = (load(folder / "last.ckpt")["state_dict"] for folder in (first, second))
+    same = {name for name in a if torch.equal(a[name], b[name])}
+    norms = {n for n in a if n.replace("weight", "running_mean") in a or "running_" in n}
+    assert norms <= same
+    assert same < a.keys()
+    assert load(second / "last.ckpt")["global_step"] == 1
+
+
+def test_a_missing_label_costs_nothing_and_an_absent_class_is_named(tmp_path, capsys):
+    trees.folder(tmp_path / "data", "- sky\n- ground\n- tree\n- moon\n")
+    data = {"data__name": "folder", "data__root": str(tmp_path / "data"), "data__options": "{}"}
+    assert fit(tmp_path / "run", trainer__max_epochs="1", **data) == 0
+    printed = capsys.readouterr().out
+    assert "in no label, not in the mean: ground, moon" in printed
+    assert "nan" not in printed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"the loss of step \d is not finite; its images: scene "):
+        fit(tmp_path, model__optimization="{optimizer: sgd, lr: 1.0e+30}")
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+# What is asked for, and the one line that is said.
+MISTAKES = [
+    (["--modle.network", "ann"], "unknown key 'modle.network', the closest is 'model.network'"),
+    (
+        ["--model.loss.kepe", "0.5"],
+        "unknown key 'model.loss.kepe', the closest is 'model.loss.keep'",
+    ),
+    (["--data.batchsize", "2"], "unknown key 'data.batchsize', the closest is 'data.batch_size'"),
+    (
+        ["--inference.windw", "2"],
+        "unknown key 'inference.windw', the closest is 'inference.window'",
+    ),
+    (["--model.network", "anm"], "unknown model 'anm', the closest is 'ann'"),
+    (["--model.options", "{chanels: 3}"], "'chanels', the closest is 'channels'"),
+    (["--data.name", "citiscapes"], "unknown data set 'citiscapes', the closest is 'cityscapes'"),
+    (["--data.name", "camvid", "--data.options", "{}"], "root must be the folder of camvid"),
+    (["--data.batch_size", "two"], "data.batch_size"),
+    (["--model.loss.keep", "2"], "keep must be above 0 and at most 1, got 2"),
+    (
+        ["--config", "ann_citiscapes"],
+        "unknown recipe 'ann_citiscapes', the closest is 'ann_cityscap",
+    ),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--ckpt_path", "x"], "--ckpt_path is not taken: ctxops resume RUN goes on with a run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_named_in_one_line(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--run", str(tmp_path), *arguments])
+    text = str(raised.value.code)
+    assert message in text
+    assert text.startswith("ctxops fit: ")
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("modle: {network: ann}", "key 'modle.network', the closest is 'model.network'"),
+        ("model: {netwrk: ann}", "key 'model.netwrk', the closest is 'model.network'"),
+        ("model: {loss: {kepe: 0.5}}", "key 'model.loss.kepe', the closest is 'model.loss.keep'"),
+        ("trainer: {max_epoch: 3}", "the closest is 'trainer.max_epochs'"),
+        ("inference: {scale: [1.0]}", "the closest is 'inference.scales'"),
+    ],
+)
+def test_a_recipe_with_a_misspelt_key(recipe, message, tmp_path):
+    (tmp_path / "a.yaml").write_text(recipe)
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--config", str(tmp_path / "a.yaml")])
+    text = str(raised.value.code)
+    assert "unknown key" in text
+    assert message in text
+    assert "\n" not in text
+
+
+def test_other_mistakes(run, tmp_path):
+    for arguments, message in (
+        (["fit", "--run", str(run)], f"{run} holds a run: ctxops resume {run}, or give another"),
+        (["resume", str(tmp_path)], "holds no run to resume"),
+        (["resume", str(run), "--model.network", "ann"], "and nothing else: it goes on as it was"),
+        (["validate"], "give a checkpoint first"),
+        (["validate", "nowhere"], "No such file"),
+        (["validate", __file__], "is no checkpoint"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+        assert str(raised.value.code).startswith(f"ctxops {arguments[0]}: ")
+        assert message in str(raised.value.code)
+
+
+def test_a_checkpoint_of_another_network_or_other_classes(run, tmp_path):
+    changed = load(run / "last.ckpt")
+    for part, value, message in (
+        ("model", "fcn", "the checkpoint is of another model: fcn, not ann"),
+        ("classes", ["a"], r"the checkpoint is of another classes: \['a'\], not \['sky', "),
+    ):
+        torch.save(changed | {part: value}, tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match=message):
+            main(["validate", str(tmp_path / "a.ckpt")])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_are_understood(name, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--config", name, "--print_config"])
+    assert not raised.value.code
+    assert "max_epochs" in capsys.readouterr().out
+
+
+class _Kill:
+    """What kills the process while it is written."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"epoch": 1, "x": torch.ones(1000)}, path)
+    child = os.fork()
+    if child == 0:
+        try:
+            io.save_checkpoint({"epoch": 2, "x": torch.ones(1000), "y": _Kill()}, path)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert load(path)["epoch"] == 1
+    io.save_checkpoint({"epoch": 3}, path)
+    assert load(path)["epoch"] == 3
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """On images without ignored pixels, with frozen norms and without dropout."""
+    for split in ("train", "val"):
+        for k in range(8):
+            trees.image(tmp_path / f"data/images/{split}/{k}.png", (64, 64))
+            trees.labels(tmp_path / f"data/labels/{split}/{k}.png", (0, k % 3, 1), (64, 64))
+    (tmp_path / "data/classes.yaml").write_text("[a, b, c]")
+    options = {"data.name": "folder", "data.root": str(tmp_path / "data"), "data.options": "{}"}
+    options |= {"data.batch_size": "4", "model.freeze_norm": "true"}
+    options |= {"model.options": "{channels: 16, dropout: 0.0}"}
+    given = SMALL | {f"--{name}": value for name, value in options.items()}
+    for processes in ("1", "2"):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        more = ["--trainer.devices", processes, "--run", str(tmp_path / processes)]
+        subprocess.run(
+            [sys.executable, *launch, "-m", "ctxops", "fit"]
+            + [x for pair in given.items() for x in pair]
+            + more,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+    one, two = (load(tmp_path / processes / "last.ckpt")["state_dict"] for processes in "12")
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_prediction_and_data_never_import_lightning(run, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from ctxops.__main__ import main\n"
+        f"main(['predict', {str(run / 'best.ckpt')!r}, {str(tmp_path / 'a.png')!r}, '-o', "
+        f"{str(tmp_path / 'out')!r}])\n"
+        "main(['data', 'check', 'folder', 'nowhere'])\n"
+        "print('lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
