@@ -1124,4 +1124,132 @@ _NETWORKS = [
     ),
 ]
 
-FAULTS = [*_CPU, *_CUDA, *_TRITON, *_OPS, *_MODULES, *_IMPORTERS, *_NETWORKS]
+_TRAINING = [
+    *_in(
+        "models/data/scenes.py",
+        "tests/models/data/test_scenes.py",
+        (
+            "scenes-colour-tells",
+            "the colour of the ground tells the place without the landmark",
+            "canvas.colour(70, 150), _GROUND, True)",
+            "canvas.colour(70, 150) - 9 * canvas.places[0], _GROUND, True)",
+        ),
+        (
+            "scenes-one-place",
+            "two zones are one place",
+            "self.places[self.zone[x]]",
+            "self.places[0]",
+        ),
+    ),
+    *_in(
+        "models/data/order.py",
+        "tests/models/data/test_order.py",
+        (
+            "order-first-epoch-again",
+            "every epoch sees the samples of the first one",
+            "range(self.epoch * self.steps, (self.epoch + 1) * self.steps)",
+            "range(self.steps)",
+        ),
+        (
+            "order-processes",
+            "all processes see the samples of the first one",
+            "step * self.batch_size + self.rank * self.share",
+            "step * self.batch_size",
+        ),
+    ),
+    *_in(
+        "models/data/augment.py",
+        "tests/models/data/test_augment.py",
+        (
+            "augment-labels-not-flipped",
+            "a mirror image keeps its labels",
+            "image, labels = image.flip(-1), labels.flip(-1)",
+            "image, labels = image.flip(-1), labels",
+        ),
+        (
+            "augment-padding-is-a-class",
+            "padding counts as class 0",
+            "transforms.pad(labels[None], padding, fill=IGNORE)[0]",
+            "transforms.pad(labels[None], padding)[0]",
+        ),
+    ),
+    *_in(
+        "models/data/spec.py",
+        "tests/models/data/test_files.py",
+        (
+            "spec-unknown-is-ignored",
+            "numbers that the data set does not know are ignored without a word",
+            "unknown = classes == _UNKNOWN",
+            "unknown = classes == 1 << 14",
+        ),
+    ),
+    *_in(
+        "models/training/losses.py",
+        "tests/models/training/test_losses.py",
+        (
+            "loss-mean-over-ignored",
+            "ignored pixels count in the mean",
+            "return losses / (labels != IGNORE).sum().clamp_min(1)",
+            "return losses / labels.numel()",
+        ),
+        (
+            "ohem-share-of-all",
+            "OHEM keeps a share of all pixels, ignored ones included",
+            "rank < (keep * labelled.sum()).ceil()",
+            "rank < keep * labelled.numel()",
+        ),
+    ),
+    *_in(
+        "models/training/metrics.py",
+        "tests/models/training/test_metrics.py",
+        (
+            "absent-class-counts",
+            "a class that no label has counts as 0 where it was predicted",
+            "present = labelled > 0",
+            "present = union > 0",
+        ),
+    ),
+    *_in(
+        "models/training/optimization.py",
+        "tests/models/training/test_optimization.py",
+        (
+            "norms-decay",
+            "decay_norms=False is ignored",
+            '{"params": flat, "weight_decay": 0.0},',
+            '{"params": flat},',
+        ),
+    ),
+    *_in(
+        "models/inference.py",
+        "tests/models/test_inference.py",
+        (
+            "tiles-without-halo",
+            "the encoder sees nothing around a tile below and on the right",
+            "image[:, :, top : bottom + halo, left : right + halo]",
+            "image[:, :, top:bottom, left:right]",
+        ),
+        (
+            "flip-stays-mirrored",
+            "scores of the mirror image are not mirrored back",
+            "passes.append(scores.flip(-1) if mirrored else scores)",
+            "passes.append(scores)",
+        ),
+        (
+            "bands-corners",
+            "align_corners=True is ignored along the height",
+            "    if align_corners:\n        position = row",
+            "    if not align_corners:\n        position = row",
+        ),
+    ),
+]
+
+FAULTS = [
+    *_CPU,
+    *_CUDA,
+    *_TRITON,
+    *_OPS,
+    *_MODULES,
+    *_IMPORTERS,
+    *_NETWORKS,
+    *_TRAINING,
+]
