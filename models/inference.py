@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import weakref
@@ -168,11 +169,11 @@ def _slide(
         )
     step = max(1, round(window * (1 - overlap)))
     rows, columns = ([*range(0, side - window, step), side - window] for side in (height, width))
-    total, count = 0, x.new_zeros((1, 1, height, width))
+    total, count = x.new_zeros(()), x.new_zeros((1, 1, height, width))
     for top, left in itertools.product(rows, columns):
         part = (..., slice(top, top + window), slice(left, left + window))
         scores = activate(network(x[part]).logits)
-        if not isinstance(total, Tensor):
+        if total.dim() == 0:
             total = scores.new_zeros((*scores.shape[:2], height, width))
         total[part] += scores
         count[part] += 1
@@ -299,8 +300,8 @@ def _label(
     labels = torch.empty((first.shape[0], height, width), dtype=dtype, device=first.device)
     for top in range(0, height, _BAND):
         band = slice(top, min(top + _BAND, height))
-        scores = sum(activate(_resize_rows(x, size, band, align_corners)) for x in passes)
-        labels[:, band] = scores.argmax(1)
+        scores = [activate(_resize_rows(x, size, band, align_corners)) for x in passes]
+        labels[:, band] = functools.reduce(torch.add, scores).argmax(1)
     return labels
 
 

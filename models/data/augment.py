@@ -3,6 +3,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ class Augmentation:
         hue: the shift is drawn between -x and x, at most 0.5, a half turn.
     """
 
-    scale: tuple[float, float] = (1.0, 1.0)
-    crop: tuple[int, int] | None = None
+    scale: Sequence[float] = (1.0, 1.0)
+    crop: Sequence[int] | None = None
     most_of_one_class: float = 1.0
     flip: float = 0.0
     brightness: float = 0.0
@@ -43,8 +44,7 @@ class Augmentation:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
-        low, high = self.scale
-        if not 0 < low <= high:
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be two numbers 0 < low <= high, got {self.scale}")
         if self.crop is not None and (len(self.crop) != 2 or min(self.crop) < 1):
             raise ValueError(f"crop must be a height and a width, got {self.crop}")
@@ -63,7 +63,7 @@ class Augmentation:
         def draw(low: float, high: float) -> float:
             return low + (high - low) * torch.rand((), generator=random).item()
 
-        if self.scale != (1.0, 1.0):
+        if tuple(self.scale) != (1.0, 1.0):
             factor = draw(*self.scale)
             size = [max(1, round(side * factor)) for side in labels.shape]
             image = transforms.resize(image, size, antialias=True)
@@ -112,7 +112,7 @@ class Augmented(Dataset):
     The augmentation is a function of the seed and the position alone, in whichever process.
     """
 
-    def __init__(self, samples: Dataset, augmentation: Augmentation, seed: int = 0) -> None:
+    def __init__(self, samples: Any, augmentation: Augmentation, seed: int = 0) -> None:
         self.samples, self.augmentation, self.seed = samples, augmentation, seed
 
     def __len__(self) -> int:

@@ -64,7 +64,7 @@ class StreamSampler(Sampler[tuple[int, int]]):
         return self.steps * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        shuffled, order = -1, []
+        shuffled, order = -1, torch.empty(0)
         for step in range(self.epoch * self.steps, (self.epoch + 1) * self.steps):
             first = step * self.batch_size + self.rank * self.share
             for position in range(first, first + self.share):

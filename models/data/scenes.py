@@ -29,6 +29,7 @@ _SKY, _TREE, _POLE, _LANDMARK, _GROUND, _BUILDING, _VEHICLE, _SIGN = 0, 1, 2, 3,
 _LENGTHS = {"train": 600, "val": 60, "test": 60}
 _LEAST_SIDE = 64
 _LANDMARK_HALF = 10
+_RED = np.array([210, 30, 30], np.float32)
 
 
 class Scene(NamedTuple):
@@ -109,7 +110,7 @@ def scene(
     _draw_trees(canvas, horizon)
     landmarks = [_draw_landmark(canvas, horizon, zone) for zone in range(zones)]
     for cut in canvas.cuts[1:-1]:  # a wall between the places
-        canvas.box((0, height), (cut - 2, cut + 2), np.float32([20, 20, 20]), _POLE)
+        canvas.box((0, height), (cut - 2, cut + 2), np.array([20, 20, 20], np.float32), _POLE)
     _draw_vehicles(canvas, horizon)
     _draw_poles(canvas, horizon, [column for _, column in landmarks])
     canvas.labels[height - canvas.between(0, 5) :] = IGNORE  # what the camera stands on
@@ -154,7 +155,7 @@ def _draw_trees(canvas: _Canvas, horizon: int) -> None:
         radius, column = canvas.between(6, 13), canvas.between(0, canvas.width)
         row = horizon - canvas.between(0, 14)
         disc = (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
-        green = canvas.colour(30, 90) * np.float32([0.6, 1.5, 0.5])
+        green = canvas.colour(30, 90) * np.array([0.6, 1.5, 0.5], np.float32)
         canvas.image[disc] = green + canvas.rng.normal(0, 14, (disc.sum(), 1))
         canvas.labels[disc] = _TREE
 
@@ -167,7 +168,7 @@ def _draw_landmark(canvas: _Canvas, horizon: int, zone: int) -> tuple[int, int]:
     canvas.box((top, horizon + 4), (middle - 3, middle + 4), body, _LANDMARK)
     if canvas.places[zone]:
         for y in range(top, horizon + 4, 6):
-            canvas.box((y, y + 3), (middle - 3, middle + 4), np.float32([210, 30, 30]), _LANDMARK)
+            canvas.box((y, y + 3), (middle - 3, middle + 4), _RED, _LANDMARK)
     else:
         for offset in range(1 - half, half):  # the sails, a cross
             y = top + 4 + offset

@@ -139,4 +139,4 @@ def colours(count: int) -> tuple[tuple[int, int, int], ...]:
     def channel(number: int, first: int) -> int:
         return sum((number >> (3 * bit + first) & 1) << (7 - bit) for bit in range(8))
 
-    return tuple(tuple(channel(k, first) for first in range(3)) for k in range(count))
+    return tuple((channel(k, 0), channel(k, 1), channel(k, 2)) for k in range(count))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data of a run, for Lightning."""
 
+from typing import Any
+
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -62,8 +64,8 @@ class SegmentationData(LightningDataModule):
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.workers, self.seed = workers, seed
         self.augmentation = Augmentation(
-            tuple(scale),
-            None if crop is None else tuple(crop),
+            scale,
+            crop,
             most_of_one_class,
             flip,
             brightness,
@@ -71,8 +73,8 @@ class SegmentationData(LightningDataModule):
             saturation,
             hue,
         )
-        self.train: Dataset | None = None
-        self.val: Dataset | None = None
+        self.train: Any = None
+        self.val: Any = None
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train is None:

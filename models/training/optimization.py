@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,14 +45,15 @@ class Optimization:
 
     def of(self, network: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
         """Optimizer and schedule of a run of so many steps."""
-        trained = [p for p in network.parameters() if p.requires_grad]
+        trained: list[Any] = [p for p in network.parameters() if p.requires_grad]
         if not self.decay_norms:  # which have one dimension, as biases have
             flat = [p for p in trained if p.dim() <= 1]
             trained = [
                 {"params": [p for p in trained if p.dim() > 1]},
                 {"params": flat, "weight_decay": 0.0},
             ]
-        options = {"lr": self.lr, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        optimizer: Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(trained, momentum=self.momentum, **options)
         else:

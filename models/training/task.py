@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -75,10 +75,8 @@ class SegmentationTask(LightningModule):
             self.network.load_state_dict(load_checkpoint(init_from))
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self.frozen = [
-            m for m in self.network.modules() if freeze_norm and isinstance(m, _BatchNorm)
-        ]
-        for norm in self.frozen:
+        self.freeze_norm = freeze_norm
+        for norm in self._frozen():
             norm.requires_grad_(False)
         self.confusion = MulticlassConfusionMatrix(
             len(classes), ignore_index=IGNORE, validate_args=False
@@ -89,9 +87,13 @@ class SegmentationTask(LightningModule):
 
     def train(self, mode: bool = True) -> LightningModule:
         super().train(mode)
-        for norm in self.frozen:
+        for norm in self._frozen():
             norm.eval()
         return self
+
+    def _frozen(self) -> list[nn.Module]:
+        norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
+        return list(norms) if self.freeze_norm else []
 
     def setup(self, stage: str) -> None:
         # Never without need: it is for GPUs alone, and costs time.
@@ -122,8 +124,9 @@ class SegmentationTask(LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        if hasattr(self.network, "bank"):
-            self.network.bank(*self._remembered)
+        bank = getattr(self.network, "bank", None)
+        if bank is not None:
+            bank(*self._remembered)
 
     def on_train_epoch_end(self) -> None:
         self._check_previous()
