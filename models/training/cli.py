@@ -87,7 +87,8 @@ class _CLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str | None, default=None, help="the run's folder")
+        # torchrun would take "--run" for an option of its own.
+        parser.add_argument("--run_folder", type=str | None, default=None, help="to write to")
         parser.add_class_arguments(Inference, "inference")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
@@ -112,10 +113,12 @@ class _CLI(LightningCLI):
         data, model, trainer = (
             self._get(self.config_init, name) for name in ("data", "model", "trainer")
         )
-        folder = Path(self._get(self.config, "run") or f"runs/{data.name}_{model.model}")
+        folder = Path(self._get(self.config, "run_folder") or f"runs/{data.name}_{model.model}")
         resumed = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit" and resumed is None and (folder / _LAST).exists():
-            raise ValueError(f"{folder} holds a run: ctxops resume {folder}, or give another --run")
+            raise ValueError(
+                f"{folder} holds a run: ctxops resume {folder}, or another --run_folder"
+            )
         kwargs |= {"default_root_dir": folder, "callbacks": list(trainer.callbacks or ())}
         kwargs["plugins"] = [*(trainer.plugins or ()), AtomicCheckpointIO()]
         if self.subcommand == "validate":
@@ -199,7 +202,7 @@ def _translate(command: str, rest: list[str], config: Path) -> list[str]:
             if not file.is_file():
                 raise FileNotFoundError(f"{run} holds no run to resume: there is no {file}")
         files = ["--config", str(run / _CONFIG), "--ckpt_path", str(run / _LAST)]
-        return ["fit", *files, "--run", str(run)]
+        return ["fit", *files, "--run_folder", str(run)]
     if command == "validate" and not asks:
         if not rest or rest[0].startswith("-"):
             raise ValueError("give a checkpoint first: ctxops validate CHECKPOINT [--KEY VALUE]...")
