@@ -54,18 +54,21 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_pointwise:
+        if self.is_pointwise and x.dim() == 4:
             return pointwise(x, self.weight, self.bias)
         return super().forward(x)
 
     @property
     def is_pointwise(self) -> bool:
-        """Is it the 1 x 1 convolution after all? Adapters make others of the same class."""
+        """Is it the 1 x 1 convolution after all? Adapters make others of the same class, or replace
+        the step in which ``nn.Conv2d`` convolves.
+        """
         return (
             self.kernel_size == (1, 1)
             and self.stride == (1, 1)
             and self.padding == (0, 0)
             and self.groups == 1
+            and "_conv_forward" not in self.__dict__
         )
 
 

@@ -2,6 +2,7 @@
 """A child that other tools have changed is called, and whatever its call does counts."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -268,6 +269,32 @@ def test_a_norm_of_another_class_is_called():
     torch.testing.assert_close(block(x), all_called(block)(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_forward_of_a_class_may_be_replaced(monkeypatch):
+    """As adaptation at test time does, which lets all batch norms normalise by the batch."""
+    x = torch.randn(2, 8, 6, 9)
+    block = randomise(APNB(8, 4, 4, output_sizes=(1, 2), fuse="concat")).eval()
+    own = PointwiseConv2d.forward
+    for kind, forward in (
+        (nn.BatchNorm2d, lambda norm, y: F.batch_norm(y, None, None, training=True)),
+        (PointwiseConv2d, functools.wraps(own)(lambda convolution, y: 2 * own(convolution, y))),
+    ):
+        before = block(x)
+        monkeypatch.setattr(kind, "forward", forward)
+        torch.testing.assert_close(block(x), all_called(block)(x), rtol=1e-4, atol=1e-5)
+        assert (block(x) - before).abs().max() > 0.1
+
+
+def test_a_replaced_step_of_a_convolution_counts():
+    """As tools that continue maps around their borders replace it."""
+    x = torch.randn(2, 8, 6, 9, dtype=torch.float64)
+    block = randomise(APNB(8, 4, 4, output_sizes=(1, 2), fuse="concat")).double().eval()
+    for convolution in (block.key[0], block.value, block.out, block.fusion[0]):
+        before, own = block(x), convolution._conv_forward
+        convolution._conv_forward = lambda y, *weights, own=own: 2 * own(y, *weights)
+        torch.testing.assert_close(block(x), all_called(block)(x))
+        assert (block(x) - before).abs().max() > 1e-4
+
+
 def test_weights_of_a_tensor_class_are_not_read():
     convolution = nn.Conv2d(2, 3, 1)
     convolution.weight = nn.Parameter(convolution.weight.detach().as_subclass(_Wrapped), False)
@@ -313,6 +340,8 @@ def test_a_convolution_is_built_as_its_class_is():
     plain.load_state_dict(wide.state_dict())
     x = torch.randn(2, 3, 9, 8)
     torch.testing.assert_close(wide(x), plain(x))
+    narrow, image = PointwiseConv2d(3, 4), torch.randn(3, 9, 8)
+    torch.testing.assert_close(narrow(image), narrow(image[None])[0])
 
 
 def test_a_flop_counter_counts_what_runs_without_it():
