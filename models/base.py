@@ -2,7 +2,15 @@
 """What all networks share: encoder, decoder, classifier, and what a forward returns."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import torch
@@ -34,7 +42,7 @@ class SegmentationOutput(dict):
     features: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.logits, Tensor) and isinstance(self.logits, Iterable):
+        if isinstance(self.logits, (Mapping, ItemsView, Iterator, list)):
             items, self.auxiliary, self.features = dict(self.logits), {}, None
             for name, value in items.items():
                 self[name] = value
@@ -43,7 +51,7 @@ class SegmentationOutput(dict):
         super().__setattr__(name, value)
         if value is None or (isinstance(value, dict) and not value):
             super().pop(name, None)
-        else:
+        elif name in _FIELDS:  # other names are attributes alone
             super().__setitem__(name, value)
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -51,9 +59,22 @@ class SegmentationOutput(dict):
             raise KeyError(f"{name!r}; an output has {', '.join(_FIELDS)}")
         setattr(self, name, value)
 
-    def update(self, *items: object, **named: object) -> None:
-        for name, value in dict(*items, **named).items():
-            self[name] = value
+    def __delitem__(self, name: str) -> None:
+        self.pop(name)
+
+    def pop(self, name: str, *default: object) -> object:
+        value = super().pop(name, *default)
+        if name in _FIELDS:
+            setattr(self, name, {} if name == "auxiliary" else None)
+        return value
+
+    def __ior__(self, items: Mapping | Iterable[tuple[str, object]]) -> "SegmentationOutput":
+        self.update(items)
+        return self
+
+    # A dictionary's own would change the items and leave the attributes.
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault
+    popitem, clear = MutableMapping.popitem, MutableMapping.clear
 
     def __getitem__(self, key: str | int | slice) -> object:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]

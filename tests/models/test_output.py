@@ -55,6 +55,34 @@ def test_attributes_and_items_are_one(output, change):
         output["logit"] = features
 
 
+@pytest.mark.parametrize(
+    ("change", "held"),
+    [
+        (lambda y: y.pop("auxiliary"), ["logits"]),
+        (lambda y: y.pop("features", None), ["logits", "auxiliary"]),
+        (lambda y: y.__delitem__("logits"), ["auxiliary"]),
+        (lambda y: y.clear(), []),
+        (lambda y: y.setdefault("features", torch.ones(1)), ["logits", "auxiliary", "features"]),
+        (lambda y: y.__ior__({"features": torch.ones(1)}), ["logits", "auxiliary", "features"]),
+        (lambda y: setattr(y, "loss", torch.ones(1)), ["logits", "auxiliary"]),
+    ],
+    ids=["pop", "pop_nothing", "del", "clear", "setdefault", "union", "another_attribute"],
+)
+def test_every_change_of_the_dictionary_is_one_of_the_attributes(output, change, held):
+    change(output)
+    assert list(output) == held
+    for name in ("logits", "auxiliary", "features"):
+        attribute = getattr(output, name)
+        assert output[name] is attribute if name in held else attribute in (None, {})
+
+
+def test_holds_what_a_tool_makes_of_its_tensors(output):
+    shapes = pytree.tree_map(lambda tensor: tensor.shape, output)
+    assert shapes["logits"] == shapes.auxiliary["auxiliary"] == output.logits.shape
+    arrays = pytree.tree_map(torch.Tensor.numpy, output)
+    assert arrays["logits"].shape == output.logits.shape
+
+
 def test_stays_a_dataclass(output):
     names = [field.name for field in dataclasses.fields(output)]
     assert names == ["logits", "auxiliary", "features"]
