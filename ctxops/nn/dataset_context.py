@@ -43,6 +43,7 @@ class _CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         width = channels // 2
+        self.scale = width**-0.5  # also of query and key that a tool prunes later
 
         def projection(in_channels: int) -> nn.Sequential:
             layers = cbr(in_channels, width, 1, norm_layer)
@@ -55,7 +56,8 @@ class _CrossAttention(nn.Module):
         self.out = cbr(width, channels, 1, norm_layer)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.out(nonlocal_attention(self.query(x), self.key(context), self.value(context)))
+        query, key, value = self.query(x), self.key(context), self.value(context)
+        return self.out(nonlocal_attention(query, key, value, scale=self.scale))
 
 
 class _Concatenation(nn.Module):

@@ -86,7 +86,8 @@ class ObjectContext(nn.Module):
         weights = (self.scale * logits).flatten(2).softmax(dim=2).to(pixels.dtype)
         regions = torch.bmm(pixels.flatten(2), weights.mT).unsqueeze(3)
         key, value = self.key(regions).squeeze(3), self.value(regions).squeeze(3)
-        context = self.out(asymmetric_attention(self.query(pixels), key, value))
+        scale = self.key_channels**-0.5  # also of query and key that a tool has pruned
+        context = self.out(asymmetric_attention(self.query(pixels), key, value, scale=scale))
         return self.fuse(torch.cat([context, pixels], dim=1))
 
     def _check(self, x: Tensor, logits: Tensor) -> None:

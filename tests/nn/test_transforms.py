@@ -16,6 +16,7 @@ from ctxops.nn import (
     AdditionFusion,
     ConcatFusion,
     CrissCrossAttention,
+    DatasetContextAggregation,
     DenseASPP,
     DenseFeaturePyramid,
     DisentangledNonLocal,
@@ -28,6 +29,7 @@ from ctxops.nn import (
     LDv1,
     LDv2,
     NonLocal2d,
+    ObjectContext,
     PointwiseSpatialAttention,
     PyramidPooling,
 )
@@ -144,6 +146,61 @@ def test_a_module_goes_by_its_convolutions(name):
         module(torch.randn(2, 5, 6, 9))
     if name == "GlobalConvolution":
         assert module(torch.randn(2, 6, 6, 9)).shape == (2, 4, 6, 9)
+
+
+# A module that attends, its inputs, and the layers that make its query and key.
+ATTENDING = {
+    "AFNB": (
+        lambda: AFNB(6, 8, 4, 4, output_sizes=(1, 2)),
+        [LOW, HIGH],
+        lambda module: [module.query, module.key],
+    ),
+    "APNB": (lambda: APNB(8, 4, 4, output_sizes=(1, 2)), [HIGH], lambda module: [module.key]),
+    "DatasetContextAggregation": (
+        lambda: DatasetContextAggregation(8, 8),
+        [HIGH, (5, *HIGH[1:]), None],
+        lambda module: [module.attention.query[3:], module.attention.key[3:]],
+    ),
+    "DisentangledNonLocal": (
+        lambda: DisentangledNonLocal(8, 4, temperature=5),
+        [HIGH],
+        lambda module: [[module.query], [module.key]],
+    ),
+    "LDv2": (
+        lambda: LDv2(6, 8, 4, 3, scale=None),
+        [SAME, HIGH],
+        lambda module: [[module.query], [module.key]],
+    ),
+    "NonLocal2d": (lambda: NonLocal2d(8, 4, 4), [HIGH], lambda module: [module.key]),
+    "ObjectContext": (
+        lambda: ObjectContext(8, 6, 4),
+        [HIGH, (5, *HIGH[1:])],
+        lambda module: [module.query[3:], module.key[3:]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_keys_that_lose_channels_of_zeros_attend_as_before(name):
+    build, shapes, layers = ATTENDING[name]
+    module = randomise(build()).double().eval()
+    # Large, that attention is sharp.
+    inputs = [
+        5 * torch.randn((5, 8) if shape is None else (2, *shape), dtype=torch.float64)
+        for shape in shapes
+    ]
+    made = [layer for part in layers(module) for layer in part if hasattr(layer, "weight")]
+    with torch.no_grad():
+        for tensor in (tensor for layer in made for tensor in layer.parameters()):
+            tensor[:2] = 3 * tensor[:2].abs()
+            tensor[2:] = 0
+    before = module(*inputs)
+    for layer in made:
+        for name, tensor in layer.named_parameters():
+            setattr(layer, name, nn.Parameter(tensor[:2]))
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean, layer.running_var = layer.running_mean[:2], layer.running_var[:2]
+    torch.testing.assert_close(module(*inputs), before)
 
 
 @modules
