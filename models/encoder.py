@@ -126,7 +126,10 @@ class Encoder(nn.Module):
         if self.concatenates:
             # The branches as they are, without the widening that ImageNet's classifier needs.
             arguments |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
-        self.body = _create(name, output_stride, arguments | dict(options or {}))
+        arguments |= options or {}
+        self.body = _create(name, output_stride, arguments)
+        size = arguments.get("img_size", self.body.pretrained_cfg["input_size"][1:])
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
         if architecture.startswith("densenet"):
             strides = _dilate_densenet(self.body, strides, output_stride)
@@ -197,24 +200,34 @@ class Encoder(nn.Module):
         try:
             return list(self.body(image))
         except (RuntimeError, AssertionError) as error:
-            stride, sides = max(self.body.feature_info.reduction()), image.shape[2:]
-            if self._runs_on_meta(image, sides):
-                raise  # it is not for the sides that it fails
-            if self._runs_on_meta(image, [-(-side // stride) * stride for side in sides]):
-                wanted = f"sides that are multiples of {stride}"
-            else:
-                wanted = 'the size that timm fixes, see options={"img_size": (H, W)},'
+            wanted = self._wanted(image)
+            if wanted is None:
+                raise
             raise ValueError(
-                f"image must have {wanted} for backbone {self.name!r}, got {tuple(sides)}: {error}"
+                f"image must have {wanted} for backbone {self.name!r}, "
+                f"got {tuple(image.shape[2:])}: {error}"
             ) from error
 
+    def _wanted(self, image: Tensor) -> str | None:
+        """What the sides of an image must be on which the backbone failed; None: it is not them."""
+        stride, sides = max(self.body.feature_info.reduction()), image.shape[2:]
+        if self._runs_on_meta(image, sides):
+            return None
+        if self._runs_on_meta(image, [-(-side // stride) * stride for side in sides]):
+            return f"sides that are multiples of {stride}"
+        if self._runs_on_meta(image, self.image_size):
+            return 'the size that timm fixes, see options={"img_size": (H, W)},'
+        return None
+
     def _runs_on_meta(self, image: Tensor, sides: Sequence[int]) -> bool:
-        """Does the backbone take images of these sides? Nothing is computed."""
-        body = copy.deepcopy(self.body).to("meta")
-        dtype = next((p.dtype for p in body.parameters()), image.dtype)
+        """Does the backbone take images of these sides? Nothing is computed. No: it may also be
+        one that cannot be copied, or one with other people's hooks, which need values or raise.
+        """
         try:
+            body = copy.deepcopy(self.body).to("meta")
+            dtype = next((p.dtype for p in body.parameters()), image.dtype)
             body(torch.empty((*image.shape[:2], *sides), dtype=dtype, device="meta"))
-        except (RuntimeError, AssertionError):
+        except Exception:
             return False
         return True
 

@@ -2,6 +2,7 @@
 """Backbones of every kind at the strides that they have."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -275,6 +276,31 @@ def test_an_image_that_the_backbone_cannot_take(backbone, wanted):
     message = rf"image must have {wanted}.* for backbone '{backbone}', got \(61, 75\)"
     with pytest.raises(ValueError, match=message):
         Encoder(backbone, 32).eval()(images(61, 75))
+
+
+class _Refusing:
+    def __init__(self, kind, part):
+        self.kind, self.part = kind, part
+
+    def __call__(self, *_):
+        raise self.kind("not of the size")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, AssertionError])
+@pytest.mark.parametrize("part", [None, threading.Lock()], ids=["copied", "not_copied"])
+def test_an_error_of_a_hook_is_not_of_the_size(kind, part):
+    encoder = Encoder("resnet18", 8).eval()
+    encoder.body.layer2.register_forward_hook(_Refusing(kind, part))
+    with pytest.raises(kind, match=r"^not of the size$"):
+        encoder(images(61, 75))
+
+
+def test_an_error_with_weights_that_are_made_of_others():
+    encoder = Encoder("resnet18", 8)
+    weights = {name: 1 * weight for name, weight in encoder.named_parameters()}
+    encoder.body.layer2.register_forward_hook(_Refusing(RuntimeError, None))
+    with pytest.raises(RuntimeError, match=r"^not of the size$"):
+        torch.func.functional_call(encoder, weights, (images(61, 75),))
 
 
 def test_an_error_that_is_not_of_the_size():
