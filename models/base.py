@@ -68,7 +68,9 @@ class SegmentationOutput(dict):
             setattr(self, name, {} if name == "auxiliary" else None)
         return value
 
-    def __ior__(self, items: Mapping | Iterable[tuple[str, object]]) -> "SegmentationOutput":
+    def __ior__(  # type: ignore[override, misc]
+        self, items: Mapping | Iterable[tuple[str, object]]
+    ) -> "SegmentationOutput":
         self.update(items)
         return self
 
