@@ -313,6 +313,7 @@ def test_two_processes_train_as_one_does(tmp_path):
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             timeout=300,
+            cwd=tmp_path,  # not the tree, whose ctxops may not be the installed one
         )
     one, two = (load(tmp_path / processes / "last.ckpt")["state_dict"] for processes in "12")
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
@@ -327,5 +328,7 @@ def test_prediction_and_data_never_import_lightning(run, tmp_path):
         "main(['data', 'check', 'folder', 'nowhere'])\n"
         "print('lightning' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert done.stdout.splitlines()[-1] == "False"
