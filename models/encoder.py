@@ -128,7 +128,8 @@ class Encoder(nn.Module):
             arguments |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
         arguments |= options or {}
         self.body = _create(name, output_stride, arguments)
-        size = arguments.get("img_size", self.body.pretrained_cfg["input_size"][1:])
+        native = getattr(self.body, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
+        size = arguments.get("img_size") or native
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         channels, strides = self.body.feature_info.channels(), self.body.feature_info.reduction()
         if architecture.startswith("densenet"):

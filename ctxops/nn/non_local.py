@@ -28,7 +28,7 @@ Variant = Literal["released", "paper"]
 Sampling = Literal["avg", "max", "random"]
 
 # What else a shared embedding, which is registered as the key, stands for.
-_TWIN = {"query_key": "query", "key_value": "value"}
+_TWIN: dict[object, str] = {"query_key": "query", "key_value": "value"}
 
 
 def _may_be_equal(a: Tensor, b: Tensor) -> bool:
@@ -140,15 +140,19 @@ class NonLocalBlock(nn.Module):
             f"scale={self.scale:.6g}, out projection starts at zero"
         )
 
-    # A shared embedding is registered once, as the key, and answers to both names. nn.Module sets
-    # what is a module past these properties.
+    # A shared embedding is registered once, as the key, and answers to both names. nn.Module finds
+    # and sets what is a module past properties, so that they do for other embeddings too.
     @property
     def query(self) -> nn.Module:
-        return self._modules["key" if self.share == "query_key" else "query"]
+        return self.__getattr__("key" if self.share == "query_key" else "query")
 
     @property
     def value(self) -> nn.Module:
-        return self._modules["key" if self.share == "key_value" else "value"]
+        return self.__getattr__("key" if self.share == "key_value" else "value")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        twin = _TWIN.get(self.__dict__.get("share"))
+        super().__setattr__("key" if name == twin else name, value)
 
     def merge_twins(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
         """Leaves one name to a shared embedding, which other code and old files save under two.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -76,8 +76,7 @@ class SegmentationTask(LightningModule):
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.freeze_norm = freeze_norm
-        for norm in self._frozen():
-            norm.requires_grad_(False)
+        self._freeze()
         self.confusion = MulticlassConfusionMatrix(
             len(classes), ignore_index=IGNORE, validate_args=False
         )
@@ -85,20 +84,16 @@ class SegmentationTask(LightningModule):
         self._previous: tuple[Tensor, int, list[int]] | None = None
         self._remembered: tuple[Tensor, Tensor] | None = None
 
-    def train(self, mode: bool = True) -> LightningModule:
-        super().train(mode)
-        for norm in self._frozen():
-            norm.eval()
-        return self
-
-    def _frozen(self) -> list[nn.Module]:
-        norms = (m for m in self.network.modules() if isinstance(m, _BatchNorm))
-        return list(norms) if self.freeze_norm else []
+    def _freeze(self) -> None:
+        for module in self.network.modules():
+            if self.freeze_norm and isinstance(module, _BatchNorm):
+                module.eval().requires_grad_(False)  # Lightning keeps each module's mode
 
     def setup(self, stage: str) -> None:
         # Never without need: it is for GPUs alone, and costs time.
         if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
             self.network = require_timm().layers.convert_sync_batchnorm(self.network)
+            self._freeze()
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)

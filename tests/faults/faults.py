@@ -618,6 +618,12 @@ _MODULES = [
             "\n",
         ),
         (
+            "plain-forward-of-the-class",
+            "a forward that a tool has given to a class of torch is passed over",
+            "        and _is_own(type(module).forward, type(module))\n",
+            "",
+        ),
+        (
             "plain-derived-class",
             "a class derived from a known one is read",
             "type(module) in kinds",

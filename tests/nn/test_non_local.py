@@ -374,6 +374,22 @@ def test_a_shared_embedding_has_one_name(share):
     torch.testing.assert_close(called, block(x))
 
 
+@pytest.mark.parametrize("share", ["query_key", "key_value", None])
+def test_an_embedding_is_replaced_under_each_of_its_names(share):
+    x = torch.randn(2, 8, 7, 6)
+    for name in ("query", "key", "value"):
+        block = randomise(APNB(8, 4, 4, output_sizes=(1, 2), share=share)).eval()
+        other, calls = nn.Sequential(getattr(block, name)), []
+        other.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        setattr(block, name, other)
+        assert getattr(block, name) is other
+        block(x)
+        assert calls == [1]
+    del block.key
+    assert not hasattr(block, "key")
+    assert hasattr(block, "query") == (share != "query_key")
+
+
 @pytest.mark.parametrize("share", ["query_key", "key_value"])
 @pytest.mark.parametrize("names", ["both", "the other alone"])
 @pytest.mark.parametrize("kind", ["real", "meta", "fake"])
