@@ -2,7 +2,7 @@
 """Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +144,13 @@ class NonLocalBlock(nn.Module):
     # and sets what is a module past properties, so that they do for other embeddings too.
     @property
     def query(self) -> nn.Module:
-        return self.__getattr__("key" if self.share == "query_key" else "query")
+        return cast(nn.Module, self.__getattr__("key" if self.share == "query_key" else "query"))
 
     @property
     def value(self) -> nn.Module:
-        return self.__getattr__("key" if self.share == "key_value" else "value")
+        return cast(nn.Module, self.__getattr__("key" if self.share == "key_value" else "value"))
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         twin = _TWIN.get(self.__dict__.get("share"))
         super().__setattr__("key" if name == twin else name, value)
 

@@ -74,7 +74,7 @@ class SegmentationTask(LightningModule):
         if init_from is not None:
             self.network.load_state_dict(load_checkpoint(init_from))
         if channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.freeze_norm = freeze_norm
         self._freeze()
         self.confusion = MulticlassConfusionMatrix(
