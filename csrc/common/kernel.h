@@ -2,14 +2,12 @@
 // A kernel entry is a function of every backend, `const char* name(const Params&, Executor)`. It
 // returns nullptr, or the text of what is wrong with its parameters or its launch.
 //
-// Params is a plain struct in <op>.h with
+// Params is a plain struct in <op>.h. Behind its members it has
 //
-//   CTXOPS_MEMBERS(input, ...);   its members once more, all of them: Python hands them over by
-//   name const TensorView& like()      the tensor whose device is all others', and whose floating
-//   dtype
-//                                 the kernel is compiled for
-//   bool empty()                  have the results no elements?
-//   const char* check()           nullptr, or what is wrong with the members
+//   CTXOPS_MEMBERS(input, ...);  // all members once more: Python hands them over by name
+//   const TensorView& like();    // gives the device of all tensors, and the kernel's dtype
+//   bool empty();                // have the results no elements?
+//   const char* check();         // nullptr, or what is wrong with the members
 //
 // A struct cannot have internal linkage: what it has of functions is always inlined.
 #pragma once
