@@ -86,6 +86,14 @@ def test_apnb_is_its_formula(share, form, sampling, training):
     assert_same(block, [x], lambda x: formula(block, x, x, pool))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_that_is_folded_in_evaluation(bias):
+    block = randomise(APNB(12, 6, 6, output_sizes=(1, 2), bias=bias)).double().eval()
+    x = torch.randn(2, 12, 7, 9, dtype=torch.float64)
+    folded, block.fold = block(x), False
+    torch.testing.assert_close(folded, block(x))
+
+
 @product(share=SHARE, **FORM, fold=FOLD)
 def test_random_sampling(share, form, fold, monkeypatch):
     indices = ctxops.random_anchor_indices(7, 9, (1, 3))
