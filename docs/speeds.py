@@ -35,7 +35,11 @@ class Shown(NamedTuple):
     rivals: Sequence[str] | None = None
 
 
-_APNB_CASE = ("nonlocal_vs_apnb", "96 x 96, C = 2048, C^ = 256, forward", "`APNB`, 2048 x 96 x 96")
+_APNB_CASE = (
+    "nonlocal_vs_apnb_96x96",
+    "96 x 96, C = 2048, C^ = 256, forward",
+    "`APNB`, 2048 x 96 x 96",
+)
 SHOWN = (
     Shown(*_APNB_CASE, "the non-local block it replaces", ("NB as released",)),
     Shown(*_APNB_CASE, "the same block in plain PyTorch", APNB),
@@ -65,7 +69,9 @@ def read_cases(file: str) -> dict[str, dict]:
 
 def ratio(case: dict, memory_format: str, rivals: Sequence[str] | None) -> tuple[str, str]:
     """It, and the rival's name; dashes where one of the two was not measured."""
-    rows = [r for r in case["rows"] if r["format"] == memory_format and r["median_ms"] is not None]
+    rows = [
+        r for r in case["rows"] if r["format"] == memory_format and r.get("median_ms") is not None
+    ]
     ours = [row for row in rows if row["ours"]]
     others = [r for r in rows if not r["ours"] and (rivals is None or r["name"] in rivals)]
     if not ours or not others:
