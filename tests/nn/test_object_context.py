@@ -34,9 +34,9 @@ def test_uses_the_operator(monkeypatch):
     calls = []
     module = __import__("ctxops.nn.object_context", fromlist=["object_context"])
 
-    def attend(query, key, value):
+    def attend(query, key, value, **options):
         calls.append(key.shape[2])
-        return ctxops.asymmetric_attention(query, key, value)
+        return ctxops.asymmetric_attention(query, key, value, **options)
 
     monkeypatch.setattr(module, "asymmetric_attention", attend)
     ObjectContext(4, 4, 2)(torch.randn(2, 4, 3, 4), torch.randn(2, 5, 3, 4))
