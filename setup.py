@@ -74,7 +74,6 @@ setup(
         *(f"ctxops.models.{name}" for name in find_packages("models")),
     ],
     package_dir={"ctxops.models": "models"},
-    package_data={"ctxops.models": ["recipes/*.yaml"]},
     ext_modules=[Extension("ctxops._C", sources=[])],
     cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )
