@@ -83,9 +83,9 @@ def check_forward_mode(name: str, *tensors: Tensor | None) -> None:
             )
 
 
-def check_choice(name: str, value: object, mode: Any) -> None:
-    """``mode``: a Literal, or the values themselves."""
-    choices = get_args(mode) or mode
+def check_choice(name: str, value: object, modes: Any) -> None:
+    """Raises unless the value is one of a Literal."""
+    choices = get_args(modes)
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 

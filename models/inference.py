@@ -18,8 +18,8 @@ from ctxops._checks import FLOATING, check_choice, check_flags, check_sizes
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
 
-_CONTEXTS = ("image", "window")
-_AVERAGES = ("probabilities", "logits")
+Context = Literal["image", "window"]
+Average = Literal["probabilities", "logits"]
 # Rows whose scores are resized at once.
 _BAND = 64
 # Sides of the images on which a receptive field is measured.
@@ -46,16 +46,16 @@ class Inference:
     """
 
     window: int | None = None
-    context: Literal["image", "window"] = "image"
+    context: Context = "image"
     overlap: float = 1 / 3
     halo: int | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
-    average: Literal["probabilities", "logits"] = "probabilities"
+    average: Average = "probabilities"
 
     def __post_init__(self) -> None:
-        check_choice("context", self.context, _CONTEXTS)
-        check_choice("average", self.average, _AVERAGES)
+        check_choice("context", self.context, Context)
+        check_choice("average", self.average, Average)
         check_flags(flip=self.flip)
         if self.window is not None:
             check_sizes(window=self.window)

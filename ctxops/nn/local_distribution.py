@@ -18,7 +18,7 @@ from ctxops._checks import (
     resolve_scale,
 )
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
-from ctxops.ops.neighborhood_attention import BORDERS, check_pair, neighborhood_attention
+from ctxops.ops.neighborhood_attention import Border, check_pair, neighborhood_attention
 
 Downsample = Literal["conv", "bilinear", "avg"]
 Source = Literal["both", "global", "local"]
@@ -182,7 +182,7 @@ class LDv2(nn.Module):
         *,
         key_channels: int | None = None,
         scale: float | None = 1.0,
-        border: str = "zeros",
+        border: Border = "zeros",
         num_heads: int = 1,
         query_from: Source = "both",
         key_from: Source = "both",
@@ -195,7 +195,7 @@ class LDv2(nn.Module):
         if global_channels != 0:
             check_sizes(global_channels=global_channels)
         check_groups("num_heads", num_heads, key_channels=key_channels, channels=channels)
-        check_choice("border", border, BORDERS)
+        check_choice("border", border, Border)
         self.global_channels, self.local_channels = global_channels, local_channels
         self.channels, self.key_channels, self.num_heads = channels, key_channels, num_heads
         self.kernel_size = check_pair("kernel_size", kernel_size)

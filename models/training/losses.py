@@ -14,7 +14,7 @@ from ctxops.models.base import SegmentationNetwork, SegmentationOutput
 from ctxops.models.data.spec import IGNORE
 from ctxops.nn.dataset_context import representation_consistency_loss
 
-_KINDS = ("cross_entropy", "ohem")
+Kind = Literal["cross_entropy", "ohem"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class Loss:
             networks that have one (MCIBI eq. 19: beta, 1).
     """
 
-    kind: Literal["cross_entropy", "ohem"] = "cross_entropy"
+    kind: Kind = "cross_entropy"
     keep: float = 0.25
     threshold: float = 0.0
     auxiliary: float = 0.4
     consistency: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, _KINDS)
+        check_choice("kind", self.kind, Kind)
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
         if not 0 <= self.threshold < 1:

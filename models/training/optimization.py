@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ctxops._checks import check_choice
 
-_OPTIMIZERS = ("sgd", "adamw")
+Algorithm = Literal["sgd", "adamw"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Optimization:
         decay_norms: of norms and biases too.
     """
 
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Algorithm = "sgd"
     lr: float = 0.01
     power: float = 0.9
     warmup: int = 0
@@ -38,7 +38,7 @@ class Optimization:
     decay_norms: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("optimizer", self.optimizer, _OPTIMIZERS)
+        check_choice("optimizer", self.optimizer, Algorithm)
         for name in ("lr", "power", "warmup", "momentum", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

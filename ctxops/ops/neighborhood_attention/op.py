@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from ctxops._checks import (
 )
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
 
-BORDERS = ("zeros", "mask", "shift")
+Border = Literal["zeros", "mask", "shift"]
+_BORDERS = get_args(Border)  # outside of what a tracer sees
 _MAX_WINDOW = _native.limit("neighborhood_attention_max_window")
 
 
@@ -31,7 +33,7 @@ def neighborhood_attention(
     dilation: int | Sequence[int] = 1,
     *,
     scale: float | None = None,
-    border: str = "zeros",
+    border: Border = "zeros",
     num_heads: int = 1,
 ) -> Tensor:
     r"""Attention of every position to a dilated window of kh x kw neighbours around it.
@@ -100,7 +102,7 @@ def neighborhood_attention_weights(
     dilation: int | Sequence[int] = 1,
     *,
     scale: float | None = None,
-    border: str = "zeros",
+    border: Border = "zeros",
     num_heads: int = 1,
 ) -> Tensor:
     """The softmax weights of :func:`neighborhood_attention`, to look at.
@@ -138,7 +140,7 @@ def _check(
     kernel_size: int | Sequence[int],
     dilation: int | Sequence[int],
     scale: float | None,
-    border: str,
+    border: Border,
     num_heads: int,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_map("query", query)
@@ -161,8 +163,8 @@ def _check(
         raise ValueError(
             f"kernel_size must have at most {_MAX_WINDOW} positions, got {kernel[0]} x {kernel[1]}"
         )
-    if border not in BORDERS:
-        raise ValueError(f"border must be one of {BORDERS}, got {border!r}")
+    if border not in _BORDERS:
+        raise ValueError(f"border must be one of {_BORDERS}, got {border!r}")
     # A tracer must not learn the map's size; the kernel finds the same fault when it runs.
     if border == "shift" and not torch.compiler.is_compiling():
         for axis, extent, k, d in zip("HW", (height, width), kernel, steps, strict=True):
@@ -188,7 +190,9 @@ def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _new_weights(query: Tensor, kernel_size: Sequence[int], border: str, num_heads: int) -> Tensor:
+def _new_weights(
+    query: Tensor, kernel_size: Sequence[int], border: Border, num_heads: int
+) -> Tensor:
     """Uninitialised weights (B, heads, kh * kw, H, W) in the accumulator's dtype.
 
     In memory the weights of a position stand side by side; where CUDA's tiles write them, as they
@@ -229,7 +233,7 @@ def _forward(
     kernel_size: list[int],
     dilation: list[int],
     scale: float,
-    border: str,
+    border: Border,
     num_heads: int,
     save: bool,
     *,
@@ -263,7 +267,7 @@ def _backward(
     kernel_size: list[int],
     dilation: list[int],
     scale: float,
-    border: str,
+    border: Border,
     num_heads: int,
     *,
     fake: bool = False,

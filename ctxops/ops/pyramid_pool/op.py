@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from ctxops import _layout, _native, _operator
 from ctxops._checks import check_forward_mode, check_map
 from ctxops.ops.pyramid_pool.reference import reference
 
-_MODES = ("avg", "max")
+Mode = Literal["avg", "max"]
+_MODES = get_args(Mode)
 _MAX_SIZES = _native.limit("max_ints")
 
 
 @_operator.served_by(cpu="C++", cuda="C++")
 def pyramid_pool(
-    input: Tensor, output_sizes: Sequence[int] = (1, 3, 6, 8), *, mode: str = "avg"
+    input: Tensor, output_sizes: Sequence[int] = (1, 3, 6, 8), *, mode: Mode = "avg"
 ) -> Tensor:
     r"""Pools a map to every n x n grid of ``output_sizes``, flattened and concatenated.
 
@@ -64,7 +66,7 @@ def pyramid_pool(
     return _FORWARD(input, sizes, maximum, maximum and grad)[0]
 
 
-def _check(input: Tensor, output_sizes: Sequence[int], mode: str) -> tuple[int, ...]:
+def _check(input: Tensor, output_sizes: Sequence[int], mode: Mode) -> tuple[int, ...]:
     check_map("input", input)
     sizes = check_output_sizes(output_sizes)
     if input.shape[2] * input.shape[3] >= 2**31 - 1:
