@@ -99,7 +99,8 @@ class SegmentationTask(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         bank = getattr(self.network, "bank", None)
         if bank is not None:
-            bank.total_steps = steps  # over which its momentum is annealed
+            # Over which its momentum is annealed; it takes one with every batch.
+            bank.total_steps = steps * self.trainer.accumulate_grad_batches
         optimizer, schedule = self.optimization.of(self.network, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
