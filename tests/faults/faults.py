@@ -1100,7 +1100,7 @@ _NETWORKS = [
     ),
     *_in(
         "models/deeplabv3.py",
-        _PAPERS + " tests/models/test_convert_mmsegmentation.py",
+        _PAPERS + " tests/models/test_convert.py",
         (
             "deeplab-dilations",
             "the default dilations are those of output stride 16",
@@ -1110,7 +1110,7 @@ _NETWORKS = [
     ),
     *_in(
         "models/non_local.py",
-        _PAPERS + " tests/models/test_convert_mmsegmentation.py",
+        _PAPERS + " tests/models/test_convert.py",
         (
             "nonlocal-network-flag",
             "use_scale=False is ignored",
@@ -1120,7 +1120,7 @@ _NETWORKS = [
     ),
     *_in(
         "models/fcn.py",
-        _PAPERS + " tests/models/test_convert_mmsegmentation.py",
+        _PAPERS + " tests/models/test_convert.py",
         (
             "fcn-convolutions",
             "there is one convolution more than convolutions says",
