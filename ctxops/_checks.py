@@ -127,17 +127,17 @@ def check_module(name: str, module: object, kinds: tuple[type[nn.Module], ...]) 
         raise TypeError(f"{name} must be {wanted} or None, got {type(module).__name__}")
 
 
-def check_maps(**maps: tuple[Tensor, int] | tuple[Tensor, int, nn.Module]) -> None:
-    """Raises unless each map is a floating (B, C, H, W) with its channels, of one batch.
+def check_maps(**maps: tuple[Tensor, int | None] | tuple[Tensor, int, nn.Module]) -> None:
+    """Raises unless each is a floating (B, C, H, W) with its channels (None: any), of one batch.
 
     With the map and its channels may come the module that takes it: a tool that prunes channels
     narrows the module's convolutions, and knows nothing of numbers that are kept beside them.
     """
     for name, (x, channels, *takers) in maps.items():
         check_map(name, x)
-        if x.shape[1] != channels:
-            channels = next(filter(None, map(_taken_channels, takers)), channels)
-        if x.shape[1] != channels:
+        if takers and x.shape[1] != channels:
+            channels = taken_channels(*takers)
+        if channels is not None and x.shape[1] != channels:
             raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(x.shape)}")
     (first, (x, *_)), *others = maps.items()
     for name, (other, *_) in others:
@@ -148,10 +148,26 @@ def check_maps(**maps: tuple[Tensor, int] | tuple[Tensor, int, nn.Module]) -> No
             )
 
 
-def _taken_channels(module: nn.Module) -> int | None:
-    """The channels that the first convolution of a module takes."""
-    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
-    return next((convolution.in_channels for convolution in convolutions), None)
+def check_concatenated(taker: nn.Module, **maps: tuple[Tensor, int]) -> None:
+    """check_maps of maps that the first convolution of ``taker`` takes one behind the other.
+
+    If a tool has pruned the convolution, it tells how many channels they have in all.
+    """
+    taken = taken_channels(taker)
+    if taken in (None, sum(channels for _, channels in maps.values())):
+        return check_maps(**maps)
+    check_maps(**{name: (x, None) for name, (x, _) in maps.items()})
+    widths = [x.shape[1] for x, _ in maps.values()]
+    if sum(widths) != taken:
+        raise ValueError(f"{' and '.join(maps)} must have {taken} channels in all, got {widths}")
+
+
+def taken_channels(module: nn.Module) -> int | None:
+    """The channels that the first convolution of a module takes; None: it has no convolution."""
+    for part in module.modules():  # which torch 2.8 compiles, and next() of a generator not
+        if isinstance(part, nn.Conv2d):
+            return part.in_channels
+    return None
 
 
 def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
@@ -166,9 +182,9 @@ def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
 
 def check_features(
     features: Sequence[Tensor],
-    channels: Sequence[int],
+    channels: Sequence[int | None],
     takers: nn.ModuleList | tuple[()] = (),
-    **others: tuple[Tensor, int],
+    **others: tuple[Tensor, int, nn.Module],
 ) -> None:
     """Raises unless there is a map for each level; these and the others as in check_maps."""
     if not isinstance(features, (list, tuple)):

@@ -54,8 +54,10 @@ class CommonFusion(nn.Module):
         self.convolution = cbr(low_channels, high_channels, 1, norm_layer, bias=bias)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        check_maps(low=(low, self.low_channels, self), high=(high, self.high_channels))
-        return high + resize(self.convolution(low), high.shape[2:], self.align_corners)
+        check_maps(low=(low, self.low_channels, self), high=(high, None))
+        low = self.convolution(low)
+        check_maps(high=(high, low.shape[1]))
+        return high + resize(low, high.shape[2:], self.align_corners)
 
 
 class SummedFusions(nn.ModuleList):

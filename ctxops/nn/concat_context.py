@@ -6,7 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ctxops._checks import check_kernel_size, check_map, check_maps, check_sizes
+from ctxops._checks import (
+    check_concatenated,
+    check_kernel_size,
+    check_map,
+    check_maps,
+    check_sizes,
+)
 from ctxops.nn.cbr import cbr
 
 
@@ -59,10 +65,12 @@ class ConcatContext(nn.Module):
         self.fuse = cbr(in_channels + context_channels, channels, kernel_size, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.in_channels, self))
+        check_maps(x=(x, self.in_channels, self.context))
         context = self.context(x)
         check_map("context(x)", context)
-        expected = (x.shape[0], self.context_channels, *x.shape[2:])
+        expected = (x.shape[0], context.shape[1], *x.shape[2:])
         if tuple(context.shape) != expected:
             raise ValueError(f"context(x) must have shape {expected}, got {tuple(context.shape)}")
+        maps = {"x": (x, self.in_channels), "context(x)": (context, self.context_channels)}
+        check_concatenated(self.fuse, **maps)
         return self.fuse(torch.cat([x, context], dim=1))

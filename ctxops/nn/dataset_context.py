@@ -5,7 +5,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ctxops import _autocast, _operator
 from ctxops._checks import (
     check_choice,
+    check_concatenated,
     check_kernel_size,
-    check_map,
     check_maps,
     check_same_dtype,
     check_shape,
     check_sizes,
+    taken_channels,
 )
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
@@ -191,7 +192,7 @@ class DatasetContextAggregation(nn.Module):
                 return _WeightedAddition(widths)
             return _Concatenation(cbr(sum(widths), channels, kernel_size, norm_layer))
 
-        def attention(context_channels: int) -> nn.Module:
+        def attention(context_channels: int) -> _CrossAttention:
             return _CrossAttention(channels, context_channels, projection_layers, norm_layer)
 
         self.bottleneck = cbr(in_channels, channels, kernel_size, norm_layer)
@@ -225,29 +226,37 @@ class DatasetContextAggregation(nn.Module):
         if self.within_channels == 0:
             return self.fuse(r, context)
         if self.attention_within is None:
+            width = r.shape[1]
+            within_width = self.within_channels if self.fusion == "concat" else width
+            maps = {"r": (r, width), "context": (context, width), "within": (within, within_width)}
+            check_concatenated(self.fuse, **maps)
             return self.fuse(r, context, within)
         return self.fuse_within(self.attention_within(r, within), self.fuse(r, context))
 
     def _check(self, r: Tensor, logits: Tensor, memory: Tensor, within: Tensor | None) -> None:
-        check_map("logits", logits)
-        classes = logits.shape[1]
-        maps = {"r": (r, self.channels), "logits": (logits, classes)}
-        if self.within_channels:
-            maps["within"] = (within, self.within_channels)
+        maps: dict[str, Any] = {
+            "r": (r, self.channels, self.attention.query),
+            "logits": (logits, None),
+        }
+        if self.attention_within is not None:
+            maps["within"] = (within, self.within_channels, self.attention_within.key)
+        elif self.within_channels:
+            maps["within"] = (within, None)
         elif within is not None:
             raise TypeError(
                 "within must be None with within_channels=0, got a map of context within the image"
             )
         check_maps(**maps)
-        for name, (x, _) in maps.items():
+        for name, (x, *_) in maps.items():
             if x.shape[2:] != r.shape[2:]:
                 raise ValueError(
                     f"{name} must have the height and width of r, {tuple(r.shape[2:])}, "
                     f"got {tuple(x.shape[2:])}"
                 )
         if not _autocast.is_active(r.device.type):
-            check_same_dtype(**{name: x for name, (x, _) in maps.items()})
-        check_shape("memory", memory, r, (classes, self.channels), "(K, channels)")
+            check_same_dtype(**{name: x for name, (x, *_) in maps.items()})
+        rows = (logits.shape[1], taken_channels(self.attention.key))
+        check_shape("memory", memory, r, rows, "(K, channels)")
 
 
 @contextlib.contextmanager

@@ -69,15 +69,15 @@ class ChannelAttention(nn.Module):
     the C x C products, one for each position, leave the range of half precision; they are float32.
 
     Args:
-        channels: channels of the map.
+        channels: channels of the map. Nothing is made of them: other numbers are taken too.
 
     The gain :math:`\gamma`, one number, starts at zero: the untrained block is the identity.
 
-    Shape: ``(B, channels, h, w)`` -> the same, in the same memory format.
+    Shape: ``(B, C, h, w)`` -> the same, in the same memory format.
 
     Raises:
         TypeError: sizes that are no integers, a map that is no floating tensor.
-        ValueError: sizes below 1, a map of another shape.
+        ValueError: sizes below 1, a map that is not (B, C, h, w).
 
     Source: Fu et al., CVPR 2019, eq. 3-4, with the maximum of the released code: eq. 3 has the
     softmax of the products themselves.

@@ -198,7 +198,7 @@ class FeatureMemory(nn.Module):
         lr: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_maps(features=(features, self.channels))
+        check_maps(features=(features, self.memory.shape[1]))
         momentum = self._momentum(lr)
         sums, weights, counts = category_statistics(
             features,
@@ -280,7 +280,7 @@ class FeatureMemory(nn.Module):
         """
         dtype = _operator.accumulator(features.dtype)
         if features.shape[0] == 0 or numbers.shape[1] == 0:
-            return features.new_zeros((*numbers.shape, self.channels), dtype=dtype)
+            return features.new_zeros((*numbers.shape, features.shape[1]), dtype=dtype)
         height, width = labels.shape[1:]
         # Categories are columns from 1 on, between all that lies below and all that lies above. One
         # that is ignored may keep its pixels: its row, of no weight, stays anyway.
@@ -318,11 +318,12 @@ class FeatureMemory(nn.Module):
 
     def _update(self, statistics: Tensor, counts: Tensor, momentum: float | Tensor) -> None:
         """Statistics (K, C + 1 + S * C): sums, weights and pixels; counts (K,)."""
-        sums, weights = statistics[:, : self.channels], statistics[:, self.channels]
+        channels = self.memory.shape[1]
+        sums, weights = statistics[:, :channels], statistics[:, channels]
         means = sums / weights[:, None]
         first = means
         if self.init != "mean":
-            pixels = statistics[:, self.channels + 1 :].unflatten(1, (-1, self.channels))
+            pixels = statistics[:, channels + 1 :].unflatten(1, (-1, channels))
             first = pixels[:, 0] if self.init == "random" else _largest_cluster(pixels)
             # Of NaN in other pixels, and of labels out of range on CUDA, the chosen cannot tell.
             first = torch.where(means.isnan(), means, first)

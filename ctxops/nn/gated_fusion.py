@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctxops._checks import check_choice, check_features, check_levels, check_sizes
+from ctxops._checks import (
+    check_choice,
+    check_concatenated,
+    check_features,
+    check_levels,
+    check_sizes,
+)
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import LevelFusion, resized_sum
 from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
@@ -80,7 +86,7 @@ class GatedFullyFusion(LevelFusion):
         """G: for every level a map ``(B, 1, H_l, W_l)`` with values between 0 and 1."""
         if self.gate_from == "reduced":
             return self._gates(self._reduce(features))
-        check_features(features, self.in_channels)
+        check_features(features, self.in_channels, self.gate)
         return self._gates(features)
 
     def forward(self, features: Sequence[Tensor], closed: Sequence[int] = ()) -> tuple[Tensor, ...]:
@@ -251,11 +257,23 @@ class DenseFeaturePyramid(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor], context: Tensor) -> tuple[Tensor, ...]:
-        check_features(features, self.in_channels, context=(context, self.context_channels))
+        check_features(
+            features,
+            [None for _ in self.in_channels],
+            context=(context, self.context_channels, self.reduce),
+        )
         size, y = features[0].shape[2:], self.reduce(context)
+        self._check_channels(features, y)
         maps = [y, *reversed(features)]
         fused = (
             fuse(maps[: level + (not self.literal)], size)
             for level, fuse in enumerate(self.fuse, start=1)
         )
         return resize(y, size, self.align_corners), *fused
+
+    def _check_channels(self, features: Sequence[Tensor], y: Tensor) -> None:
+        levels = enumerate(zip(features, self.in_channels, strict=True))
+        maps = {f"features[{level}]": x for level, x in levels}
+        if self.literal:
+            del maps["features[0]"]  # not used
+        check_concatenated(self.fuse[-1], y_0=(y, self.channels), **maps)

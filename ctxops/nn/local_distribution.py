@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctxops._checks import (
     check_choice,
+    check_concatenated,
     check_groups,
     check_maps,
     check_module,
@@ -61,7 +62,7 @@ class LDv1(nn.Module):
         M = \sigma(\operatorname{resize}(W_d X_g)), \qquad X_{gald} = M \odot X_g + X_g
 
     Args:
-        channels: channels of the map.
+        channels: channels of the map. If W_d has no parameters, other numbers are taken too.
         downsample: W_d. "conv": log2(ratio) depth-wise 3 x 3 convolutions of stride 2 with bias and
             without padding, each with norm and ReLU. "bilinear" and "avg" have no parameters: a
             resize, and the averages of ratio x ratio cells, to sides of ceil(side / ratio).
@@ -226,26 +227,31 @@ class LDv2(nn.Module):
         )
 
     def forward(self, x_global: Tensor, x_local: Tensor | None = None) -> Tensor:
-        sources: dict[str, tuple[Tensor, ...]]
         if self.global_channels == 0:
             if x_local is not None:
                 raise TypeError("with global_channels=0 LDv2 takes x_local alone, got two maps")
-            check_maps(x_local=(x_global, self.local_channels))
-            sources = {"both": (x_global,), "local": (x_global,)}
+            maps = {"local": (x_global, self.local_channels)}
         else:
-            check_maps(
-                x_global=(x_global, self.global_channels), x_local=(x_local, self.local_channels)
-            )
+            check_maps(x_global=(x_global, None), x_local=(x_local, None))
             if x_global.shape[2:] != x_local.shape[2:]:
                 raise ValueError(
                     f"x_local must have the height and width of x_global, "
                     f"{tuple(x_global.shape[2:])}, got {tuple(x_local.shape[2:])}"
                 )
-            sources = {"both": (x_global, x_local), "global": (x_global,), "local": (x_local,)}
+            maps = {
+                "global": (x_global, self.global_channels),
+                "local": (x_local, self.local_channels),
+            }
+
+        def project(embedding: nn.Module, source: Source) -> Tensor:
+            taken = {f"x_{name}": maps[name] for name in maps if source in (name, "both")}
+            check_concatenated(embedding, **taken)
+            return convolve_concatenation(embedding, *(x for x, _ in taken.values()))
+
         return neighborhood_attention(
-            convolve_concatenation(self.query, *sources[self.query_from]),
-            convolve_concatenation(self.key, *sources[self.key_from]),
-            convolve_concatenation(self.value, *sources[self.value_from]),
+            project(self.query, self.query_from),
+            project(self.key, self.key_from),
+            project(self.value, self.value_from),
             self.kernel_size,
             self.dilation,
             scale=self.scale,
@@ -333,6 +339,7 @@ class GALD(nn.Module):
             kind = type(local_distribution).__name__
             raise ValueError(f"residual=True needs an LDv1 as local_distribution, got {kind}")
         self.residual, self.align_corners = residual, align_corners
+        self._starts_with_ldv2 = arrangement == "ldga" and isinstance(local_distribution, LDv2)
         self.downsample = 1 if global_aggregation is None else downsample
         self.down = None
         if self.downsample > 1:
@@ -348,7 +355,9 @@ class GALD(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_maps(x=(x, self.channels, self))
+        # Where LDv2 comes first, the halving that is registered before it has another width.
+        first = self.local_distribution if self._starts_with_ldv2 else self
+        check_maps(x=(x, self.channels, first))
         if self.arrangement == "gald":
             y = self._distribute(self._aggregate(x), x)
         elif self.arrangement == "ldga":

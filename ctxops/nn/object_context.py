@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxops import _autocast
-from ctxops._checks import check_kernel_size, check_map, check_maps, check_same_dtype, check_sizes
+from ctxops._checks import check_kernel_size, check_maps, check_same_dtype, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 
@@ -91,8 +91,7 @@ class ObjectContext(nn.Module):
         return self.fuse(torch.cat([context, pixels], dim=1))
 
     def _check(self, x: Tensor, logits: Tensor) -> None:
-        check_map("logits", logits)
-        check_maps(x=(x, self.in_channels, self), logits=(logits, logits.shape[1]))
+        check_maps(x=(x, self.in_channels, self), logits=(logits, None))
         if logits.shape[2:] != x.shape[2:]:
             raise ValueError(
                 f"logits must have the height and width of x, {tuple(x.shape[2:])}, "

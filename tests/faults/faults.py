@@ -603,6 +603,22 @@ _OPS = [
 
 _MODULES = [
     *_in(
+        "ctxops/_checks.py",
+        "tests/nn/test_pruned.py",
+        (
+            "pruned-convolution",
+            "a module whose convolutions a tool has pruned takes no map any more",
+            "        if takers and x.shape[1] != channels:\n",
+            "        if False:\n",
+        ),
+        (
+            "pruned-concatenation",
+            "two maps are refused although the pruned convolution takes both together",
+            "    if taken in (None, sum(channels for _, channels in maps.values())):\n",
+            "    if True:\n",
+        ),
+    ),
+    *_in(
         "ctxops/nn/plain.py",
         "tests/nn/test_plain.py tests/nn/test_non_local.py",
         (
