@@ -33,6 +33,7 @@ class SegmentationOutput(dict):
     Attributes:
         logits: ``(B, num_classes, H, W)``, at the size of the image.
         auxiliary: in training the logits of further heads, by name, of the same shape; else empty.
+            What is put into an empty one is no item: assign a dictionary that holds something.
         features: in training what the network's own loss or memory needs, ``(B, C, h, w)``; the
             network says what it is.
     """

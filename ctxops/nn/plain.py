@@ -15,6 +15,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRACKER = "torch.utils.module_tracker"
+# torch.export traces with the call of torch.fx, which does what torch's own does.
+_CALLS = (nn.Module.__module__, "torch.fx._symbolic_trace")
 
 
 def is_plain(
@@ -37,7 +39,8 @@ def is_plain(
     return (
         type(module) in kinds
         and "forward" not in module.__dict__
-        and _is_own(type(module).forward, type(module))
+        and _is_written_in(type(module).forward, type(module).__module__)
+        and _is_written_in(type(module).__call__, *_CALLS)
         and module._compiled_call_impl is None
         and not any(getattr(module, hooks) for hooks in _HOOKS)
         and not _has_global_hooks()
@@ -49,9 +52,11 @@ def is_plain(
     )
 
 
-def _is_own(method: Callable, kind: type[nn.Module]) -> bool:
-    """Was it written where its class was? Adaptation at test time replaces batch norm's for all."""
-    return getattr(method, "__globals__", {}).get("__name__") == kind.__module__
+def _is_written_in(method: Callable, *modules: str) -> bool:
+    """Or has a tool replaced it for all? Adaptation at test time does so with batch norm's forward,
+    and what records the calls of modules with ``nn.Module.__call__``.
+    """
+    return getattr(method, "__globals__", {}).get("__name__") in modules
 
 
 def _has_global_hooks() -> bool:

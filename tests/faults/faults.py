@@ -636,7 +636,13 @@ _MODULES = [
         (
             "plain-forward-of-the-class",
             "a forward that a tool has given to a class of torch is passed over",
-            "        and _is_own(type(module).forward, type(module))\n",
+            "        and _is_written_in(type(module).forward, type(module).__module__)\n",
+            "",
+        ),
+        (
+            "plain-call-of-all",
+            "a tool that replaces the call of all modules does not see the children",
+            "        and _is_written_in(type(module).__call__, *_CALLS)\n",
             "",
         ),
         (

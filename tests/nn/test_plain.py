@@ -222,6 +222,24 @@ def test_hooks_of_all_modules_see_every_child(block, made):
 
 
 @product(block=list(BLOCKS))
+def test_a_replaced_call_of_all_modules_sees_every_child(block, made, monkeypatch):
+    """As tools replace it that record calls: torch.ao's and torchview do."""
+    block, inputs = made
+    block.eval()
+    children = {m for m in block.modules() if not isinstance(m, nn.ModuleList)}
+    seen, own = set(), nn.Module.__call__
+
+    @functools.wraps(own)
+    def call(module, *arguments):
+        seen.add(module)
+        return own(module, *arguments)
+
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    block(*inputs)
+    assert children <= seen
+
+
+@product(block=list(BLOCKS))
 def test_weights_that_are_there_in_the_call_alone(block, made):
     """As offloading has them: meta outside."""
     block, inputs = made
