@@ -14,38 +14,15 @@ from torch._subclasses import FakeTensorMode
 import ctxops
 from ctxops import __main__, _native, _operator
 from ctxops._checks import FLOATING
+from ops.contract import contracts
 
 NO_OPERATORS = {"build_info", "flop_formulas", "random_anchor_indices", "use_reference"}
-FOLDERS = {  # of the operators that have no folder of their name
-    "criss_cross_attention_weights": "criss_cross_attention",
-    "neighborhood_attention_weights": "neighborhood_attention",
-    "self_gated_fusion": "gated_fusion",
-}
+CONTRACTS = contracts()
 
 
-def call(name, device="cpu", dtype=torch.float32, grad=False, levels=2):
+def call(name, device="cpu", dtype=torch.float32, grad=False, **replaced):
     """Calls the operator, forward and where asked for backward."""
-
-    def randn(*shape):
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
-
-    x, gate = randn(1, 4, 5, 6), randn(1, 1, 5, 6)
-    labels = torch.randint(3, (1, 5, 6), device=device)
-    arguments = {
-        "asymmetric_attention": (x, randn(1, 4, 3), randn(1, 4, 3)),
-        "category_context": (x, randn(4, 2)),
-        "category_statistics": (x, labels, randn(3, 4)),
-        "criss_cross_attention": (x, x, x),
-        "criss_cross_attention_weights": (x, x),
-        "gated_fusion": ([x] * levels, [gate] * levels),
-        "neighborhood_attention": (x, x, x, 3),
-        "neighborhood_attention_weights": (x, x, 3),
-        "nonlocal_attention": (x, x, x),
-        "pyramid_pool": (x, (1, 2)),
-        "sample_anchors": (x, torch.tensor([0, 7], device=device)),
-        "self_gated_fusion": ([x] * levels, randn(levels, 4)),
-    }
-    results = getattr(ctxops, name)(*arguments[name])
+    results = getattr(ctxops, name)(**CONTRACTS[name].arguments(device, dtype, grad, **replaced))
     results = results if isinstance(results, tuple) else (results,)
     if grad and results[0].requires_grad:
         sum(y.sum() for y in results).backward()
@@ -67,7 +44,7 @@ def ran(monkeypatch):
             monkeypatch.setattr(module, function, watched)
 
     watch(_operator, "launch", "C++")
-    for name in {FOLDERS.get(name, name) for name in _operator.served}:
+    for name in {contract.stem or name for name, contract in CONTRACTS.items()}:
         op = importlib.import_module(f"ctxops.ops.{name}.op")
         for function in ("_forward_in_blocks", "_backward_in_blocks"):
             watch(op, function, "torch, in blocks")
@@ -143,12 +120,18 @@ def test_what_serves_on_cuda(name, dtype, ran):
 
 def test_the_exceptions(ran):
     rows = {name: but for name, (_, _, but) in table().items() if but}
-    for name in ("gated_fusion", "self_gated_fusion"):
-        assert rows.pop(name) == "more than 8 levels: reference"
-        for levels, served in ((8, "C++"), (9, "reference")):
+    x, gate = torch.ones(1, 4, 5, 6), torch.ones(1, 1, 5, 6)
+    for levels, served in ((8, "C++"), (9, "reference")):
+        others = {
+            "gated_fusion": {"gates": [gate] * levels},
+            "self_gated_fusion": {"weight": torch.ones(levels, 4)},
+        }
+        for name, replaced in others.items():
+            assert rows[name] == "more than 8 levels: reference"
             ran.clear()
-            call(name, levels=levels)
+            call(name, features=[x] * levels, **replaced)
             assert ran == {served}
+    del rows["gated_fusion"], rows["self_gated_fusion"]
     # tested with a gradient above
     assert rows.pop("neighborhood_attention_weights") == "with gradient: reference"
     assert set(rows.values()) == {"float64 on CUDA: torch, in blocks"}

@@ -35,23 +35,16 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def _sources(op: str) -> list[Path]:
-    return [HERE / f"{op}.cpp", CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_cpu.cpp"]
+def _sources(program: Path) -> list[Path]:
+    """The program, and the kernels of its operator; those for the CPU only where it calls them."""
+    kernels = CSRC / program.stem
+    sources = [program, *kernels.glob("*_cuda.cu")]
+    if "ctxops::baseline::" in program.read_text():
+        sources += kernels.glob("*_cpu.cpp")
+    return sources
 
 
-PROGRAMS = {
-    "harness": [HERE / "harness.cpp"],
-    "pyramid_pool": _sources("pyramid_pool"),
-    "neighborhood_attention": [
-        HERE / "neighborhood_attention.cpp",
-        CSRC / "neighborhood_attention" / "neighborhood_attention_cuda.cu",
-    ],
-    "gated_fusion": [
-        HERE / "gated_fusion.cpp",
-        CSRC / "gated_fusion" / "gated_fusion_cuda.cu",
-    ],
-    "category_statistics": _sources("category_statistics"),
-}
+PROGRAMS = {program.stem: _sources(program) for program in HERE.glob("*.cpp")}
 
 pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++")
 

@@ -1,13 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every operator promises, written once; its test file brings the cases and the formula.
+r"""What every operator promises, written once; its test file brings the cases and the formula.
 
     class TestMyOperator(OperatorContract):
         name = "my_operator"
-        cases = [...]
+        cases = [(1, 1, 1, 1), (2, 3, 7, 11)]
+        drawn = st.tuples(st.tuples(*[st.integers(1, 20)] * 4), st.just("one"))
+        valid = {"input": torch.ones(1, 2, 3, 3)}
+        errors = [({"input": torch.ones(3)}, ValueError, r"input must have shape \(B, C, H, W\)")]
+        products = [({}, {"my_operator": 36, "my_operator_backward": 72})]
 
-        def case(self, batch, channels, height, width): ...
-        def make(self, case, mode, **options): ...
-        def functions(self, case, mode): ...
+        def case(self, *shape):
+            return shape
+
+        def make(self, case, mode, **options):
+            return [torch.randn(case, **options)]
+
+        def functions(self, case, mode):
+            return ctxops.my_operator, reference
+
+        def opchecks(self, inputs, case, mode):
+            (x,) = inputs
+            yield "my_operator", (x,)
+            yield "my_operator", (x.clone().requires_grad_(),)
+            yield "my_operator_backward", (torch.randn_like(x), x)
 
 pytest then runs every test of :class:`OperatorContract` on it. A test takes what it varies as
 arguments, and the names of the arguments say which values they have (:meth:`_axes`). The quick
@@ -15,9 +30,11 @@ suite runs a pairwise covering array of their combinations, ``--all`` the whole 
 """
 
 import contextlib
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +47,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ctxops
 from covering import each_value_once, first, none, product
-from ctxops import _native
+from ctxops import _native, _operator
+from modules import flop_counter
 from numerics import DTYPES, LAYOUTS, check_operator
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -186,6 +204,8 @@ class OperatorContract:
     # Arguments of a legal call, and rows (what to replace in them, error, message).
     valid: dict[str, Any]
     errors: Sequence[tuple[dict[str, Any], type[Exception], str]]
+    # Rows (what to replace in the legal call, what its products count by registered operator).
+    products: Sequence[tuple[dict[str, Any], dict[str, int]]] = ()
     # Hypothesis draws (case, mode) from it.
     drawn: st.SearchStrategy
     # Tests of the contract that do not fit, and why not.
@@ -206,6 +226,19 @@ class OperatorContract:
     def call(self, **arguments: Any) -> Any:
         """The public function."""
         return getattr(ctxops, self.name)(**arguments)
+
+    @classmethod
+    def arguments(cls, device="cpu", dtype=torch.float32, grad=False, **replaced: Any) -> dict:
+        """Those of the legal call, in copies that want a gradient where asked."""
+
+        def convert(x):
+            if isinstance(x, list):
+                return [convert(y) for y in x]
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x.to(device) if isinstance(x, Tensor) else x
+            return x.to(device, dtype, copy=True).requires_grad_(grad)
+
+        return {name: convert(x) for name, x in (cls.valid | replaced).items()}
 
     def opchecks(self, inputs: list, case: Any, mode: Any) -> Iterator[tuple[str, tuple]]:
         """Names under ``torch.ops.ctxops`` and arguments, of the backward too."""
@@ -509,6 +542,24 @@ class OperatorContract:
             assert_close(as_tuple(operator(*inputs)), y)
         assert len(calls) == 1
 
+    @pytest.mark.parametrize("where", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+    def test_products(self, where):
+        """FlopCounterMode's, which counts every product with an operator of ours."""
+        names = set()
+        for replaced, expected in self.products:
+            arguments = self.arguments(where, grad=not self.constants, **replaced)
+            with flop_counter() as counter:
+                outputs = [y for y in as_tuple(self.call(**arguments)) if y.requires_grad]
+                if outputs:
+                    torch.autograd.backward(outputs, upstream(outputs))
+            counts = {str(packet): n for packet, n in counter.get_flop_counts()["Global"].items()}
+            assert counts == {f"ctxops.{name}": n for name, n in expected.items()}
+            assert counter.get_total_flops() == sum(expected.values())
+            names |= expected.keys()
+        if not self.stem:
+            own = {self.name, f"{self.name}_backward"}
+            assert names == own & _operator.operators.keys()
+
     # Layouts.
 
     def test_the_first_map_decides_on_the_memory_format(self, layout, mode, device):
@@ -618,6 +669,20 @@ class OperatorContract:
         for context in (contextlib.nullcontext(), ctxops.use_reference()):
             with context, pytest.raises(error, match=message):
                 self.call(**(self.valid | replaced))
+
+
+def contracts() -> dict[str, type[OperatorContract]]:
+    """That of every operator by name, from the test files."""
+    found = {}
+    for path in sorted(Path(ctxops.__file__).parent.glob("ops/*/op.py")):
+        for kind in vars(importlib.import_module(f"ops.test_{path.parent.name}")).values():
+            if (
+                isinstance(kind, type)
+                and issubclass(kind, OperatorContract)
+                and "name" in vars(kind)
+            ):
+                found[kind.name] = kind
+    return found
 
 
 def _is_map(x: Tensor | None) -> bool:

@@ -60,6 +60,10 @@ class TestAsymmetricAttention(OperatorContract):
         st.booleans(),
     )
     valid = dict(zip(("query", "key", "value", "bias"), make((2, 4, 3, 3), 5, 6), strict=True))
+    # 18 positions, 5 anchors, 4 and 6 channels; backward three times the 4 and twice the 6
+    products = (
+        ({}, {"asymmetric_attention": 1800, "asymmetric_attention_backward": 4320}),
+    )  # fmt: skip
     errors = (
         ({"query": torch.ones(2, 4, 9)}, ValueError, r"query must have shape \(B, C, H, W\)"),
         ({"query": torch.ones(2, 4, 0, 3)}, ValueError, "query must have C, H and W"),

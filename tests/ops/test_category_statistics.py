@@ -78,6 +78,11 @@ class TestCategoryStatistics(OperatorContract):
         st.tuples(st.booleans(), st.just(True)),
     )
     valid = {"features": FEATURES, "labels": LABEL_MAP, "num_classes": 5}
+    # 32 positions of 3 channels: once, with a memory seven times
+    products = (
+        ({}, {"category_statistics": 192}),
+        ({"memory": torch.ones(5, 3)}, {"category_statistics": 1344}),
+    )
     errors = (
         ({"features": [1.0]}, TypeError, "features must be a torch.Tensor, got list"),
         ({"features": FEATURES.long()}, TypeError, "features must be float32.*int64"),

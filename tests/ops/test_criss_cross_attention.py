@@ -78,6 +78,10 @@ class TestCrissCrossAttention(OperatorContract):
     autocast = "down"
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "value": torch.ones(2, 6, 3, 5)}
+    # 30 positions, 7 in a cross, 4 and 6 channels; backward three times the 4 and twice the 6
+    products = (
+        ({}, {"criss_cross_attention": 4200, "criss_cross_attention_backward": 10080}),
+    )  # fmt: skip
     errors = ERRORS + ERRORS_OF_VALUES
 
     def case(self, *shape):
@@ -103,6 +107,7 @@ class TestCrissCrossAttentionWeights(TestCrissCrossAttention):
     derivatives = "all"
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES}
+    products = ()
     errors = ERRORS
     without = {
         "test_opcheck": "it is not registered",

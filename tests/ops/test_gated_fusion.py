@@ -127,6 +127,7 @@ class TestGatedFusion(OperatorContract):
         st.sampled_from(list(MODES.values())),
     )
     valid = {"features": [A, B], "gates": GATES}
+    products = (({}, {"gated_fusion": 0, "gated_fusion_backward": 0}),)
     errors = ERRORS + ERRORS_OF_GATES
 
     def case(self, batch, channels, height, width):
@@ -165,6 +166,8 @@ class TestSelfGatedFusion(TestGatedFusion):
     }
     drawn = TestGatedFusion.drawn.map(lambda drawn: (drawn[0], (*drawn[1], True)))
     valid = {"features": [A, B], "weight": torch.ones(2, 3)}
+    # 92 positions of 3 channels; backward twice
+    products = (({}, {"gated_fusion": 552, "gated_fusion_backward": 1104}),)
     errors = ERRORS + ERRORS_OF_WEIGHTS
 
     def make(self, case, mode, **options):

@@ -142,6 +142,14 @@ class TestNeighborhoodAttention(OperatorContract):
     autocast = "down"
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "value": ONES, "kernel_size": 3}
+    # 30 positions, 6 in a window, 4 and 6 channels; backward both twice; heads change nothing
+    products = tuple(
+        (
+            {"value": torch.ones(1, 6, 5, 6), "kernel_size": (3, 2), "num_heads": heads},
+            {"neighborhood_attention": 3600, "neighborhood_attention_backward": 7200},
+        )
+        for heads in (1, 2)
+    )
     errors = ERRORS + ERRORS_OF_VALUES
 
     def case(self, batch, channels, height, width):
@@ -175,6 +183,7 @@ class TestNeighborhoodAttentionWeights(TestNeighborhoodAttention):
     constants = (0, 1)
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "kernel_size": 3}
+    products = (({}, {"neighborhood_attention": 2160}),)  # 30 positions, 9 in a window, 4 channels
     errors = ERRORS
     without = dict.fromkeys(OF_GRADIENTS, "its gradients are the reference's") | {
         "test_opcheck": "it is neighborhood_attention without a value",

@@ -67,6 +67,9 @@ class TestPyramidPool(OperatorContract):
         st.sampled_from(MODES),
     )
     valid = {"input": torch.ones(1, 2, 3, 3)}
+    products = [
+        ({"mode": mode}, {"pyramid_pool": 0, "pyramid_pool_backward": 0}) for mode in ("avg", "max")
+    ]
     errors = (
         *(({"input": x}, error, f"input {message}") for x, error, message in BAD_MAPS),
         *(({"output_sizes": n}, error, f"output_sizes {text}") for n, error, text in BAD_SIZES),
