@@ -153,9 +153,12 @@ def _import(module: str, extra: str) -> types.ModuleType:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
-    """Prints what is in a data set."""
+    """Prints what is in a data set; without its folder, what should be in it."""
     data = _import("data", "models")
     spec = data.find_spec(arguments.spec, arguments.root)
+    if arguments.root is None:
+        print(data.expected(spec))
+        return 0
     report, well = data.check_data(spec, arguments.root, arguments.split)
     print(report)
     return 0 if well else 1
@@ -220,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="looks at data sets")
     checks = data.add_subparsers(dest="action", required=True)
     check = checks.add_parser("check", help="reads all pairs: what is missing, wrong, how frequent")
-    check.add_argument("spec", help="cityscapes, ade20k, camvid, voc2012 or folder")
-    check.add_argument("root", help="its folder")
+    check.add_argument("spec", help="such as cityscapes, or folder: your own")
+    check.add_argument("root", nargs="?", help="its folder; without: what it should have")
     check.add_argument("--split", nargs="+", default=[], help="default: all that are there")
     return parser
 

@@ -9,14 +9,18 @@ from ctxops._checks import check_known
 from ctxops.models.data.ade20k import ADE20K
 from ctxops.models.data.augment import Augmentation, Augmented
 from ctxops.models.data.camvid import CAMVID
-from ctxops.models.data.check import check_data
+from ctxops.models.data.check import check_data, expected
 from ctxops.models.data.cityscapes import CITYSCAPES, CITYSCAPES_COARSE
+from ctxops.models.data.coco_stuff import COCO_STUFF_10K, COCO_STUFF_164K
 from ctxops.models.data.files import Files, read_image
-from ctxops.models.data.folder import folder_spec
+from ctxops.models.data.folder import LAYOUT, folder_spec
+from ctxops.models.data.human_parsing import CIHP, LIP
+from ctxops.models.data.nyudv2 import NYUDV2
 from ctxops.models.data.order import StreamSampler
+from ctxops.models.data.pascal_context import PASCAL_CONTEXT_59, PASCAL_CONTEXT_60
 from ctxops.models.data.scenes import CLASSES, PALETTE, Scenes, scene
 from ctxops.models.data.spec import IGNORE, Spec, Split
-from ctxops.models.data.voc2012 import VOC2012
+from ctxops.models.data.voc2012 import SBD, VOC2012
 
 __all__ = [
     "IGNORE",
@@ -29,6 +33,7 @@ __all__ = [
     "Split",
     "StreamSampler",
     "check_data",
+    "expected",
     "find_spec",
     "folder_spec",
     "open_split",
@@ -36,7 +41,11 @@ __all__ = [
     "scene",
 ]
 
-SPECS = {spec.name: spec for spec in (ADE20K, CAMVID, CITYSCAPES, CITYSCAPES_COARSE, VOC2012)}
+_SPECS = (
+    *(ADE20K, CAMVID, CIHP, CITYSCAPES, CITYSCAPES_COARSE, COCO_STUFF_10K, COCO_STUFF_164K, LIP),
+    *(NYUDV2, PASCAL_CONTEXT_59, PASCAL_CONTEXT_60, SBD, VOC2012),
+)
+SPECS = {spec.name: spec for spec in _SPECS}
 
 
 def find_spec(name: str, root: str | Path | None = None) -> Spec:
@@ -50,7 +59,7 @@ def find_spec(name: str, root: str | Path | None = None) -> Spec:
     if name != "folder":
         return SPECS[name]
     if root is None:
-        raise ValueError("root must be the folder of your data, got None")
+        raise ValueError(f"root must be the folder of your data, got None: {LAYOUT}")
     return folder_spec(root)
 
 

@@ -42,13 +42,15 @@ def check_split(spec: Spec, root: str | Path, split: str) -> SplitReport:
     classes = len(spec.classes)
     pairs = spec.pairs(root, split)
     report = SplitReport(len(pairs), [], Counter(), *np.zeros((2, classes + 1), np.int64))
+    report.problems += [f"no image for: {path}" for path in spec.unpaired(root, split)]
     for pair in pairs:
         missing = [path for path in pair if not path.is_file()]
         report.problems += [f"missing: {path}" for path in missing]
         if missing:
             continue
         try:
-            size, numbers = tuple(read_image(pair.image).shape[1:]), read_numbers(pair.labels)
+            size = tuple(read_image(pair.image).shape[1:])
+            numbers = read_numbers(pair.labels, spec.variable)
         except ValueError as error:
             report.problems.append(str(error))
             continue
@@ -62,6 +64,13 @@ def check_split(spec: Spec, root: str | Path, split: str) -> SplitReport:
         report.pixels += counts
         report.images += counts > 0
     return report
+
+
+def expected(spec: Spec) -> str:
+    """Which files a data set has below its root, and where they come from."""
+    lines = [f"{spec.name}: {len(spec.classes)} classes; {spec.source}"]
+    lines += [f"  {split}: {spec.layout(split)}" for split in spec.splits]
+    return "\n".join(lines)
 
 
 def check_data(spec: Spec, root: str | Path, splits: Sequence[str] = ()) -> tuple[str, bool]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and labels of files, and the data set that they are."""
 
+import types
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,51 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_numbers(path: str | Path) -> np.ndarray:
-    """The numbers in a labels file, ``(H, W)``: one channel of up to 16 bits, or a palette's."""
-    image = _open(Path(path))
-    numbers = np.asarray(image)
-    if numbers.ndim != 2 or not 0 <= numbers.min() <= numbers.max() < 1 << 16:
-        raise ValueError(
-            f"{path} must have one channel of numbers from 0 to 65535, got mode {image.mode!r}"
-        )
+def read_numbers(path: str | Path, variable: str = "") -> np.ndarray:
+    """The numbers in a labels file, ``(H, W)``: one channel of up to 16 bits, or a palette's.
+
+    A .mat file holds them in ``variable``, as in :class:`Spec`. That needs scipy.
+    """
+    path = Path(path)
+    if path.suffix == ".mat":
+        numbers = _read_variable(path, variable)
+        kind = f"{numbers.dtype} of shape {numbers.shape}"
+    else:
+        image = _open(path)
+        numbers, kind = np.asarray(image), f"mode {image.mode!r}"
+    is_map = numbers.ndim == 2 and numbers.size > 0 and numbers.dtype.kind in "buif"
+    if not is_map or not 0 <= numbers.min() <= numbers.max() < 1 << 16:
+        raise ValueError(f"{path} must have one channel of numbers from 0 to 65535, got {kind}")
     return numbers.astype(np.uint16)
+
+
+def _require_scipy() -> types.ModuleType:
+    try:
+        import scipy.io
+    except ImportError:
+        raise ImportError(
+            "labels in .mat files need scipy, which is not installed: pip install scipy"
+        ) from None
+    return scipy.io
+
+
+def _read_variable(path: Path, variable: str) -> np.ndarray:
+    """A variable of a .mat file, or a field of it after a dot."""
+    io = _require_scipy()
+    try:
+        value = io.loadmat(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # scipy has one for each way in which bytes can be wrong
+        raise ValueError(f"{path} is no .mat file that can be read: {error}") from error
+    try:
+        for name in variable.split("."):
+            value = value[name]
+            if value.dtype == object:  # the field of a struct that stands alone
+                value = value.item()
+    except (AttributeError, IndexError, KeyError, ValueError):
+        raise ValueError(f"{path} must have the variable {variable}") from None
+    return value
 
 
 class Files(Dataset):
@@ -59,12 +96,15 @@ class Files(Dataset):
 
     Raises:
         FileNotFoundError: no images, or one without labels.
+        ImportError: labels in .mat files, and no scipy.
         ValueError: an unknown split; in reading: a file that is no image, an image and labels that
             differ in size, a number that the data set does not know. The file is named.
     """
 
     def __init__(self, spec: Spec, root: str | Path, split: str) -> None:
         self.spec, self.pairs = spec, spec.pairs(root, split)
+        if spec.variable:
+            _require_scipy()
         missing = [str(path) for pair in self.pairs for path in pair if not path.is_file()]
         if missing:
             spelled = ", ".join(missing[:_SPELLED])
@@ -81,7 +121,8 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pair = self.pairs[index]
-        image, numbers = read_image(pair.image), read_numbers(pair.labels)
+        image = read_image(pair.image)
+        numbers = read_numbers(pair.labels, self.spec.variable)
         if image.shape[1:] != numbers.shape:
             raise ValueError(
                 f"{pair.labels} must have the size of its image, {tuple(image.shape[1:])}, "

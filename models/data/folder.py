@@ -31,19 +31,27 @@ def folder_spec(root: str | Path) -> Spec:
         classes = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {error}") from error
-    if not isinstance(classes, (list, dict)):
+    if not isinstance(classes, (list, dict)) or any(isinstance(c, (list, dict)) for c in classes):
         raise ValueError(f"{file} must be a list of names, or names with colours, got {classes!r}")
     names = tuple(map(str, classes))
     palette = colours(len(names))
     if isinstance(classes, dict):
         given = [own if own is not None else ours for own, ours in zip(
             classes.values(), palette, strict=True)]  # fmt: skip
-        wrong = [c for c in given if len(c) != 3 or not all(0 <= x < 256 for x in c)]
+        wrong = [colour for colour in given if not _is_colour(colour)]
         if wrong:
             raise ValueError(f"{file} must have colours of three numbers up to 255, got {wrong[0]}")
         palette = tuple(map(tuple, given))
     splits = {split: Split(f"images/{split}/*.*", f"labels/{split}/*.png") for split in _SPLITS}
     return Spec("folder", names, splits, palette=palette, source=LAYOUT)
+
+
+def _is_colour(value: object) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and all(isinstance(x, int) and 0 <= x < 256 for x in value)
+    )
 
 
 _SPLITS = ("train", "val", "test")

@@ -48,6 +48,8 @@ class Spec:
             the classes. Whether it is listed or not, the number 255 is ``IGNORE``.
         palette: a colour (red, green, blue) for each class; empty: :func:`colours`.
         source: where the files come from, for whoever has none.
+        variable: what holds the numbers in labels that are .mat files; a field of it after a dot,
+            as ``"GTcls.Segmentation"``.
     """
 
     name: str
@@ -56,10 +58,13 @@ class Spec:
     ids: Mapping[int, int] | None = None
     palette: tuple[tuple[int, int, int], ...] = ()
     source: str = ""
+    variable: str = ""
 
     def __post_init__(self) -> None:
         if not 1 < len(self.classes) <= IGNORE:
             raise ValueError(f"classes must be 2 to {IGNORE}, got {len(self.classes)}")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must have different names, got {list(self.classes)}")
         if not self.palette:
             object.__setattr__(self, "palette", colours(len(self.classes)))
         if len(self.palette) != len(self.classes):
@@ -103,28 +108,55 @@ class Spec:
         root = Path(root)
         return [pair for part in split.split("+") for pair in self._pairs(root, part)]
 
+    def unpaired(self, root: str | Path, split: str) -> list[Path]:
+        """Labels without an image, sorted; none of a split whose images a list names.
+
+        ``NAME_more.png`` beside ``NAME.png`` is no labels file: converters write such.
+        """
+        root, known = Path(root), {pair.labels for pair in self.pairs(root, split)}
+        found = {
+            path
+            for part in split.split("+")
+            if self.splits[part].names is None
+            for path in _glob(root, self.splits[part].labels)
+        }
+        return sorted(
+            path
+            for path in found - known
+            if Path(f"{str(path).rpartition('_')[0]}{path.suffix}") not in known
+        )
+
+    def layout(self, split: str) -> str:
+        """Which files of a split are expected below the root."""
+        where = self.splits[split]
+        names = f" of the names in {where.names}" if where.names else ""
+        return f"images {where.images}{names}, labels {where.labels}"
+
     def _pairs(self, root: Path, split: str) -> list[Pair]:
         check_known(f"split of {self.name}", split, self.splits)
         where = self.splits[split]
         if where.names is None:
-            found = [path for path in root.glob(where.images) if not path.name.startswith(".")]
+            found = _glob(root, where.images)
             images = sorted(path.relative_to(root).as_posix() for path in found)
-            missing = where.images
         else:
             file = root / where.names
             names = file.read_text().split() if file.is_file() else []
-            images, missing = [where.images.replace("*", name) for name in names], where.names
+            images = [where.images.replace("*", name) for name in names]
         if not images:
             source = f" ({self.source})" if self.source else ""
             raise FileNotFoundError(
-                f"no {split!r} images of {self.name}{source}: expected {root / missing}, "
-                f"labels in {root / where.labels}"
+                f"no {split!r} images of {self.name}{source} in {root}: "
+                f"expected {self.layout(split)}"
             )
         stars = re.compile(re.escape(where.images).replace(r"\*", "([^/]*)"))
         return [
             Pair(root / image, root / _fill(where.labels, stars.fullmatch(image).groups()))
             for image in images
         ]
+
+
+def _glob(root: Path, pattern: str) -> list[Path]:
+    return [path for path in root.glob(pattern) if not path.name.startswith(".")]
 
 
 def _fill(pattern: str, parts: Sequence[str]) -> str:

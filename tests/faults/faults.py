@@ -1210,6 +1210,32 @@ _TRAINING = [
             "unknown = classes == _UNKNOWN",
             "unknown = classes == 1 << 14",
         ),
+        (
+            "spec-label-without-image",
+            "a label without an image is passed over in silence",
+            "for path in found - known",
+            "for path in found & known",
+        ),
+    ),
+    *_in(
+        "models/data/coco_stuff.py",
+        "tests/models/data/test_files.py",
+        (
+            "coco-stuff-numbers",
+            "the numbers that no pixel has are not left out",
+            "{number - 1: k for k, number in enumerate(_NUMBERS)}",
+            "{k: k for k, number in enumerate(_NUMBERS)}",
+        ),
+    ),
+    *_in(
+        "models/data/pascal_context.py",
+        "tests/models/data/test_files.py",
+        (
+            "pascal-context-59-background",
+            "the background is the first of the 59 classes",
+            "{0: IGNORE} | {k + 1: k for k in range(59)}",
+            "{k: k for k in range(59)} | {59: IGNORE}",
+        ),
     ),
     *_in(
         "models/training/losses.py",

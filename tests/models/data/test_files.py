@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,17 +12,26 @@ pytest.importorskip("torchvision")
 
 from ctxops.__main__ import main
 from ctxops.models.data import IGNORE, SPECS, Files, Spec, find_spec, folder_spec, open_split
-from ctxops.models.data.files import read_image
+from ctxops.models.data.files import read_image, read_numbers
 from ctxops.models.data.spec import colours
 
-# Of each data set: its tree, how many pairs, and the classes of the first labels' first columns.
+# Of each data set: its tree, how many pairs, the classes of the first labels' first columns, and
+# the least number that it does not know.
 TREES = {
-    "cityscapes": (trees.cityscapes, 3, (0, IGNORE, 18, IGNORE)),
-    "cityscapes_coarse": (lambda root: trees.cityscapes(root, "gtCoarse"), 3, (0, IGNORE, 18)),
-    "ade20k": (trees.ade20k, 2, (IGNORE, 0, 149)),
-    "camvid": (trees.camvid, 2, (0, 10, IGNORE)),
-    "voc2012": (trees.voc2012, 2, (0, 20, IGNORE)),
-    "folder": (trees.folder, 2, (0, 2, IGNORE)),
+    "ade20k": (trees.ade20k, 2, (IGNORE, 0, 149), 151),
+    "camvid": (trees.camvid, 2, (0, 10, IGNORE), 12),
+    "cihp": (trees.cihp, 2, (0, 19), 20),
+    "cityscapes": (trees.cityscapes, 3, (0, IGNORE, 18, IGNORE), 34),
+    "cityscapes_coarse": (lambda root: trees.cityscapes(root, "gtCoarse"), 3, (0, IGNORE, 18), 34),
+    "coco_stuff10k": (trees.coco_stuff10k, 2, (IGNORE, 0, 11, 170), 12),
+    "coco_stuff164k": (trees.coco_stuff164k, 2, (0, 11, 170, IGNORE), 11),
+    "folder": (trees.folder, 2, (0, 2, IGNORE), 3),
+    "lip": (trees.lip, 2, (0, 19), 20),
+    "nyudv2": (trees.nyudv2, 2, (IGNORE, 0, 39), 41),
+    "pascal_context_59": (trees.pascal_context, 2, (IGNORE, 0, 58), 60),
+    "pascal_context_60": (trees.pascal_context, 2, (0, 1, 59), 60),
+    "sbd": (trees.sbd, 2, (0, 20), 21),
+    "voc2012": (trees.voc2012, 2, (0, 20, IGNORE), 21),
 }
 
 
@@ -28,9 +39,16 @@ def test_every_data_set_has_a_tree():
     assert TREES.keys() == SPECS.keys() | {"folder"}
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.fixture(params=TREES)
+def name(request):
+    """Of a data set whose files can be read here."""
+    if request.param in SPECS and SPECS[request.param].variable:
+        pytest.importorskip("scipy", reason="labels in .mat files need scipy")
+    return request.param
+
+
 def test_a_tree_in_the_true_layout(name, tmp_path):
-    make, count, classes = TREES[name]
+    make, count, classes, _ = TREES[name]
     make(tmp_path)
     files = open_split(name, "train", tmp_path)
     assert len(files) == count
@@ -40,6 +58,110 @@ def test_a_tree_in_the_true_layout(name, tmp_path):
         assert labels.shape == trees.SIZE
         assert image.dtype == labels.dtype == torch.uint8
         assert tuple(labels[0, : len(classes)].tolist()) == classes
+
+
+def test_check_is_content_with_a_whole_tree(name, tmp_path, capsys):
+    make, count, _, _ = TREES[name]
+    make(tmp_path)
+    assert main(["data", "check", name, str(tmp_path), "--split", "train"]) == 0
+    assert f"train: {count} pairs" in capsys.readouterr().out
+
+
+def spoil(labels, fault, unknown):
+    """Makes labels wrong in one way: a .mat file or an image."""
+    if fault == "missing":
+        labels.unlink()
+    elif fault == "empty":
+        labels.write_bytes(b"")
+    elif fault == "truncated":
+        labels.write_bytes(labels.read_bytes()[:-30])
+    elif fault == "another size":
+        trees.labels(labels, size=(6, 9))
+    elif fault == "an unknown number":
+        trees.labels(labels, (0, unknown))
+    elif labels.suffix == ".mat":
+        trees.matlab(labels, np.zeros((6, 8, 3), np.uint8))
+    else:
+        trees.image(labels)
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing", "empty", "truncated", "another size", "an unknown number", "colours"]
+)
+def test_check_finds_what_is_wrong_with_labels(name, fault, tmp_path, capsys):
+    make, count, _, unknown = TREES[name]
+    make(tmp_path)
+    spoilt = find_spec(name, tmp_path).pairs(tmp_path, "train")[-1].labels
+    spoil(spoilt, fault, unknown)
+    assert main(["data", "check", name, str(tmp_path), "--split", "train"]) == 1
+    report = capsys.readouterr().out
+    problems = [line for line in report.splitlines() if line.startswith("  ")]
+    assert len(problems) == 1
+    assert str(spoilt) in problems[0]
+    if fault == "an unknown number":
+        assert f"numbers of no class: [{unknown}]" in problems[0]
+    if fault == "missing":
+        with pytest.raises(FileNotFoundError, match=spoilt.name):
+            open_split(name, "train", tmp_path)
+    else:
+        files = open_split(name, "train", tmp_path)
+        files[0]
+        with pytest.raises(ValueError, match=spoilt.name):
+            files[count - 1]
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated"])
+def test_check_finds_what_is_wrong_with_images(name, fault, tmp_path, capsys):
+    """A missing one where its labels or a list tell of it."""
+    make, _, _, unknown = TREES[name]
+    make(tmp_path)
+    image, labels = find_spec(name, tmp_path).pairs(tmp_path, "train")[-1]
+    spoil(image, fault, unknown)
+    assert main(["data", "check", name, str(tmp_path), "--split", "train"]) == 1
+    report = capsys.readouterr().out
+    (problem,) = (line for line in report.splitlines() if line.startswith("  "))
+    assert str(image) in problem or problem == f"  no image for: {labels}"
+
+
+def test_check_without_a_folder_says_what_it_should_have(capsys):
+    for name, spec in SPECS.items():
+        assert main(["data", "check", name]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"{name}: {len(spec.classes)} classes; {spec.source}\n")
+        for split, where in spec.splits.items():
+            assert f"  {split}: images {where.images}" in printed
+            assert f"labels {where.labels}\n" in printed
+    assert main(["data", "check", "folder"]) == 1
+    assert "expected classes.yaml, images/train/" in capsys.readouterr().err
+
+
+def test_voc_with_the_labels_of_sbd(tmp_path):
+    trees.voc2012_augmented(tmp_path)
+    files = open_split("voc2012", "train+aug", tmp_path)
+    assert [tuple(labels[0, :2].tolist()) for _, labels in files] == [(0, 20), (0, 20), (20, 0)]
+
+
+def test_variables_of_matlab(tmp_path):
+    io = pytest.importorskip("scipy.io")
+    file = tmp_path / "a.mat"
+    values = np.array([[0, 20], [255, 3]])
+    io.savemat(file, {"S": values.astype(float), "x": "text", "n": np.zeros((0, 0))})
+    assert (read_numbers(file, "S") == values).all()
+    for variable, message in (
+        ("T", "must have the variable T"),
+        ("S.a", "must have the variable S.a"),
+        ("x", "must have one channel of numbers from 0 to 65535, got <U4 of shape"),
+        ("n", r"must have one channel of numbers .* got .* of shape \(0, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=f"a.mat {message}"):
+            read_numbers(file, variable)
+
+
+def test_labels_of_matlab_need_scipy(tmp_path, monkeypatch):
+    trees.names(tmp_path / "train.txt", "2008_000002")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"labels in \.mat files need scipy"):
+        open_split("sbd", "train", tmp_path)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -139,6 +261,7 @@ def test_an_empty_folder_says_what_to_put_where(name, tmp_path):
         (lambda: open_split("camvid", "train", ".", zones=2), r"options are for scenes, .*\['zone"),
         (lambda: Files(SPECS["camvid"], ".", "vla"), "unknown split of camvid 'vla', the closest"),
         (lambda: Spec("a", ("b",), {}), "classes must be 2 to 255, got 1"),
+        (lambda: Spec("a", ("b", "b"), {}), r"classes must have different names, got \[.b., .b.\]"),
         (lambda: Spec("a", ("b", "c"), {}, palette=((1, 2, 3),)), "a colour for each of 2 classes"),
     ],
 )
@@ -152,6 +275,8 @@ def test_bad_input(call, message):
     [
         ("3", "must be a list of names, or names with colours, got 3"),
         ("sky: [1, 2]\nground:", r"must have colours of three numbers up to 255, got \[1, 2\]"),
+        ("sky: 7\nground:", "must have colours of three numbers up to 255, got 7"),
+        ("- sky: [1, 2, 3]\n- ground", "must be a list of names, or names with colours, got "),
         ("- [", "is no YAML"),
     ],
 )
