@@ -77,6 +77,13 @@ class SegmentationData(LightningDataModule):
         self.val: Any = None
 
     def setup(self, stage: str) -> None:
+        self._epoch = 0  # in which the run begins
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.trainer.current_epoch + 1}  # checkpoints are at the ends of epochs
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._epoch = state_dict["epoch"]
         if stage == "fit" and self.train is None:
             self.train = self._open(self.train_split)
         if self.val is None:
@@ -102,6 +109,8 @@ class SegmentationData(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+        # Of a resumed run, Lightning says so only after the workers have begun to load.
+        sampler.set_epoch(self._epoch)
 
     def val_dataloader(self) -> DataLoader:
         """Each image once, in one of the processes: one at a time, as their sizes may differ."""

@@ -62,6 +62,18 @@ def losses(run):
     return values
 
 
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def stop_in_epoch(patch, epoch):
+    def stop(task):
+        if task.current_epoch == epoch:
+            raise Stop
+
+    patch.setattr(SegmentationTask, "on_train_epoch_start", stop)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -99,23 +111,18 @@ def test_validate_needs_the_checkpoint_alone(run, tmp_path, capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("network", ["ann", *slow("mcibi")])
-def test_a_resumed_run_continues_bitwise(network, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("network", "workers"), [("ann", "2"), pytest.param("mcibi", "0", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_continues_bitwise(network, workers, tmp_path, monkeypatch):
+    """Whichever process loads its samples."""
     options = {"model__network": network, "data__crop": "[48, 48]", "data__brightness": "0.3"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert fit(whole, **options) == 0
-
-    class Stop(Exception):  # noqa: N818
-        pass
-
-    def stop(task):
-        if task.current_epoch == 1:
-            raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(SegmentationTask, "on_train_epoch_start", stop)
+        stop_in_epoch(patch, 1)
         with pytest.raises(Stop):
-            fit(broken, **options)
+            fit(broken, data__workers=workers, **options)
     assert load(broken / "last.ckpt")["epoch"] == 0
     torch.manual_seed(999)  # what random numbers other code drew does not matter
     assert main(["resume", str(broken)]) == 0
