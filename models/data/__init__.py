@@ -72,10 +72,12 @@ def class_names(name: str, root: str | Path | None = None) -> tuple[tuple, tuple
     return spec.classes, spec.palette
 
 
-def open_split(name: str, split: str, root: str | Path | None = None, **options) -> Dataset:
+def open_split(
+    name: str, split: str, root: str | Path | None = None, *, skip_bad: bool = False, **options
+) -> Dataset:
     """A split of any data set: :class:`Files`, or :class:`Scenes`, which need no root.
 
-    ``options`` are those of :class:`Scenes`.
+    ``skip_bad`` is that of :class:`Files`, ``options`` are those of :class:`Scenes`.
     """
     if name == "scenes":
         return Scenes(split, **options)
@@ -84,4 +86,4 @@ def open_split(name: str, split: str, root: str | Path | None = None, **options)
     spec = find_spec(name, root)
     if root is None:
         raise ValueError(f"root must be the folder of {name} ({spec.source}), got None")
-    return Files(spec, root, split)
+    return Files(spec, root, split, skip_bad=skip_bad)

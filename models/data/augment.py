@@ -109,7 +109,11 @@ def _largest_share(labels: Tensor) -> float:
 class Augmented(Dataset):
     """A data set by the keys of a stream: ``augmented[index, position]``.
 
-    The augmentation is a function of the seed and the position alone, in whichever process.
+    The augmentation is a function of the seed and the position alone, in whichever process. So is
+    the sample: for one that is None, the data set's next one takes its place.
+
+    Raises:
+        ValueError: all samples are None.
     """
 
     def __init__(self, samples: Any, augmentation: Augmentation, seed: int = 0) -> None:
@@ -119,7 +123,10 @@ class Augmented(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-        index, position = key
-        image, labels = self.samples[index]
+        first, position = key
         random = generator(self.seed, position, _STREAM)
-        return *self.augmentation(image, labels, random), index
+        for index in (*range(first, len(self)), *range(first)):
+            sample = self.samples[index]
+            if sample is not None:
+                return *self.augmentation(*sample, random), index
+        raise ValueError(f"all {len(self)} samples were passed over")

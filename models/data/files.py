@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and labels of files, and the data set that they are."""
 
+import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils.data import Dataset
 
-from ctxops.models.data.spec import Spec
+from ctxops.models.data.spec import Pair, Spec
 
 # How many files or numbers an error spells out.
 _SPELLED = 3
@@ -93,6 +94,8 @@ class Files(Dataset):
         spec: the data set.
         root: its folder.
         split: such as ``"train"`` or ``"train+val"``.
+        skip_bad: what is wrong with a pair is no error: ``files[i]`` is None, and the first time
+            the file and the reason are printed, whichever process reads it.
 
     Raises:
         FileNotFoundError: no images, or one without labels.
@@ -101,10 +104,14 @@ class Files(Dataset):
             differ in size, a number that the data set does not know. The file is named.
     """
 
-    def __init__(self, spec: Spec, root: str | Path, split: str) -> None:
-        self.spec, self.pairs = spec, spec.pairs(root, split)
+    def __init__(self, spec: Spec, root: str | Path, split: str, *, skip_bad: bool = False) -> None:
+        self.spec, self.pairs, self.skip_bad = spec, spec.pairs(root, split), skip_bad
         if spec.variable:
             _require_scipy()
+        if skip_bad:  # what the processes that load know of each other
+            self._bad = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
+            self._lock = multiprocessing.Lock()
+            return
         missing = [str(path) for pair in self.pairs for path in pair if not path.is_file()]
         if missing:
             spelled = ", ".join(missing[:_SPELLED])
@@ -119,8 +126,25 @@ class Files(Dataset):
     def name(self, index: int) -> str:
         return str(self.pairs[index].image)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        pair = self.pairs[index]
+    @property
+    def skipped(self) -> int:
+        """How many pairs were found to be bad so far, by all processes that load them."""
+        return int(self._bad.sum()) if self.skip_bad else 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        if not self.skip_bad:
+            return self._read(self.pairs[index])
+        try:
+            return self._read(self.pairs[index])
+        except (FileNotFoundError, ValueError) as error:
+            with self._lock:
+                known = bool(self._bad[index])
+                self._bad[index] = True
+            if not known:
+                print(f"passed over: {error}", file=sys.stderr, flush=True)
+            return None
+
+    def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:
         image = read_image(pair.image)
         numbers = read_numbers(pair.labels, self.spec.variable)
         if image.shape[1:] != numbers.shape:

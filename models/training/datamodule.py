@@ -4,7 +4,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ctxops.models.data import Augmentation, Augmented, StreamSampler, class_names, open_split
 
@@ -13,8 +13,7 @@ class SegmentationData(LightningDataModule):
     """Training samples as one endless stream, of which an epoch takes a fixed number of steps.
 
     Args:
-        name: cityscapes, cityscapes_coarse, ade20k, camvid, voc2012; folder: your own; scenes:
-            synthetic, without files.
+        name: of a data set such as cityscapes; folder: your own; scenes: synthetic, without files.
         root: the folder of its files.
         train_split: trained on; several joined by "+".
         val_split: validated on.
@@ -30,6 +29,8 @@ class SegmentationData(LightningDataModule):
         saturation: likewise.
         hue: the shift is drawn between -x and x.
         workers: processes that load, of each training process.
+        skip_bad: an image or labels that cannot be read, or do not fit, are reported and passed
+            over. In training the data set's next pair takes their place. False: they are an error.
         seed: of order and augmentation; that of the run.
 
     Attributes:
@@ -55,6 +56,7 @@ class SegmentationData(LightningDataModule):
         saturation: float = 0.0,
         hue: float = 0.0,
         workers: int = 0,
+        skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class SegmentationData(LightningDataModule):
         self.name, self.root, self.options = name, root, options or {}
         self.train_split, self.val_split = train_split, val_split
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
-        self.workers, self.seed = workers, seed
+        self.workers, self.skip_bad, self.seed = workers, skip_bad, seed
         self.augmentation = Augmentation(
             scale,
             crop,
@@ -75,8 +77,6 @@ class SegmentationData(LightningDataModule):
         )
         self.train: Any = None
         self.val: Any = None
-
-    def setup(self, stage: str) -> None:
         self._epoch = 0  # in which the run begins
 
     def state_dict(self) -> dict[str, int]:
@@ -84,13 +84,21 @@ class SegmentationData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._epoch = state_dict["epoch"]
+
+    def setup(self, stage: str) -> None:
         if stage == "fit" and self.train is None:
             self.train = self._open(self.train_split)
         if self.val is None:
             self.val = self._open(self.val_split)
 
     def _open(self, split: str) -> Dataset:
-        return open_split(self.name, split, self.root, **self.options)
+        return open_split(self.name, split, self.root, skip_bad=self.skip_bad, **self.options)
+
+    def teardown(self, stage: str) -> None:
+        for split, pairs in ((self.train_split, self.train), (self.val_split, self.val)):
+            skipped = getattr(pairs, "skipped", 0)
+            if skipped:
+                print(f"{skipped} of the {len(pairs)} pairs of {split} were passed over")
 
     def train_dataloader(self) -> DataLoader:
         sampler = StreamSampler(
@@ -101,6 +109,8 @@ class SegmentationData(LightningDataModule):
             rank=self.trainer.global_rank,
             processes=self.trainer.world_size,
         )
+        # Of a resumed run, Lightning says so only after the workers have begun to load.
+        sampler.set_epoch(self._epoch)
         return DataLoader(
             Augmented(self.train, self.augmentation, self.seed),
             sampler.share,
@@ -109,10 +119,15 @@ class SegmentationData(LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
-        # Of a resumed run, Lightning says so only after the workers have begun to load.
-        sampler.set_epoch(self._epoch)
 
     def val_dataloader(self) -> DataLoader:
         """Each image once, in one of the processes: one at a time, as their sizes may differ."""
         mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
-        return DataLoader(Subset(self.val, mine), 1, num_workers=self.workers)
+        return DataLoader(
+            Subset(self.val, mine), 1, num_workers=self.workers, collate_fn=_without_bad
+        )
+
+
+def _without_bad(samples: list) -> Any:
+    """A batch, empty where its image was passed over."""
+    return [] if samples == [None] else default_collate(samples)

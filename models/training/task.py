@@ -139,6 +139,8 @@ class SegmentationTask(LightningModule):
             raise ValueError(f"the loss of step {step} is not finite; its images: {names}")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if not batch:  # its image was passed over
+            return
         image, labels = batch
         predicted = segment(self.network, image, **dataclasses.asdict(self.inference))
         self.confusion.update(predicted.flatten(), labels.long().flatten())

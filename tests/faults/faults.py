@@ -1186,8 +1186,34 @@ _TRAINING = [
         ),
     ),
     *_in(
+        "models/data/files.py",
+        "tests/models/data/test_files.py",
+        (
+            "files-bad-reported-always",
+            "a pair that is passed over is reported in every epoch",
+            "known = bool(self._bad[index])",
+            "known = False",
+        ),
+    ),
+    *_in(
+        "models/training/datamodule.py",
+        "tests/models/training/test_fit.py -k continues_bitwise",
+        (
+            "resumed-workers-first-epoch",
+            "a resumed run with workers begins with the samples of the first epoch",
+            "sampler.set_epoch(self._epoch)",
+            "",
+        ),
+    ),
+    *_in(
         "models/data/augment.py",
         "tests/models/data/test_augment.py",
+        (
+            "augment-first-instead-of-next",
+            "one sample takes the place of all that are passed over",
+            "(*range(first, len(self)), *range(first))",
+            "(first, *range(len(self)))",
+        ),
         (
             "augment-labels-not-flipped",
             "a mirror image keeps its labels",

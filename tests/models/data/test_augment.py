@@ -92,6 +92,18 @@ def test_a_function_of_seed_and_position():
     assert len(augmented) == 1
 
 
+def test_the_next_sample_takes_the_place_of_one_that_is_passed_over():
+    images = [None, None, sample(6, 8), sample(10, 10), None]
+    augmented = Augmented(images, Augmentation(crop=(5, 5)), seed=3)
+    for index, taken in ((0, 2), (1, 2), (2, 2), (3, 3), (4, 2)):
+        image, _, number = augmented[index, 7]
+        assert number == taken
+        expected = Augmented(images, Augmentation(crop=(5, 5)), seed=3)[taken, 7]
+        assert torch.equal(image, expected[0])
+    with pytest.raises(ValueError, match="all 2 samples were passed over"):
+        Augmented([None, None], Augmentation())[1, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

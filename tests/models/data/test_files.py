@@ -244,6 +244,25 @@ def test_missing_labels(tmp_path):
         open_split("folder", "train", tmp_path)
 
 
+def test_skip_bad_reports_each_bad_pair_once(tmp_path, capsys):
+    trees.folder(tmp_path)
+    for fault, (spoil, _) in FAULTS.items():
+        trees.image(tmp_path / f"images/train/{fault}.png")
+        trees.labels(tmp_path / f"labels/train/{fault}.png")
+        spoil(tmp_path / f"labels/train/{fault}.png")
+    (tmp_path / "labels/train/c.png").unlink()
+    files = open_split("folder", "train", tmp_path, skip_bad=True)
+    assert files.skipped == 0
+    for _ in range(2):
+        assert sum(files[i] is not None for i in range(len(files))) == 1
+    assert files.skipped == len(FAULTS) + 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(FAULTS) + 1
+    for fault in (*FAULTS, "c"):
+        assert sum(f"/{fault}.png" in line for line in lines) == 1, fault
+    assert all(line.startswith("passed over: ") for line in lines)
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_an_empty_folder_says_what_to_put_where(name, tmp_path):
     with pytest.raises(FileNotFoundError) as raised:

@@ -173,6 +173,54 @@ def test_a_missing_label_costs_nothing_and_an_absent_class_is_named(tmp_path, ca
     assert "nan" not in printed
 
 
+def spoilt(folder):
+    """Data of which two pairs for training and one for validation cannot be used."""
+    trees.folder(folder)
+    for k in range(4):
+        trees.image(folder / f"images/train/{k}.png")
+        trees.labels(folder / f"labels/train/{k}.png", (0, k % 3))
+    (folder / "labels/train/1.png").unlink()
+    (folder / "labels/train/2.png").write_bytes(b"")
+    trees.labels(folder / "labels/val/c.png", (0, 77))
+    return {"data__name": "folder", "data__root": str(folder), "data__options": "{}"}
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_bad_pair_is_an_error_that_names_it(workers, tmp_path):
+    data = spoilt(tmp_path / "data")
+    with pytest.raises(SystemExit, match=r"1 files of folder are missing: .*labels/train/1\.png"):
+        fit(tmp_path / "run", data__workers=workers, **data)
+    (tmp_path / "data/images/train/1.png").unlink()
+    with pytest.raises(ValueError, match=r"labels/train/2\.png is no image that can be read"):
+        fit(tmp_path / "run", data__workers=workers, **data)
+
+
+def test_skip_bad_trains_and_validates_on_the_rest(tmp_path, capfd, monkeypatch):
+    """With the same samples whoever loads them, also in a run that is resumed."""
+    data = spoilt(tmp_path / "data") | {"data__skip_bad": "true", "data__crop": "[32, 32]"}
+    data |= {"trainer__max_epochs": "2"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert fit(whole, data__workers="2", **data) == 0
+    printed = capfd.readouterr()
+    for name in ("labels/train/1", "labels/train/2", "labels/val/c"):
+        (line,) = (line for line in printed.err.splitlines() if f"{name}.png" in line)
+        assert line.startswith("passed over: ")
+    assert "2 of the 6 pairs of train were passed over" in printed.out
+    assert "1 of the 2 pairs of val were passed over" in printed.out
+
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 1)
+        with pytest.raises(Stop):
+            fit(broken, **data)
+    assert main(["resume", str(broken)]) == 0
+    assert losses(broken) == losses(whole)
+    printed = capfd.readouterr()
+    assert printed.err.count("labels/val/c.png") == 2  # once in each start
+    assert "1 of the 2 pairs of val were passed over" in printed.out
+    assert main(["validate", str(whole / "last.ckpt"), "--data.skip_bad", "true"]) == 0
+    assert "1 of the 2 pairs of val were passed over" in capfd.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"the loss of step \d is not finite; its images: scene "):
         fit(tmp_path, model__optimization="{optimizer: sgd, lr: 1.0e+30}")
