@@ -4,10 +4,12 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops import _layout
 from ctxops._checks import check_maps, check_sizes
+from ctxops.nn.bands import reach
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.nn.pyramid_pooling import pyramid_grids
@@ -33,10 +35,13 @@ class _AdaptiveContextModule(nn.Module):
         self.residual = cbr(channels, channels, 1, norm_layer)
         self.fuse = cbr(channels, channels, 1, norm_layer) if fusion else nn.Identity()
 
+    def reach(self) -> float:
+        return reach(*self.children())
+
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
         x = self.reduce(x)
         cells = self.reduce_grid(grid).flatten(2)
-        affinity = self.affinity(x + self.image(x.mean((2, 3), keepdim=True))).sigmoid()
+        affinity = self.affinity(x + self.image(F.adaptive_avg_pool2d(x, 1))).sigmoid()
         context = torch.bmm(cells, affinity.flatten(2)).unflatten(2, x.shape[2:])
         context = context.contiguous(memory_format=_layout.memory_format(x))
         return self.fuse((self.residual(context) + x).relu())
@@ -99,6 +104,9 @@ class AdaptiveContext(nn.Module):
 
     def extra_repr(self) -> str:
         return f"output_sizes={self.output_sizes}"
+
+    def reach(self) -> float:
+        return reach(*self.contexts, self.fuse)
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_kernel_size, check_maps, check_sizes
+from ctxops.nn.bands import reach
 from ctxops.nn.cbr import cbr
 from ctxops.nn.resize import broadcast_like
 
@@ -77,6 +78,10 @@ class ASPP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dilations={self.dilations}"
+
+    def reach(self) -> float:
+        _, of_image = self.image
+        return max(map(reach, self.branches)) + reach(of_image, self.fuse)
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ctxops._checks import check_maps, check_module, check_sizes
+from ctxops.nn.bands import reach
 from ctxops.nn.cbr import cbr
 from ctxops.nn.non_local import AFNB, APNB, Fuse, Sampling, Variant
 from ctxops.nn.resize import resize
@@ -53,6 +54,9 @@ class CommonFusion(nn.Module):
         self.align_corners = align_corners
         self.convolution = cbr(low_channels, high_channels, 1, norm_layer, bias=bias)
 
+    def reach(self) -> float:
+        return reach(self.convolution) + 2  # a resize sees the next row of a shifted one
+
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         check_maps(low=(low, self.low_channels, self), high=(high, None))
         low = self.convolution(low)
@@ -80,6 +84,9 @@ class SummedFusions(nn.ModuleList):
 
     def __init__(self, fusions: Iterable[nn.Module]) -> None:
         super().__init__(fusions)
+
+    def reach(self) -> float:
+        return max(map(reach, self))
 
     def forward(self, *maps: Tensor) -> Tensor:
         if len(maps) != len(self) + 1:
@@ -124,6 +131,9 @@ class FusedContext(nn.Module):
         self.reduce = nn.Identity() if reduce is None else reduce
         self.context = nn.Identity() if context is None else context
         self.dropout = nn.Dropout2d(dropout)
+
+    def reach(self) -> float:
+        return reach(self.fusion, self.dropout, self.reduce, self.context)
 
     def forward(self, *maps: Tensor) -> Tensor:
         return self.context(self.reduce(self.dropout(self.fusion(*maps))))
@@ -199,6 +209,8 @@ class AsymmetricNonLocalContext(FusedContext):
             cbr(high_channels, channels, 3, norm_layer, bias=bias),
             APNB(channels, key_channels, value_channels, **options),
         )
+
+    reach = FusedContext.reach
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(low, high)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_groups, check_maps, check_sizes
+from ctxops.nn.bands import positions, reach, total
 from ctxops.nn.pointwise import PointwiseConv2d
 
 
@@ -69,15 +70,24 @@ class CGNL(nn.Module):
     def extra_repr(self) -> str:
         return f"groups={self.groups}, use_scale={self.use_scale}"
 
+    def reach(self) -> float:
+        of_norm = 0 if isinstance(self.norm, nn.GroupNorm) else reach(self.norm)
+        return of_norm + reach(self.theta, self.phi, self.g)
+
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))
         phi, g = (embed(x).unflatten(1, (self.groups, -1)) for embed in (self.phi, self.g))
-        # A product of half precision, or its sum, may leave the range.
-        affinity = (phi.to(torch.promote_types(phi.dtype, torch.float32)) * g).sum((2, 3, 4))
+        affinity = total(_affinity, phi, g)
         if self.use_scale:
-            affinity = affinity * (phi.shape[2] * phi.shape[3] * phi.shape[4]) ** -0.5
+            affinity = affinity * (phi.shape[2] * positions(phi)) ** -0.5
         projected = self.z(self.theta(x)).unflatten(1, (self.groups, -1))
         aggregated = (affinity[:, :, None, None, None] * projected).flatten(1, 2)
         # Under autocast it stays float32 for the norm; a module of half precision wants its own.
         dtype = torch.promote_types(x.dtype, self.z.weight.dtype)
         return x + self.norm(aggregated.to(dtype))
+
+
+def _affinity(phi: Tensor, g: Tensor) -> Tensor:
+    """The inner product of each group, ``(B, groups)``."""
+    # A product of half precision, or its sum, may leave the range.
+    return (phi.to(torch.promote_types(phi.dtype, torch.float32)) * g).sum((2, 3, 4))

@@ -13,6 +13,7 @@ from ctxops._checks import (
     check_maps,
     check_sizes,
 )
+from ctxops.nn.bands import reach
 from ctxops.nn.cbr import cbr
 
 
@@ -63,6 +64,9 @@ class ConcatContext(nn.Module):
         self.in_channels, self.context_channels = in_channels, context_channels
         self.context = context
         self.fuse = cbr(in_channels + context_channels, channels, kernel_size, norm_layer)
+
+    def reach(self) -> float:
+        return reach(self.context, self.fuse)
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self.context))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ctxops._checks import check_maps, check_sizes
 from ctxops.nn.aspp import check_dilations
+from ctxops.nn.bands import reach
 from ctxops.nn.pointwise import PointwiseConv2d
 
 
@@ -71,6 +72,9 @@ class DenseASPP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dilations={self.dilations}"
+
+    def reach(self) -> float:
+        return reach(*self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))

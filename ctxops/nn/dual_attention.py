@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ctxops import _autocast, _layout, _operator
 from ctxops._checks import check_maps, check_sizes
+from ctxops.nn.bands import total
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.nonlocal_attention import nonlocal_attention
@@ -92,16 +93,23 @@ class ChannelAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"channels={self.channels}, gamma starts at zero"
 
+    def reach(self) -> float:
+        return 0
+
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.channels, self))
         with _autocast.disabled(x.device.type):
-            rows = x.flatten(2)
-            wide = rows.to(_operator.accumulator(x.dtype))
             # The maximum of each row cancels in the softmax.
-            weights = (wide @ wide.mT).neg().softmax(dim=2)
-            attended = (weights.to(x.dtype) @ rows).unflatten(2, x.shape[2:])
+            weights = total(_products, x).neg().softmax(dim=2)
+            attended = (weights.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])
         attended = attended.contiguous(memory_format=_layout.memory_format(x))
         return self.gamma * attended + x
+
+
+def _products(x: Tensor) -> Tensor:
+    """Of each two channels, ``(B, C, C)``."""
+    rows = x.flatten(2).to(_operator.accumulator(x.dtype))
+    return rows @ rows.mT
 
 
 class DualAttention(nn.Module):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global aggregation then local distribution (Li et al., TIP 2021)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -18,6 +19,7 @@ from ctxops._checks import (
     check_sizes,
     resolve_scale,
 )
+from ctxops.nn.bands import reach
 from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from ctxops.ops.neighborhood_attention import Border, check_pair, neighborhood_attention
 
@@ -43,7 +45,12 @@ class _DepthwiseDownsampling(nn.Sequential):
                 for _ in range(ratio.bit_length() - 1)
             )
         )
-        self.smallest = 2 * ratio - 1
+        self.ratio, self.smallest = ratio, 2 * ratio - 1
+
+    def reach(self) -> float:
+        """With a resize back: to the next position, shifted by what the borders lack."""
+        rest = [layer for stage in self.children() for layer in [*stage.children()][1:]]
+        return 3 * self.ratio - 1 + reach(*rest)
 
     def forward(self, x: Tensor) -> Tensor:
         # A branch on the size, which graphs of large maps leave out. They are bound to large maps
@@ -117,6 +124,9 @@ class LDv1(nn.Module):
         """M, of the shape of x, with values between 0 and 1."""
         check_maps(x=(x, self.channels, self))
         return self._resize(self._downsample(x), x.shape[2:]).sigmoid()
+
+    def reach(self) -> float:
+        return math.inf if self.down is None else reach(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + x * self.mask(x)
@@ -225,6 +235,10 @@ class LDv2(nn.Module):
             f"border={self.border!r}, num_heads={self.num_heads}, query_from={self.query_from!r}, "
             f"key_from={self.key_from!r}, value_from={self.value_from!r}"
         )
+
+    def reach(self) -> float:
+        seen = self.dilation[0] * (self.kernel_size[0] // 2)
+        return math.inf if self.border == "shift" else seen + reach(*self.children())
 
     def forward(self, x_global: Tensor, x_local: Tensor | None = None) -> Tensor:
         if self.global_channels == 0:
@@ -353,6 +367,10 @@ class GALD(nn.Module):
             f"arrangement={self.arrangement!r}, downsample={self.downsample}, "
             f"residual={self.residual}, concat={self.concat}, align_corners={self.align_corners}"
         )
+
+    def reach(self) -> float:
+        inside = self.downsample * reach(self.global_aggregation)
+        return reach(self.down, self.local_distribution) + inside
 
     def forward(self, x: Tensor) -> Tensor:
         # Where LDv2 comes first, the halving that is registered before it has another width.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Non-local blocks and their asymmetric pyramid forms (Zhu et al., ICCV 2019)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_choice, check_maps, check_sizes
+from ctxops.nn.bands import average_pyramids, reach
 from ctxops.nn.folding import Folding, on_anchors
 from ctxops.nn.plain import is_plain
 from ctxops.nn.pointwise import (
@@ -171,28 +173,42 @@ class NonLocalBlock(nn.Module):
                     f"from its twin of {one[:-1]}: it was saved with share=None"
                 )
 
-    def _sampler(self, context: Tensor) -> Callable[[Tensor], Tensor]:
-        """What takes a map to its anchors: the same positions for key and value."""
+    def _sample(self, context: Tensor, *maps: Tensor | None) -> list[Any]:
+        """The anchors of maps of the context's size: the same positions of all."""
         if self.sampling is None:
-            return lambda x: x
-        if self.sampling != "random":
-            return lambda x: pyramid_pool(x, self.output_sizes, mode=self.sampling)
-        height, width = context.shape[2:]
-        indices = random_anchor_indices(height, width, self.output_sizes, device=context.device)
-        return lambda x: sample_anchors(x, indices)
+            return list(maps)
+        present = [x for x in maps if x is not None]
+        if self.sampling == "avg":
+            sampled = average_pyramids(present, self.output_sizes)
+        elif self.sampling == "max":
+            sampled = [pyramid_pool(x, self.output_sizes, mode="max") for x in present]
+        else:
+            height, width = context.shape[2:]
+            indices = random_anchor_indices(height, width, self.output_sizes, device=context.device)
+            sampled = [sample_anchors(x, indices) for x in present]
+        anchors = iter(sampled)
+        return [None if x is None else next(anchors) for x in maps]
+
+    def _reach(self) -> float:
+        """Of blocks whose anchors are averages."""
+        return reach(*self.children()) if self.sampling == "avg" else math.inf
 
     def _attend(self, x: Tensor, context: Tensor) -> Tensor:
         """The block on the query's map ``x`` and the context, of which key and value are made."""
-        sample, folding = self._sampler(context), Folding.of(self, x)
-        anchors = sample(context) if folding.key or folding.value else None
+        folding = Folding.of(self, x)
         key_map = None if folding.key else folding.embed(self.key, context)
-        key = on_anchors(self.key, anchors) if folding.key else sample(key_map)
-        if self.share == "key_value":
-            value = key
-        elif folding.value:
+        anchors, key, value = self._sample(
+            context,
+            context if folding.key or folding.value else None,
+            key_map,
+            None if folding.value or self.share == "key_value" else self.value(context),
+        )
+        if folding.key:
+            key = on_anchors(self.key, anchors)
+        if folding.value:
             value = on_anchors(self.value, anchors)
-        else:
-            value = sample(self.value(context))
+        elif self.share == "key_value":
+            value = key
 
         bias = None
         if folding.query:
@@ -430,6 +446,9 @@ class APNB(NonLocalBlock):
             norm_layer=norm_layer,
         )
 
+    def reach(self) -> float:
+        return self._reach()
+
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.query_channels, self.key))
         return self._attend(x, x)
@@ -489,6 +508,9 @@ class AFNB(NonLocalBlock):
             out_norm=out_norm,
             norm_layer=norm_layer,
         )
+
+    def reach(self) -> float:
+        return self._reach()
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         check_maps(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ctxops import _autocast
 from ctxops._checks import check_kernel_size, check_maps, check_same_dtype, check_sizes
+from ctxops.nn.bands import reach, softmax_over_positions, total
 from ctxops.nn.cbr import cbr
 from ctxops.ops.asymmetric_attention import asymmetric_attention
 
@@ -79,12 +80,15 @@ class ObjectContext(nn.Module):
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, scale={self.scale}"
 
+    def reach(self) -> float:
+        return reach(*self.children())
+
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         self._check(x, logits)
+        weights = softmax_over_positions(self.scale * logits)
         pixels = self.reduce(x)
         # Autocast casts all but float64, which the logits may be.
-        weights = (self.scale * logits).flatten(2).softmax(dim=2).to(pixels.dtype)
-        regions = torch.bmm(pixels.flatten(2), weights.mT).unsqueeze(3)
+        regions = total(_weighted_sums, pixels, weights.to(pixels.dtype)).unsqueeze(3)
         key, value = self.key(regions).squeeze(3), self.value(regions).squeeze(3)
         scale = self.key_channels**-0.5  # also of query and key that a tool has pruned
         context = self.out(asymmetric_attention(self.query(pixels), key, value, scale=scale))
@@ -99,3 +103,8 @@ class ObjectContext(nn.Module):
             )
         if not _autocast.is_active(x.device.type):
             check_same_dtype(x=x, logits=logits)
+
+
+def _weighted_sums(x: Tensor, weights: Tensor) -> Tensor:
+    """Over all positions, ``(B, C, K)``, by weights ``(B, K, h, w)``."""
+    return torch.bmm(x.flatten(2), weights.flatten(2).mT)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ctxops._checks import check_kernel_size, check_maps, check_sizes
+from ctxops.nn.bands import average_pyramids, reach
 from ctxops.nn.cbr import cbr
 from ctxops.nn.resize import resize_like
-from ctxops.ops.pyramid_pool import check_output_sizes, pyramid_pool
+from ctxops.ops.pyramid_pool import check_output_sizes
 
 
 class PyramidPooling(nn.Module):
@@ -70,6 +71,9 @@ class PyramidPooling(nn.Module):
     def extra_repr(self) -> str:
         return f"output_sizes={self.output_sizes}, align_corners={self.align_corners}"
 
+    def reach(self) -> float:
+        return reach(*self.branches, self.fuse)
+
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))
         grids = pyramid_grids(x, self.output_sizes)
@@ -82,5 +86,6 @@ class PyramidPooling(nn.Module):
 
 def pyramid_grids(x: Tensor, output_sizes: Sequence[int]) -> list[Tensor]:
     """A map ``(B, C, H, W)`` pooled to ``(B, C, n, n)`` for each n, in one pass."""
-    pooled = pyramid_pool(x, output_sizes).split([n * n for n in output_sizes], dim=2)
-    return [p.unflatten(2, (n, n)) for p, n in zip(pooled, output_sizes, strict=True)]
+    (pooled,) = average_pyramids([x], output_sizes)
+    grids = pooled.split([n * n for n in output_sizes], dim=2)
+    return [grid.unflatten(2, (n, n)) for grid, n in zip(grids, output_sizes, strict=True)]
