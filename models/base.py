@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ctxops._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.models.encoder import Encoder
+from ctxops.nn.bands import reach
 from ctxops.nn.cbr import cbr
 
 
@@ -205,6 +206,10 @@ class SegmentationNetwork(nn.Module):
         size = image.shape[2:]
         auxiliary = {name: self._resize(x, size) for name, x in output.auxiliary.items()}
         return SegmentationOutput(self._resize(output.logits, size), auxiliary, output.features)
+
+    def reach(self) -> float:
+        """What :meth:`predict` sees around a position, see :func:`ctxops.nn.bands.reach`."""
+        return reach(self.decoder, self.classifier)
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
         """The logits at the size of the decoder's map, before the resize."""

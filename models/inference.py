@@ -7,21 +7,26 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctxops import _layout
 from ctxops._checks import FLOATING, check_choice, check_flags, check_sizes
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.encoder import Encoder
+from ctxops.nn.bands import map_in_bands, reach
+from ctxops.nn.resize import resize_rows
 
 Context = Literal["image", "window"]
 Average = Literal["probabilities", "logits"]
-# Rows whose scores are resized at once.
-_BAND = 64
+# Scores that are resized to the image at once.
+_BAND = 1 << 20
+# Rows that the decoder takes at once at least.
+_LEAST_ROWS = 8
 # Sides of the images on which a receptive field is measured.
 _PROBES = (256, 512, 1024, 2048, 4096)
 _PROBE_WIDTH = 32
@@ -68,44 +73,80 @@ class Inference:
 
 
 @torch.no_grad()
-def segment(network: SegmentationNetwork, image: Tensor, **options) -> Tensor:
-    """The class of every pixel.
+def segment(
+    network: SegmentationNetwork, image: Tensor, *, probabilities: Tensor | None = None, **options
+) -> Tensor:
+    r"""The class of every pixel.
 
     Args:
         network: in evaluation mode.
         image: as it is in a file, see :func:`standardise`.
+        probabilities: is filled with those of the classes, ``(B, K, H, W)``; a memory-mapped file
+            will do.
         options: :class:`Inference`.
 
-    The scores of all passes are resized to the image and averaged a band of rows at a time, so that
-    the scores of all pixels are never held, except with ``context="window"`` and by networks that
-    have an upsampling of their own (``gcn``). In tiles the decoder still works on the maps of the
-    whole image, and needs the memory for that.
+    Memory beside image and result, with a window and the context of the image: for each pixel
+
+    .. math::
+        4 \sum_l C_l / s_l^2 + 8 K / s^2 \text{ bytes}
+
+    for the maps that the decoder takes, of :math:`C_l` channels and stride :math:`s_l`, and for the
+    logits at the decoder's stride s; and the larger of what the encoder needs for one tile with its
+    halo, ``(window + 2 * halo) ** 2`` pixels, and what the decoder needs for one band. The scores
+    of the image's pixels are never held. The decoder goes through its maps in bands of rows where
+    its context is a sum over positions, and sees the whole maps at once otherwise
+    (:func:`ctxops.nn.bands.reach`). Networks with an upsampling of their own (``gcn``) hold their
+    scores. With ``context="window"`` it is the scores of as many rows as two windows have.
 
     Shape: ``(B, in_channels, H, W)`` -> ``(B, H, W)``, uint8; int64 for more than 256 classes.
 
     Raises:
         TypeError, ValueError: as :class:`Inference` and :func:`standardise`; a network in training
-            mode; a window larger than the image, with context "window"; an encoder whose maps
-            depend on the whole image, in tiles without ``halo``.
+            mode; probabilities of another shape; a window larger than the image, with context
+            "window"; an encoder whose maps depend on the whole image, in tiles without ``halo``.
     """
     inference = Inference(**options)
     if network.training:
         raise ValueError("network must be in evaluation mode: call network.eval()")
-    x = standardise(image, network)
-    size = x.shape[2:]
-    probabilities = inference.average == "probabilities"
-    passes = []
+    expected = (image.shape[0], network.num_classes, *image.shape[2:])
+    if probabilities is not None and probabilities.shape != expected:
+        raise ValueError(
+            f"probabilities must have shape {expected}, got {tuple(probabilities.shape)}"
+        )
+    size, passes = image.shape[2:], []
+
+    def standard(x: Tensor) -> Tensor:
+        return standardise(x, network)
+
     for scale, mirrored in itertools.product(inference.scales, (False, True)[: 1 + inference.flip]):
-        scaled = x
+        x, prepare = image, standard
         if scale != 1:
-            sides = [max(1, round(side * scale)) for side in size]
-            scaled = F.interpolate(x, sides, mode="bilinear", align_corners=False, antialias=True)
-        scores = _scores(network, scaled.flip(-1) if mirrored else scaled, inference)
-        passes.append(scores.flip(-1) if mirrored else scores)
-    # Of one pass the order of the scores is all that counts; those of windows are averages already.
-    averaged = len(passes) == 1 or (inference.context == "window" and inference.window is not None)
-    activate = _softmax if probabilities and not averaged else _identity
-    return _label(passes, size, network.align_corners, activate)
+            sides, prepare = [max(1, round(side * scale)) for side in size], _identity
+            x = F.interpolate(
+                standard(image), sides, mode="bilinear", align_corners=False, antialias=True
+            )
+        rows = _scores(network, x.flip(-1) if mirrored else x, prepare, size, inference)
+        passes.append(_mirrored(rows) if mirrored else rows)
+    slides = inference.context == "window" and inference.window is not None
+    activate = _identity if slides or inference.average == "logits" else _softmax
+    if len(passes) == 1 and probabilities is None:
+        activate = _identity  # the order of the scores is all that counts
+    labels = torch.empty(
+        (len(image), *size),
+        dtype=torch.uint8 if network.num_classes <= 256 else torch.int64,
+        device=next(network.parameters()).device,
+    )
+    height, width = size
+    step = max(1, _BAND // (len(image) * network.num_classes * width))
+    for top in range(0, height, step):
+        band = range(top, min(top + step, height))
+        own = (..., slice(band.start, band.stop), slice(None))
+        scores = functools.reduce(torch.add, (activate(score(band)) for score in passes))
+        labels[own] = scores.argmax(1)
+        if probabilities is not None:
+            scores = scores / len(passes)
+            probabilities[own] = scores.softmax(1) if inference.average == "logits" else scores
+    return labels
 
 
 def standardise(image: Tensor, network: SegmentationNetwork) -> Tensor:
@@ -138,29 +179,51 @@ def _softmax(x: Tensor) -> Tensor:
     return x.softmax(1)
 
 
-def _scores(network: SegmentationNetwork, x: Tensor, inference: Inference) -> Tensor:
-    """Logits at the decoder's size or the image's; in windows what is averaged, at the image's."""
+# From some rows of the image to their scores (B, K, rows, W).
+_Rows = Callable[[range], Tensor]
+
+
+def _mirrored(rows: _Rows) -> _Rows:
+    return lambda band: rows(band).flip(-1)
+
+
+def _scores(
+    network: SegmentationNetwork,
+    x: Tensor,
+    prepare: Callable[[Tensor], Tensor],
+    size: Sequence[int],
+    inference: Inference,
+) -> _Rows:
+    """The scores of an image's rows: logits, in windows what is averaged.
+
+    ``x`` is the image, scaled and mirrored, ``size`` the one of the labels. The rows must be asked
+    for from the top down.
+    """
     if inference.window is None:
-        maps = network.encoder(x)
+        logits = network.predict(network.encoder(prepare(x))).logits
     elif inference.context == "image":
-        maps = encode_in_tiles(network.encoder, x, inference.window, inference.halo)
+        logits = _predict_in_tiles(network, x, prepare, inference.window, inference.halo)
     else:
         activate = _softmax if inference.average == "probabilities" else _identity
-        return _slide(network, x, inference.window, inference.overlap, activate)
-    logits = network.predict(maps).logits
+        finished = _slide(network, x, prepare, inference.window, inference.overlap, activate)
+        return _Sliding(finished, x.shape[2], size, network.align_corners)
     if type(network)._resize is not SegmentationNetwork._resize:
         logits = network._resize(logits, x.shape[2:])
-    return logits
+    return lambda rows: resize_rows(logits, size, rows, network.align_corners)
 
 
 def _slide(
     network: SegmentationNetwork,
     x: Tensor,
+    prepare: Callable[[Tensor], Tensor],
     window: int,
     overlap: float,
     activate: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The average over the windows that see each pixel; the last ones end with the image."""
+) -> Iterator[Tensor]:
+    """The average over the windows that see each pixel, the rows that are finished at a time.
+
+    The last windows end with the image.
+    """
     height, width = x.shape[2:]
     if window > min(height, width):
         raise ValueError(
@@ -168,20 +231,107 @@ def _slide(
             f"got {window}"
         )
     step = max(1, round(window * (1 - overlap)))
-    rows, columns = ([*range(0, side - window, step), side - window] for side in (height, width))
-    total, count = x.new_zeros(()), x.new_zeros((1, 1, height, width))
-    for top, left in itertools.product(rows, columns):
-        part = (..., slice(top, top + window), slice(left, left + window))
-        scores = activate(network(x[part]).logits)
-        if total.dim() == 0:
-            total = scores.new_zeros((*scores.shape[:2], height, width))
-        total[part] += scores
-        count[part] += 1
-    return total / count
+    tops, lefts = ([*range(0, side - window, step), side - window] for side in (height, width))
+    rows, columns = (
+        torch.tensor([sum(start <= i < start + window for start in starts) for i in range(side)])
+        for starts, side in ((tops, height), (lefts, width))
+    )
+    unfinished: Tensor | None = None
+    for top, following in itertools.pairwise([*tops, height]):
+        total = None
+        for left in lefts:
+            part = (..., slice(left, left + window))
+            scores = activate(network(prepare(x[..., top : top + window, :][part])).logits)
+            if total is None:
+                total = scores.new_zeros((*scores.shape[:3], width))
+                if unfinished is not None:
+                    total[:, :, : unfinished.shape[2]] = unfinished
+            total[part] += scores
+        assert total is not None
+        finished = following - top
+        count = rows[top:following, None] * columns
+        yield total[:, :, :finished] / count.to(total)
+        unfinished = total[:, :, finished:]
+
+
+class _Sliding:
+    """Rows of the image, made of those of the scaled image as these are finished.
+
+    Args:
+        finished: the scaled image's rows, from the top down.
+        height: of the scaled image.
+        size, align_corners: of the resize to the image.
+    """
+
+    def __init__(
+        self, finished: Iterator[Tensor], height: int, size: Sequence[int], align_corners: bool
+    ) -> None:
+        self.finished, self.height = finished, height
+        self.size, self.align_corners = size, align_corners
+        self.kept, self.first = next(finished), 0  # rows of the scaled image, from which on
+
+    def __call__(self, rows: range) -> Tensor:
+        # Where the rows' end lies, to the next row of a resize with either align_corners.
+        end = rows.stop * self.height / self.size[0]
+        while self.first + self.kept.shape[2] < min(math.ceil(end) + 2, self.height):
+            self.kept = torch.cat([self.kept, next(self.finished)], dim=2)
+        y = resize_rows(
+            self.kept,
+            self.size,
+            rows,
+            self.align_corners,
+            first=self.first,
+            height=self.height,
+        )
+        passed = max(math.floor(end) - 2 - self.first, 0)
+        self.kept, self.first = self.kept[:, :, passed:], self.first + passed
+        return y
+
+
+def _predict_in_tiles(
+    network: SegmentationNetwork,
+    x: Tensor,
+    prepare: Callable[[Tensor], Tensor],
+    window: int,
+    halo: int | None,
+) -> Tensor:
+    """The logits at the decoder's size; the decoder goes through the maps in bands if it can."""
+    strides = network.encoder.strides
+    levels = sorted({level % len(strides) for level in network.levels})
+    maps = encode_in_tiles(network.encoder, x, window, halo, levels=levels, prepare=prepare)
+
+    def predict(*parts: Tensor) -> Tensor:
+        by_level: list[Any] = [None] * len(strides)
+        for level, part in zip(levels, parts, strict=True):
+            by_level[level] = part
+        return network.predict(by_level).logits
+
+    around = reach(network)
+    height, width = maps[-1].shape[2:]
+    if around < math.inf:
+        # What strides inside the decoder divide.
+        unit = math.prod(
+            module.stride[0]
+            for module in network.decoder.modules()
+            if isinstance(module, nn.Conv2d)
+        )
+        # As many positions as a tile has, but no fewer rows than come with them as halo.
+        rows = max((window // strides[levels[-1]]) ** 2 // width, around, _LEAST_ROWS)
+        rows, around = (math.ceil(side / unit) * unit for side in (rows, around))
+        if rows + around < height and around < width:
+            multiples = [strides[levels[-1]] // strides[level] for level in levels]
+            return map_in_bands(predict, maps, rows, around, multiples)
+    return predict(*maps)
 
 
 def encode_in_tiles(
-    encoder: Encoder, image: Tensor, tile: int, halo: int | None = None
+    encoder: Encoder,
+    image: Tensor,
+    tile: int,
+    halo: int | None = None,
+    *,
+    levels: Sequence[int] | None = None,
+    prepare: Callable[[Tensor], Tensor] = _identity,
 ) -> list[Tensor]:
     """The encoder's maps of the whole image, made of those of tiles.
 
@@ -191,6 +341,8 @@ def encode_in_tiles(
         tile: side of the tiles, rounded up to a multiple of the largest stride.
         halo: what the encoder sees around each tile, rounded up likewise; None:
             :func:`receptive_radius`.
+        levels: which of the maps; None: all.
+        prepare: what the image still lacks, pixel by pixel.
 
     With a halo of at least :func:`receptive_radius` the maps are those of the whole image, to
     rounding. With less they deviate near the edges of the tiles, and everywhere where the encoder
@@ -201,30 +353,31 @@ def encode_in_tiles(
     """
     if halo is None:
         halo = receptive_radius(encoder)
+    levels = range(len(encoder.strides)) if levels is None else levels
     unit = math.lcm(encoder.multiple, *encoder.strides)
     tile, halo = (-(-side // unit) * unit for side in (tile, halo))
     height, width = image.shape[2:]
-    rows = []
-    for y in range(0, height, tile):
-        columns = []
-        for x in range(0, width, tile):
-            top, left = max(y - halo, 0), max(x - halo, 0)
-            bottom, right = y + tile, x + tile
-            maps = encoder(image[:, :, top : bottom + halo, left : right + halo])
-            columns.append(
-                [
-                    # What the last tile has beyond its side belongs to the image, rounded up.
-                    part[
-                        :,
-                        :,
-                        (y - top) // s : None if bottom >= height else (bottom - top) // s,
-                        (x - left) // s : None if right >= width else (right - left) // s,
-                    ]
-                    for part, s in zip(maps, encoder.strides, strict=True)
-                ]
-            )
-        rows.append([torch.cat(level, dim=3) for level in zip(*columns, strict=True)])
-    return [torch.cat(level, dim=2) for level in zip(*rows, strict=True)]
+    whole: dict[int, Tensor] = {}
+    # The last tile comes first: it says how large the maps are.
+    for y, x in itertools.product(*(reversed(range(0, side, tile)) for side in (height, width))):
+        top, left = max(y - halo, 0), max(x - halo, 0)
+        bottom, right = y + tile, x + tile
+        maps = encoder(prepare(image[:, :, top : bottom + halo, left : right + halo]))
+        for level in levels:
+            s = encoder.strides[level]
+            # What the last tile has beyond its side belongs to the image, rounded up.
+            part = maps[level][
+                :,
+                :,
+                (y - top) // s : None if bottom >= height else (bottom - top) // s,
+                (x - left) // s : None if right >= width else (right - left) // s,
+            ]
+            begin, end = (y // s, x // s), (y // s + part.shape[2], x // s + part.shape[3])
+            if level not in whole:
+                whole[level] = _layout.empty_map((*part.shape[:2], *end), like=maps[level])
+            whole[level][:, :, begin[0] : end[0], begin[1] : end[1]] = part
+        del maps, part  # before the next tile needs the memory
+    return [whole[level] for level in levels]
 
 
 _radii: weakref.WeakKeyDictionary[Encoder, int] = weakref.WeakKeyDictionary()
@@ -286,36 +439,3 @@ def _is_bound(module: nn.Module) -> bool:
     """
     name, stride = type(module).__name__, getattr(module, "stride", 1)
     return "Attention" in name or ("Same" in name and stride not in (1, (1, 1), [1, 1]))
-
-
-def _label(
-    passes: Sequence[Tensor],
-    size: Sequence[int],
-    align_corners: bool,
-    activate: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The class with the largest sum of scores at each pixel, a band of rows at a time."""
-    first, (height, width) = passes[0], size
-    dtype = torch.uint8 if first.shape[1] <= 256 else torch.int64
-    labels = torch.empty((first.shape[0], height, width), dtype=dtype, device=first.device)
-    for top in range(0, height, _BAND):
-        band = slice(top, min(top + _BAND, height))
-        scores = [activate(_resize_rows(x, size, band, align_corners)) for x in passes]
-        labels[:, band] = functools.reduce(torch.add, scores).argmax(1)
-    return labels
-
-
-def _resize_rows(x: Tensor, size: Sequence[int], band: slice, align_corners: bool) -> Tensor:
-    """The rows ``band`` of a map that is resized bilinearly to ``size``."""
-    (height, width), source = size, x.shape[2]
-    if tuple(x.shape[2:]) == (height, width):
-        return x[:, :, band]
-    row = torch.arange(band.start, band.stop, device=x.device, dtype=torch.float64)
-    if align_corners:
-        position = row * ((source - 1) / max(height - 1, 1))
-    else:
-        position = ((row + 0.5) * (source / height) - 0.5).clamp_min(0)
-    low = position.long().clamp_max(source - 1)
-    high = (low + 1).clamp_max(source - 1)
-    rows = torch.lerp(x[:, :, low], x[:, :, high], (position - low).to(x.dtype)[:, None])
-    return F.interpolate(rows, (len(row), width), mode="bilinear", align_corners=align_corners)

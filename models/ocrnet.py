@@ -9,6 +9,7 @@ from ctxops._checks import check_sizes
 from ctxops.models.base import Decoder, FCNHead, SegmentationNetwork, SegmentationOutput
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
+from ctxops.nn.bands import reach
 from ctxops.nn.object_context import ObjectContext
 from ctxops.nn.resize import resize
 
@@ -41,11 +42,16 @@ class OCRNet(SegmentationNetwork):
             decoder,
             channels,
             num_classes,
+            levels=(max(-2, -len(encoder.channels)), -1),
             auxiliary_channels=0,
             dropout=dropout,
             align_corners=align_corners,
         )
         self.regions = regions
+
+    def reach(self) -> float:
+        # The resize of the regions sees the next row of a shifted one.
+        return reach(self.regions, self.decoder, self.classifier) + 2
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
         regions, last = self.regions(maps[-2:][0]), maps[-1]

@@ -726,8 +726,8 @@ _MODULES = [
         (
             "dual-channel-sign",
             "channels attend to those that resemble them, not to the others",
-            "weights = (wide @ wide.mT).neg().softmax(dim=2)",
-            "weights = (wide @ wide.mT).softmax(dim=2)",
+            "weights = total(_products, x).neg().softmax(dim=2)",
+            "weights = total(_products, x).softmax(dim=2)",
         ),
     ),
     *_in(
@@ -746,8 +746,8 @@ _MODULES = [
         (
             "cgnl-half-affinity",
             "half precision: the affinity leaves the range",
-            "affinity = (phi.to(torch.promote_types(phi.dtype, torch.float32)) * g).sum((2, 3, 4))",
-            "affinity = (phi * g).sum((2, 3, 4))",
+            "return (phi.to(torch.promote_types(phi.dtype, torch.float32)) * g).sum((2, 3, 4))",
+            "return (phi * g).sum((2, 3, 4))",
         ),
     ),
     *_in(
@@ -856,8 +856,8 @@ _MODULES = [
         (
             "object-scale",
             "scale is ignored",
-            "weights = (self.scale * logits).flatten(2).softmax(dim=2)",
-            "weights = logits.flatten(2).softmax(dim=2)",
+            "weights = softmax_over_positions(self.scale * logits)",
+            "weights = softmax_over_positions(logits)",
         ),
     ),
     *_in(
@@ -876,7 +876,7 @@ _MODULES = [
         (
             "adaptive-image",
             "the affinity does not see the image's mean",
-            "self.affinity(x + self.image(x.mean((2, 3), keepdim=True)))",
+            "self.affinity(x + self.image(F.adaptive_avg_pool2d(x, 1)))",
             "self.affinity(x)",
         ),
     ),
@@ -1311,14 +1311,52 @@ _TRAINING = [
         (
             "flip-stays-mirrored",
             "scores of the mirror image are not mirrored back",
-            "passes.append(scores.flip(-1) if mirrored else scores)",
-            "passes.append(scores)",
+            "passes.append(_mirrored(rows) if mirrored else rows)",
+            "passes.append(rows)",
         ),
+        (
+            "sliding-rows-kept",
+            "rows of the sum over windows are counted twice",
+            "unfinished = total[:, :, finished:]",
+            "unfinished = total",
+        ),
+        (
+            "decoder-bands-halo",
+            "the decoder sees nothing around a band",
+            "return map_in_bands(predict, maps, rows, around, multiples)",
+            "return map_in_bands(predict, maps, rows, 0, multiples)",
+        ),
+    ),
+    *_in(
+        "ctxops/nn/resize.py",
+        "tests/models/test_inference.py tests/nn/test_bands.py",
         (
             "bands-corners",
             "align_corners=True is ignored along the height",
             "    if align_corners:\n        position = row",
             "    if not align_corners:\n        position = row",
+        ),
+    ),
+    *_in(
+        "ctxops/nn/bands.py",
+        "tests/nn/test_bands.py",
+        (
+            "bands-count-halos",
+            "sums over positions count the rows of the halo too",
+            "part = summand(*map(self.core, maps))",
+            "part = summand(*maps)",
+        ),
+        (
+            "bands-trust-derived",
+            "a forward that overrides the known one is taken in bands",
+            'if "forward" in vars(kind) or "predict" in vars(kind):',
+            "if kind is nn.Module:",
+        ),
+        (
+            "bands-place",
+            "a grid of the whole image is resized as if each band were the first",
+            "rows = range(place.first, place.first + height)",
+            "rows = range(height)",
         ),
     ),
 ]

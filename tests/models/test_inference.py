@@ -2,6 +2,7 @@
 """From images to classes: whole, in windows, at several scales, in tiles; and files."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from PIL import Image
 pytest.importorskip("torchvision")
 
 from ctxops.__main__ import main
-from ctxops.models import Encoder, convert, create_model, segment
+from ctxops.models import Encoder, convert, create_model, inference, segment
 from ctxops.models.inference import encode_in_tiles, receptive_radius, standardise
 from ctxops.models.predict import overlay
+from ctxops.nn.bands import map_in_bands, reach
+from harness import peak_memory
 from networks import NUM_CLASSES, make, network_of, networks
 
 
@@ -96,6 +99,48 @@ def test_sliding_windows(average):
     assert not torch.equal(actual, segment(network, image))
 
 
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_sliding_windows_at_several_scales(average):
+    image = bytes_image(60, 80)
+    network, total = balanced("fcn", image), 0
+    options = {"window": 30, "context": "window", "overlap": 0.4, "average": average}
+    for scale, flip in itertools.product((0.6, 1.3), (False, True)):
+        x = standardise(image, network)
+        x = F.interpolate(x, [round(s * scale) for s in (60, 80)], mode="bilinear", antialias=True)
+        x = x.flip(3) if flip else x
+        scores, count = torch.zeros(1, NUM_CLASSES, *x.shape[2:]).double(), 0
+        height, width = x.shape[2:]
+        starts = [[*range(0, side - 30, 18), side - 30] for side in (height, width)]
+        for top, left in itertools.product(*starts):
+            part = network(x[:, :, top : top + 30, left : left + 30]).logits
+            part = part.softmax(1) if average == "probabilities" else part
+            around = (left, width - left - 30, top, height - top - 30)
+            scores = scores + F.pad(part, around)
+            count = count + F.pad(torch.ones(30, 30), around)
+        scores = F.interpolate(scores / count, (60, 80), mode="bilinear", align_corners=True)
+        total = total + (scores.flip(3) if flip else scores)
+    assert network.align_corners
+    filled = torch.empty(1, NUM_CLASSES, 60, 80, dtype=torch.float64)
+    actual = segment(network, image, scales=(0.6, 1.3), flip=True, probabilities=filled, **options)
+    assert torch.equal(actual, total.argmax(1).byte())
+    torch.testing.assert_close(
+        filled, total / 4 if average == "probabilities" else (total / 4).softmax(1)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 64}, {"average": "logits"}, {"flip": True}])
+def test_probabilities(options):
+    image = bytes_image(70, 90)
+    network = balanced("ann", image)
+    filled = torch.empty(1, NUM_CLASSES, 70, 90, dtype=torch.float64)
+    labels = segment(network, image, probabilities=filled, **options)
+    assert torch.equal(labels, segment(network, image, **options))
+    assert torch.equal(labels, filled.argmax(1).byte())
+    torch.testing.assert_close(filled.sum(1), torch.ones(1, 70, 90, dtype=torch.float64))
+    if "flip" not in options:
+        torch.testing.assert_close(filled, logits(network, image).softmax(1))
+
+
 @pytest.mark.parametrize("name", ["ann", *slow("ccnet", "gald", "gcn", "gff", "mcibi")])
 def test_tiles_see_the_whole_image(name):
     image = bytes_image(201, 205)
@@ -106,6 +151,74 @@ def test_tiles_see_the_whole_image(name):
         for actual, expected in zip(maps, network.encoder(x), strict=True):
             torch.testing.assert_close(actual, expected)
     assert torch.equal(segment(network, image, window=96), segment(network, image))
+
+
+# Networks whose decoders go through the map in bands, with what keeps these narrow.
+IN_BANDS = {
+    "ann": {},
+    "apcnet": {},
+    "deeplabv3": {"dilations": (2, 3)},
+    "denseaspp": {"dilations": (1, 2), "hidden_channels": 8},
+    "fcn": {"convolutions": 2},
+    "gald": {},
+    "ocrnet": {},
+    "pspnet": {},
+}
+
+
+@pytest.mark.parametrize("name", ["ann", *slow(*(IN_BANDS.keys() - {"ann"}))])
+def test_decoders_in_bands_see_the_whole_image(name, monkeypatch):
+    network = make(name, **IN_BANDS[name]).double()
+    image, calls = bytes_image(583, 301), []
+
+    def spy(function, maps, *arguments):
+        calls.append(maps[-1].shape[2])
+        return map_in_bands(function, maps, *arguments)
+
+    monkeypatch.setattr(inference, "map_in_bands", spy)
+    tiles = {"window": 256, "halo": 96}
+    whole, tiled = torch.empty(2, 1, NUM_CLASSES, 583, 301, dtype=torch.float64)
+    labels = segment(network, image, probabilities=whole)
+    assert not calls
+    assert torch.equal(segment(network, image, **tiles, probabilities=tiled), labels)
+    assert calls == [73]
+    torch.testing.assert_close(tiled, whole, rtol=1e-9, atol=1e-12)
+
+
+@networks
+def test_decoders_of_the_whole_map(name):
+    assert (reach(network_of(name)) == math.inf) is (name not in IN_BANDS)
+
+
+@pytest.mark.slow
+def test_memory_in_tiles():
+    """The peak is that of a tile and what the docstring of segment has for each pixel."""
+    network, window, halo = make("ann", channels=32), 128, 64
+    with torch.no_grad():
+        tile = torch.rand(1, 3, *2 * (window + 2 * halo,))
+        of_tile = peak_memory(lambda: (network.encoder(tile)[-1],), torch.device("cpu"))
+
+    def peak(height, width, **options):
+        image = bytes_image(height, width)
+        return peak_memory(lambda: (segment(network, image, **options),), torch.device("cpu"))
+
+    for height, width in ((384, 512), (512, 1024)):
+        channels, strides = network.encoder.channels[-2:], network.encoder.strides[-2:]
+        maps = sum(4 * c / s**2 for c, s in zip(channels, strides, strict=True))
+        bound = of_tile + height * width * (maps + 8 * NUM_CLASSES / strides[-1] ** 2)
+        assert 0.8 * bound <= peak(height, width, window=window, halo=halo) <= 1.2 * bound
+    assert peak(512, 1024, window=window, halo=halo) <= peak(512, 1024) / 3
+
+
+def test_memory_of_sliding_windows(monkeypatch):
+    monkeypatch.setattr(inference, "_BAND", 1 << 13)
+    network = make("fcn", channels=8, auxiliary_channels=0)
+
+    def peak(height):
+        image, options = bytes_image(height, 128), {"window": 64, "context": "window"}
+        return peak_memory(lambda: (segment(network, image, **options),), torch.device("cpu"))
+
+    assert peak(1024) <= 1.05 * peak(512)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +277,10 @@ def test_encoders_that_pool_the_image_are_approximated_on_demand_alone(backbone)
         ({"scales": (0.0,)}, "scales must be numbers above 0"),
         ({"context": "all"}, r"context must be one of \('image', 'window'\), got 'all'"),
         ({"average": "max"}, "average must be one of"),
+        (
+            {"probabilities": torch.empty(1, 2, 64, 96)},
+            r"probabilities must have shape \(1, 5, 64, ",
+        ),
     ],
 )
 def test_bad_options(options, message):
