@@ -205,6 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns")
     predict.add_argument("-o", "--out", default="out", help="the folder to write to; default: out")
     predict.add_argument("--overlay", action="store_true", help="the image under its colours too")
+    predict.add_argument(
+        "--probabilities", action="store_true", help="those of the classes too, as .npy files"
+    )
     predict.add_argument("--device", help="default: a GPU if there is one")
     predict.add_argument(
         "--window", type=int, help="side of the parts of the image looked at; default: the whole"

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxops.models.convert import load_model
 from ctxops.models.data.files import read_image
 from ctxops.models.data.spec import colours
-from ctxops.models.inference import segment
+from ctxops.models.inference import Inference, segment
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 _OVERLAY_SHARE = 0.5
@@ -44,24 +44,31 @@ def predict_files(
     out: str | Path,
     *,
     overlay: bool = False,
+    probabilities: bool = False,
     device: str | None = None,
     **inference,
 ) -> Iterator[Path]:
     """Writes a PNG with the classes of each image, and its palette; yields its path.
+
+    An image that cannot be read or segmented does not stop the others.
 
     Args:
         checkpoint: of ``ctxops fit`` or ``ctxops convert``.
         images: files, folders, patterns such as ``"street/*.png"``.
         out: a folder, made if needed.
         overlay: beside each ``NAME.png`` the image under its colours, ``NAME_overlay.png``.
+        probabilities: beside it those of the classes, ``NAME_probabilities.npy``, ``(K, H, W)``,
+            float16.
         device: None: a GPU if there is one.
         inference: options of :func:`segment`.
 
     Raises:
         OSError: no checkpoint, no images.
-        ValueError: two images that would be written to one file, files of another kind, and as
-            :func:`segment`.
+        TypeError, ValueError: two images that would be written to one file, a checkpoint of another
+            kind, options as :class:`ctxops.models.Inference`; at the end: images that failed, with
+            what each lacks.
     """
+    Inference(**inference)  # says what is wrong with the options before anything is read
     paths, out = find_images(images), Path(out)
     targets: dict[Path, Path] = {}
     for path in paths:
@@ -77,17 +84,37 @@ def predict_files(
         "palette", colours(network.num_classes)
     )
     out.mkdir(parents=True, exist_ok=True)
+    failures = []
     for target, path in targets.items():
-        image = read_image(path)
-        labels = segment(network, image[None], **inference)[0].cpu()
+        scores = None
+        try:
+            image = read_image(path)
+            if probabilities:
+                scores = _open_probabilities(path, image, network, out)
+            labels = segment(network, image[None], probabilities=scores, **inference)[0].cpu()
+        except (OSError, ValueError) as error:
+            failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            if scores is not None:
+                _outputs(out, path)[2].unlink()
+            continue
         save_labels(labels, palette, target)
         if overlay:
             save_overlay(image, labels, palette, _outputs(out, path)[1])
         yield target
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(paths)} images failed: {'; '.join(failures)}")
 
 
-def _outputs(out: Path, image: Path) -> tuple[Path, Path]:
-    return out / f"{image.stem}.png", out / f"{image.stem}_overlay.png"
+def _outputs(out: Path, image: Path) -> tuple[Path, Path, Path]:
+    names = (".png", "_overlay.png", "_probabilities.npy")
+    return tuple(out / f"{image.stem}{name}" for name in names)  # type: ignore[return-value]
+
+
+def _open_probabilities(path: Path, image: Tensor, network: nn.Module, out: Path) -> Tensor:
+    """``(1, K, H, W)``, in a file that need not fit into memory."""
+    shape = (network.num_classes, *image.shape[1:])
+    file = _outputs(out, path)[2]
+    return torch.from_numpy(np.lib.format.open_memmap(file, "w+", np.float16, shape))[None]
 
 
 def save_labels(labels: Tensor, palette: Sequence[Sequence[int]], path: Path) -> None:

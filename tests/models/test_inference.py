@@ -327,6 +327,42 @@ def test_predict(checkpoint, tmp_path, capsys):
         assert np.asarray(Image.open(out / f"{name}_overlay.png")).shape == (40, 60, 3)
 
 
+def test_predict_probabilities(checkpoint, tmp_path):
+    path, network = checkpoint
+    image = bytes_image(40, 60)
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    assert main(["predict", path, str(tmp_path / "a.png"), "-o", str(out), "--probabilities"]) == 0
+    written = torch.from_numpy(np.load(out / "a_probabilities.npy"))
+    torch.testing.assert_close(written, logits(network, image)[0].softmax(0).half())
+
+
+def test_predict_goes_on_after_a_bad_image(checkpoint, tmp_path, capsys):
+    path, _ = checkpoint
+    for name, side in (("a", 50), ("b", 30), ("d", 60)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    options = ["--window", "40", "--context", "window", "--probabilities"]
+    assert main(["predict", path, str(tmp_path), "-o", str(out), *options]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(out / "a.png"), str(out / "d.png")]
+    assert "2 of 4 images failed" in printed.err
+    assert f"{tmp_path / 'b.png'}: window must be at most the sides of the" in printed.err
+    assert f"; {tmp_path / 'c.png'} is no image that can be read" in printed.err
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("a.png", "a_probabilities.npy", "d.png", "d_probabilities.npy")
+    ]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "I;16"])
+def test_predict_of_images_of_any_mode(mode, checkpoint, tmp_path):
+    path, _ = checkpoint
+    Image.new("RGB" if mode == "P" else mode, (40, 40)).convert(mode).save(tmp_path / "a.png")
+    assert main(["predict", path, str(tmp_path / "a.png"), "-o", str(tmp_path / "out")]) == 0
+    assert Image.open(tmp_path / "out/a.png").size == (40, 40)
+
+
 def test_overlay():
     image = torch.full((3, 1, 3), 100, dtype=torch.uint8)
     mixed = overlay(image, torch.tensor([[0, 1, 255]]), [(0, 0, 0), (200, 100, 0)])
