@@ -62,8 +62,8 @@ SHOWN = (
 
 
 def read_cases(file: str) -> dict[str, dict]:
-    """The cases of a file by their titles."""
-    cases = json.loads((RESULTS / f"{file}.json").read_text())["cases"]
+    """The cases of a file by their titles; none in a file of another kind."""
+    cases = json.loads((RESULTS / f"{file}.json").read_text()).get("cases", [])
     return {case["title"]: case for case in cases}
 
 
@@ -104,6 +104,8 @@ def page() -> str:
             (title, *(" ".join(ratio(case, f, rivals)) for f in FORMATS))
             for title, case in read_cases(path.stem).items()
         ]
+        if not lines:
+            continue
         parts.append(f"## [{path.stem}](../benchmarks/results/cpu/{path.name})")
         parts.append(table(("case", *FORMATS), lines))
     return "\n\n".join(parts)

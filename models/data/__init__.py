@@ -18,7 +18,7 @@ from ctxops.models.data.human_parsing import CIHP, LIP
 from ctxops.models.data.nyudv2 import NYUDV2
 from ctxops.models.data.order import StreamSampler
 from ctxops.models.data.pascal_context import PASCAL_CONTEXT_59, PASCAL_CONTEXT_60
-from ctxops.models.data.scenes import CLASSES, PALETTE, Scenes, scene
+from ctxops.models.data.scenes import CLASSES, PALETTE, Scenes, right_places, scene
 from ctxops.models.data.spec import IGNORE, Spec, Split
 from ctxops.models.data.voc2012 import SBD, VOC2012
 
@@ -38,6 +38,7 @@ __all__ = [
     "folder_spec",
     "open_split",
     "read_image",
+    "right_places",
     "scene",
 ]
 

@@ -209,6 +209,35 @@ def _draw_poles(canvas: _Canvas, horizon: int, landmarks: Sequence[int]) -> None
             canvas.box((top + 2, top + side - 2), inner, face * 0.3, _SIGN, True)
 
 
+def right_places(
+    labels: Tensor, predicted: Tensor, distance: Tensor, *, step: int = 32, bins: int = 6
+) -> Tensor:
+    """How often the place is right, by the distance from the landmark that tells it.
+
+    A pixel counts if its pair of classes is right: a house that is taken for a warehouse is in the
+    wrong place, one that is taken for a tree does not count. Who does not see the landmark is right
+    in half of the pixels.
+
+    Args:
+        labels, distance: of a :class:`Scene`.
+        predicted: a class for each pixel.
+        step: pixels; bin i holds the distances from ``i * step`` to below ``(i + 1) * step``.
+        bins: how many; pixels beyond them do not count.
+
+    Shape: ``(H, W)`` each -> ``(2, bins)``, int64: the right pixels, and all that count.
+    """
+    truth, predicted = labels.int(), predicted.int()
+    first = CLASSES.index(PAIRED[0])  # the pairs begin with an even number
+    known = (truth >= first) & (truth != IGNORE) & (truth // 2 == predicted // 2)
+    bin_of = (distance / step).long()
+    return torch.stack(
+        [
+            torch.bincount(bin_of[counted & (bin_of < bins)], minlength=bins)
+            for counted in (known & (truth == predicted), known)
+        ]
+    )
+
+
 class Scenes(Dataset):
     """Scenes of a split: ``scenes[i]`` is an image ``(3, H, W)`` and labels ``(H, W)``, uint8.
 

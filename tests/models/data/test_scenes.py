@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from ctxops.models.data import IGNORE, Scenes, scene, scenes
+from ctxops.models.data import IGNORE, Scenes, right_places, scene, scenes
 from ctxops.models.data.scenes import CLASSES, PAIRED
 
 LANDMARK, FIRST_PAIRED = CLASSES.index("landmark"), CLASSES.index("road")
@@ -90,6 +90,35 @@ def test_distance_is_that_of_the_zone_s_landmark():
         nearest = labels[:, half].flatten()[distance[:, half].argmin()]
         assert nearest == LANDMARK or distance[:, half].min() > 5
     assert (distance[:, 70:].diff(dim=1).abs() > 5).any()  # it jumps at the wall
+
+
+def test_right_places_by_distance():
+    """A wrong place is an error, a wrong pair does not count, nor does what is ignored."""
+    sky, road, water, house, warehouse = map(
+        CLASSES.index, ("sky", "road", "water", "house", "warehouse")
+    )
+    labels = torch.tensor([[road, road, house, road, sky, IGNORE, water]], dtype=torch.uint8)
+    predicted = torch.tensor([[road, water, warehouse, house, sky, IGNORE, water]])
+    distance = torch.tensor([[0.0, 9.9, 10.0, 11.0, 12.0, 13.0, 20.0]])
+    result = right_places(labels, predicted.byte(), distance, step=10, bins=2)
+    assert result.tolist() == [[1, 0], [2, 1]]
+    assert right_places(labels, predicted, distance, step=10, bins=3)[:, 2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("zones", [1, 2])
+def test_a_guess_is_right_half_of_the_time(zones):
+    """Who takes every place for a town; and the truth is always right."""
+    count = torch.zeros(2, 4)
+    for index in range(40):
+        _, labels, distance = scene(index, zones=zones)
+        paired = (labels >= FIRST_PAIRED) & (labels != IGNORE)
+        guess = torch.where(paired, labels & 0xFE, labels)
+        count += right_places(labels, guess, distance, bins=4)
+        hits, counts = right_places(labels, labels, distance)
+        assert torch.equal(hits, counts)
+        assert counts.sum() == (paired & (distance < 6 * 32)).sum()
+    share = count[0] / count[1]
+    assert ((share > 0.3) & (share < 0.7)).all()
 
 
 def test_the_data_set():
