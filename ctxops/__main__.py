@@ -172,6 +172,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         print(path, flush=True)
 
 
+def _look(arguments: argparse.Namespace) -> None:
+    """Draws what a network does with an image and prints the name of the file."""
+    options = vars(arguments).copy()
+    del options["command"]
+    print(_import("pictures", "look").look(**options))
+
+
 _TRAINING = {
     "fit": "trains a network; without options on synthetic scenes",
     "resume": "goes on with a run that was stopped: ctxops resume RUN",
@@ -223,6 +230,22 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="SCALE")
     predict.add_argument("--flip", action="store_true", help="mirror images too")
     predict.add_argument("--average", choices=("probabilities", "logits"), default="probabilities")
+    look = commands.add_parser("look", help="what a network does with an image, as a picture")
+    look.add_argument(
+        "kind", help="overlay, errors, field, attention, gates, masks, heads or memory"
+    )
+    look.add_argument("checkpoint", help="of ctxops fit or ctxops convert")
+    look.add_argument("image", help="a file")
+    look.add_argument("-o", "--out", default="look.png", help="to write; default: look.png")
+    look.add_argument(
+        "--at",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="the pixel that is asked about; default: the middle",
+    )
+    look.add_argument("--labels", help="a file with the class of every pixel")
+    look.add_argument("--device", help="default: a GPU if there is one")
     data = commands.add_parser("data", help="looks at data sets")
     checks = data.add_subparsers(dest="action", required=True)
     check = checks.add_parser("check", help="reads all pairs: what is missing, wrong, how frequent")
@@ -245,6 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_convert(parsed))
         elif parsed.command == "predict":
             _predict(parsed)
+        elif parsed.command == "look":
+            _look(parsed)
         else:
             return _check_data(parsed)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -1168,6 +1168,12 @@ _TRAINING = [
             "self.places[self.zone[x]]",
             "self.places[0]",
         ),
+        (
+            "right-places-other-pairs",
+            "a house that is taken for a tree counts as one in the wrong place",
+            " & (truth // 2 == predicted // 2)",
+            "",
+        ),
     ),
     *_in(
         "models/data/order.py",
@@ -1297,6 +1303,36 @@ _TRAINING = [
             "decay_norms=False is ignored",
             '{"params": flat, "weight_decay": 0.0},',
             '{"params": flat},',
+        ),
+    ),
+    *_in(
+        "models/pictures/attention.py",
+        "tests/models/test_pictures.py -k criss_cross",
+        (
+            "look-first-round-alone",
+            "the picture after two recurrences is that after the last one alone",
+            "for query, key in rounds:",
+            "for query, key in rounds[-1:]:",
+        ),
+    ),
+    *_in(
+        "models/pictures/gates.py",
+        "tests/models/test_pictures.py -k gates",
+        (
+            "look-gates-stay-open",
+            "closing a gate closes the first one",
+            'options | {"closed": (level,)}',
+            'options | {"closed": (0,)}',
+        ),
+    ),
+    *_in(
+        "models/pictures/inside.py",
+        "tests/models/test_pictures.py -k receptive",
+        (
+            "look-field-of-all-classes",
+            "the receptive field is that of the sum of all scores",
+            "image)[0, :, at[0], at[1]].max()",
+            "image)[0, :, at[0], at[1]].sum()",
         ),
     ),
     *_in(
