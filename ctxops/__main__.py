@@ -113,6 +113,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     imported = convert_checkpoint(
         arguments.checkpoint,
         arguments.converted,
+        ema=arguments.ema,
         source=arguments.source,
         model=arguments.model,
         **dict(arguments.option),
@@ -123,6 +124,11 @@ def _convert(arguments: argparse.Namespace) -> str:
         f"all tensors of the checkpoint are used, {len(imported.state_dict)} are written to "
         f"{arguments.converted}",
     ]
+    if imported.left_out:
+        lines[1:] = [
+            f"{len(imported.state_dict)} tensors are written to {arguments.converted}",
+            f"left out, for they belong to training: {', '.join(imported.left_out)}",
+        ]
     if imported.zeros:
         lines.append(f"zero, for the checkpoint has none: {', '.join(imported.zeros)}")
     return "\n".join(lines)
@@ -204,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="an argument of create_model that shapes do not tell: --option output_stride=16",
+    )
+    convert.add_argument(
+        "--ema", action="store_true", help="take the averaged weights, not the last ones"
     )
     for command, text in _TRAINING.items():
         commands.add_parser(command, help=text, add_help=False)

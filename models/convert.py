@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctxops._checks import check_known
 from ctxops.models.base import SegmentationNetwork
+from ctxops.models.checkpoint_files import read
 from ctxops.models.encoder import Encoder
 from ctxops.models.importers import IMPORTERS
 from ctxops.models.importers.importer import STEM, Importer, MissingKeyError, Shapes
@@ -21,9 +22,18 @@ from ctxops.nn.non_local import NonLocalBlock
 # How many names an error spells out.
 _SPELLED = 5
 
-# What a state dict is wrapped in, and what training puts before its names.
+# What a state dict is wrapped in, and one of averaged weights; what training puts before its names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _PREFIXES = ("module.", "_orig_mod.")
+
+# What a whole network puts before the names of its backbone; the last one is ours.
+_BACKBONES = ("backbone.", "backbone_net.", "encoder.", "encoder.body.")
+
+# What training frameworks add to a state dict: mmengine the image's mean and deviation, mmcv a copy
+# of each tensor, averaged, with underscores for the dots of its name.
+_PREPROCESSOR = "data_preprocessor."
+_COPY = "ema_"
 
 # What our own files hold of an imported network.
 _SAVED = ("model", "arguments", "state_dict")
@@ -42,6 +52,8 @@ class ImportedModel:
         state_dict: the network's, complete.
         zeros: its names that the checkpoint has no counterpart of, and that are zero without a
             change to what is computed: biases before a norm, counts of batches.
+        left_out: names of the checkpoint that belong to its training: averaged copies, and what
+            normalises images.
     """
 
     source: str
@@ -49,6 +61,7 @@ class ImportedModel:
     arguments: dict[str, Any]
     state_dict: dict[str, Tensor]
     zeros: list[str]
+    left_out: list[str] = dataclasses.field(default_factory=list)
 
     def build(self) -> SegmentationNetwork:
         """The network with these weights, in evaluation mode."""
@@ -73,8 +86,9 @@ def import_checkpoint(
 ) -> ImportedModel:
     """Maps a checkpoint of other code onto a network of this package, strictly.
 
-    Every key of the checkpoint is used and every key of the network filled, or it raises. The
-    imported network computes what the original does; images are normalised as there.
+    Every key of the checkpoint is used and every key of the network filled, or it raises; only what
+    training frameworks add is left out, and named. The imported network computes what the original
+    does; images are normalised as there.
 
     Args:
         state_dict: as the other code saved it: ``load_checkpoint(path)``.
@@ -91,6 +105,8 @@ def import_checkpoint(
             message names the first keys that are missing and that nothing takes.
     """
     state_dict = _strip_prefixes(state_dict)
+    left_out = [*_copies(state_dict), *(n for n in state_dict if n.startswith(_PREPROCESSOR))]
+    state_dict = {name: x for name, x in state_dict.items() if name not in left_out}
     importer = _choose(state_dict, source, model)
     renamed, unexpected = _rename(state_dict, importer)
     try:
@@ -121,34 +137,60 @@ def import_checkpoint(
         raise _misfit(importer, missing, unexpected, shapes)
     filled = {n: renamed[n].detach().reshape(tensor.shape) for n, tensor in expected.items()}
     network.load_state_dict(filled, assign=True)
-    return ImportedModel(importer.source, importer.model, arguments, filled, sorted(zeros))
+    return ImportedModel(
+        importer.source, importer.model, arguments, filled, sorted(zeros), left_out
+    )
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_checkpoint(path: str | os.PathLike, *, ema: bool = False) -> dict[str, Tensor]:
     """The state dict in a file, without what frameworks wrap it in. Nothing in the file runs.
+
+    Args:
+        path: a file of ``torch.save``, or one whose name ends in ``.safetensors``.
+        ema: take the weights that training averaged, in the place of the last ones.
 
     Raises:
         OSError: no such file.
-        ValueError: a file that holds more than tensors and plain values, or no state dict.
+        ValueError: a damaged file, one of another kind or without a state dict, or ``ema`` of one
+            without averaged weights.
     """
-    loaded = _load(path)
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
+    loaded = read(path)
+    averaged = _unwrap(loaded, _AVERAGED) if ema else None
+    loaded = loaded if averaged is None else averaged
+    while (inner := _unwrap(loaded, _WRAPPERS)) is not None:
+        loaded = inner
     tensors = _tensors(loaded) if isinstance(loaded, Mapping) else {}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{os.fspath(path)!r} holds no state dict: names, each with a tensor")
+    if ema and averaged is None:
+        copies = _copies(tensors)
+        if not copies:
+            raise ValueError(f"{os.fspath(path)!r} has no averaged weights: leave out ema")
+        tensors |= {name: tensors.pop(copy) for copy, name in copies.items()}
     return tensors
 
 
+def _unwrap(loaded: object, names: Sequence[str]) -> Mapping | None:
+    """What is under the first of these names, if one of them holds a mapping."""
+    inner = (loaded.get(name) for name in names if isinstance(loaded, Mapping))
+    return next((each for each in inner if isinstance(each, Mapping)), None)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """From averaged copies in a state dict to the names that they are copies of."""
+    names = {_COPY + name.replace(".", "_"): name for name in tensors}
+    return {copy: name for copy, name in names.items() if copy in tensors}
+
+
 def convert_checkpoint(
-    path: str | os.PathLike, converted: str | os.PathLike, **arguments
+    path: str | os.PathLike, converted: str | os.PathLike, *, ema: bool = False, **arguments
 ) -> ImportedModel:
     """Reads other code's checkpoint and writes a file for :func:`load_model`.
 
     Args:
         path: the checkpoint.
         converted: the file to write.
+        ema: of :func:`load_checkpoint`.
         arguments: of :func:`import_checkpoint`.
 
     Raises:
@@ -157,7 +199,7 @@ def convert_checkpoint(
     """
     if os.path.exists(converted) and os.path.samefile(path, converted):
         raise ValueError(f"{os.fspath(converted)!r} is the checkpoint itself: name another file")
-    imported = import_checkpoint(load_checkpoint(path), **arguments)
+    imported = import_checkpoint(load_checkpoint(path, ema=ema), **arguments)
     imported.save(converted)
     return imported
 
@@ -169,8 +211,12 @@ def load_model(path: str | os.PathLike) -> SegmentationNetwork:
         OSError: no such file.
         ValueError: a file of another kind.
     """
-    saved = _load(path)
-    if not isinstance(saved, Mapping) or not saved.keys() >= set(_SAVED):
+    saved = read(path)
+    if (
+        not isinstance(saved, Mapping)
+        or not saved.keys() >= set(_SAVED)
+        or not isinstance(saved["arguments"], Mapping)
+    ):
         raise ValueError(
             f"{os.fspath(path)!r} is no saved network; checkpoints of other code: ctxops convert"
         )
@@ -196,11 +242,10 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
     """
     expected = encoder.body.state_dict()
     tensors = _strip_prefixes(state_dict)
-    others = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
-    if len(others) < len(tensors):
-        theirs = {n.removeprefix("backbone."): x for n, x in tensors.items() if n not in others}
-    else:
-        theirs, others = others, {}
+    present = [each for each in _BACKBONES if any(name.startswith(each) for name in tensors)]
+    prefix = present[-1] if present else ""
+    theirs = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    others = [name for name in tensors if not name.startswith(prefix)]
     names = {ours: _backbone_name(ours, theirs) for ours in expected}
     missing = [
         ours
@@ -224,19 +269,6 @@ def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[st
         )
     encoder.body.load_state_dict(expected | loaded)
     return [*unused, *others]
-
-
-def _load(path: str | os.PathLike) -> object:
-    """What is in a file of tensors and plain values; raises ValueError for any other."""
-    with open(path, "rb") as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has one for each way in which bytes can be wrong
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(
-                f"{os.fspath(path)!r} is no file of tensors and plain values; save its state dict "
-                f"alone by torch.save: {reason}"
-            ) from error
 
 
 _NUMBERED_STEM = {ours: theirs for theirs, ours in STEM.items()}

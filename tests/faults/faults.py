@@ -988,12 +988,6 @@ _IMPORTERS = [
             "if missing or shapes:\n        raise _misfit",
         ),
         (
-            "convert-unpickles",
-            "a checkpoint may run code",
-            "weights_only=True",
-            "weights_only=False",
-        ),
-        (
             "convert-names",
             "the error about weights too many spells our names, not theirs",
             "unexpected += [theirs for theirs, ours in",
@@ -1004,6 +998,28 @@ _IMPORTERS = [
             "load_backbone does not say what it left out of a whole network",
             "return [*unused, *others]",
             "return [*unused]",
+        ),
+        (
+            "convert-averaged",
+            "the averaged copies in a state dict are not taken",
+            "tensors |= {name: tensors.pop(copy)",
+            "tensors |= {copy: tensors.pop(copy)",
+        ),
+    ),
+    *_in(
+        "models/checkpoint_files.py",
+        _IMPORT,
+        (
+            "convert-unpickles",
+            "a checkpoint may run code",
+            "weights_only=True",
+            "weights_only=False",
+        ),
+        (
+            "convert-legacy-objects",
+            "objects in a file of an old torch are not found",
+            "return pickles[-1]",
+            "return pickles[0]",
         ),
     ),
 ]

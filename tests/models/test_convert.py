@@ -4,9 +4,12 @@ The other code's networks are written out from their checkpoints' names, which a
 ``mmsegmentation_r50.txt``, and the lists below for the code released with ANN and GALD.
 """
 
+import collections
+import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -666,6 +669,14 @@ def test_mmsegmentation_backbone():
     assert loaded["bn1.running_var"].equal(state_dict["backbone.stem.7.running_var"])
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone_net.", "encoder.", "encoder.body."])
+def test_backbone_of_a_network(prefix):
+    encoder, other = Encoder("resnet18", 32), Encoder("resnet18", 32)
+    state_dict = {prefix + name: x for name, x in other.body.state_dict().items()}
+    assert load_backbone(encoder, state_dict | {"head.weight": torch.ones(1)}) == ["head.weight"]
+    assert encoder.body.conv1.weight.equal(other.body.conv1.weight)
+
+
 def test_another_backbone():
     """The message names the keys, and nothing is loaded."""
     encoder = Encoder("resnet18", 32)
@@ -875,16 +886,76 @@ def test_wrappers(wrapper, tmp_path):
 class _Anything:
     """What a checkpoint must not bring to life."""
 
+    def __setstate__(self, state):
+        raise AssertionError("an object of the checkpoint came to life")
+
+
+class _Reduced:
+    """What pickle turns into a call of ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class _Mapping(dict):
+    """A mapping that torch fills only where it is its own."""
+
+
+_FOREIGN = {
+    "object": lambda trace: _Anything(),
+    "number": lambda trace: np.float64(3),
+    "array": lambda trace: np.arange(3),
+    "defaultdict": lambda trace: collections.defaultdict(list, {1: [2]}),
+    "optimizer": lambda trace: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1),
+    "eval": lambda trace: _Reduced(eval, f"open({str(trace)!r}, 'w')"),
+    "download": lambda trace: _Reduced(torch.hub.load, "nobody/nothing", "model"),
+    "class": lambda trace: _Anything,
+}
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("kind", _FOREIGN)
+def test_objects_in_a_file_stay_inert(kind, new_format, tmp_path):
+    path, trace = tmp_path / "checkpoint.pth", tmp_path / "trace"
+    content = {"state_dict": {"a": torch.ones(2)}, "hook": _FOREIGN[kind](trace), "epoch": 3}
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    assert load_checkpoint(path).keys() == {"a"}
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda trace: _Reduced(os.system, f"touch {trace}"), r"names \w+\.system, which could"),
+        (lambda trace: _Mapping(a=1), r"cannot be left out, among \S*_Mapping: save its tensors"),
+    ],
+    ids=["command", "mapping"],
+)
+def test_objects_that_no_file_may_hold(content, message, new_format, tmp_path):
+    path, trace = tmp_path / "checkpoint.pth", tmp_path / "trace"
+    torch.save(
+        {"state_dict": {"a": torch.ones(2)}, "hook": content(trace)},
+        path,
+        _use_new_zipfile_serialization=new_format,
+    )
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+    assert not trace.exists()
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "hook": _Anything()}, "no file of tensors and plain values"),
         ([torch.zeros(1)], "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
         ({0: torch.zeros(1)}, "holds no state dict"),
+        ({"state_dict": _Anything()}, "holds no state dict"),
     ],
-    ids=["objects", "list", "no-tensors", "numbers"],
+    ids=["list", "no-tensors", "numbers", "object"],
 )
 def test_files_of_another_kind(content, message, tmp_path):
     path = tmp_path / "checkpoint.pth"
@@ -897,12 +968,13 @@ def test_files_of_another_kind(content, message, tmp_path):
 
 def test_file_of_no_network(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(ValueError, match="no saved network; checkpoints of other code: ctxops"):
-        load_model(path)
-    torch.save({"model": "fcn", "arguments": _Anything(), "state_dict": {}}, path)
-    with pytest.raises(ValueError, match="no file of tensors and plain values"):
-        load_model(path)
+    for saved in (
+        {"state_dict": {}},
+        {"model": "fcn", "arguments": _Anything(), "state_dict": {}},
+    ):
+        torch.save(saved, path)
+        with pytest.raises(ValueError, match="no saved network; checkpoints of other code: ctxops"):
+            load_model(path)
 
 
 @pytest.mark.parametrize("load", [load_checkpoint, load_model])
@@ -912,8 +984,57 @@ def test_bytes_that_are_no_file_of_tensors(load, new_format, tmp_path):
     path = tmp_path / "checkpoint.pth"
     torch.save({"a": torch.arange(1999.0)}, path, _use_new_zipfile_serialization=new_format)
     content = path.read_bytes()
-    torn = [content[:length] for length in range(0, len(content) - 1, 61)]
+    torn = [content[:length] for length in range(61, len(content) - 1, 61)]
     for wrong in [b"not a checkpoint", *torn]:
         path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"no file of tensors and plain values; save .*: \S"):
+        with pytest.raises(ValueError, match=r"checkpoint.pth' is damaged, or neither torch.save"):
             load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>", "is a web page and no checkpoint: the download failed"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS"),
+    ],
+    ids=["empty", "page", "pointer"],
+)
+def test_what_comes_in_the_place_of_a_file(content, message, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+
+
+def test_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(3.0)}, path)
+    assert torch.equal(load_checkpoint(path)["a"], torch.arange(3.0))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(path)
+
+
+def test_averaged_weights(tmp_path, pspnet, capsys):
+    """mmcv's copies beside the weights, others' state dict beside theirs."""
+    path, ours = tmp_path / "theirs.pth", tmp_path / "ours.pt"
+    name = "backbone.layer1.0.bn1.weight"
+    tensors = dict(pspnet)
+    averaged = tensors[name] + 1
+    copies = {"ema_" + name.replace(".", "_"): averaged, "data_preprocessor.mean": torch.ones(3)}
+    torch.save({"state_dict": tensors | copies}, path)
+    assert torch.equal(load_checkpoint(path)[name], tensors[name])
+    assert torch.equal(load_checkpoint(path, ema=True)[name], averaged)
+    assert main(["convert", str(path), str(ours)]) == 0
+    assert f"left out, for they belong to training: {', '.join(copies)}" in capsys.readouterr().out
+    assert main(["convert", str(path), str(ours), "--ema"]) == 0
+    assert torch.equal(load_model(ours).encoder.body.state_dict()["layer1.0.bn1.weight"], averaged)
+
+    torch.save({"model": {"state_dict": tensors}, "model_ema": {name: averaged}}, path)
+    assert torch.equal(load_checkpoint(path)[name], tensors[name])
+    assert torch.equal(load_checkpoint(path, ema=True)[name], averaged)
+    torch.save({"model": tensors}, path)
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        load_checkpoint(path, ema=True)
