@@ -526,6 +526,22 @@ _OPS = [
         ),
     ),
     *_in(
+        "ctxops/compat/natten.py",
+        "tests/compat/test_natten.py",
+        (
+            "natten-dilated-bias",
+            "the bias is taken by positions, not by steps of the dilation",
+            "positions // d - own // d + k - 1",
+            "positions - own + k - 1",
+        ),
+        (
+            "natten-border",
+            "the window is cut off at the border, as in other libraries",
+            'border="shift", num_heads=heads',
+            'border="mask", num_heads=heads',
+        ),
+    ),
+    *_in(
         "ctxops/ops/neighborhood_attention/op.py",
         "tests/ops/test_neighborhood_attention.py",
         (

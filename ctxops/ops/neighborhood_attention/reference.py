@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-def _neighbours(
+def neighbours(
     extent: int, kernel: int, dilation: int, border: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Along one axis: the neighbours' positions, and which are inside; both (extent, kernel)."""
@@ -25,8 +25,8 @@ def _windows(
 ) -> tuple[Tensor, Tensor]:
     """Every position's window (B, heads, C, H, kh, W, kw), and what of it is inside."""
     height, width = x.shape[2:]
-    rows, row_inside = _neighbours(height, kernel_size[0], dilation[0], border, x.device)
-    columns, column_inside = _neighbours(width, kernel_size[1], dilation[1], border, x.device)
+    rows, row_inside = neighbours(height, kernel_size[0], dilation[0], border, x.device)
+    columns, column_inside = neighbours(width, kernel_size[1], dilation[1], border, x.device)
     windows = x.unflatten(1, (num_heads, -1))[:, :, :, rows][..., columns]
     return windows, row_inside[:, :, None, None] & column_inside
 
