@@ -225,6 +225,52 @@ def load_model(path: str | os.PathLike) -> SegmentationNetwork:
     return network.eval()
 
 
+def load_weights(
+    network: SegmentationNetwork,
+    state_dict: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+) -> str:
+    """Loads the weights of a network of this package into another one.
+
+    Args:
+        network: to load into.
+        state_dict: of the other one: ``load_checkpoint(path)``.
+        strict: both have the same names and shapes, or it raises. False: loads what has.
+        rename: modules that the other one has under another name: ``{theirs: ours}``, such as
+            ``{"decoder": "decoder.context"}``, the context of ``pspnet`` in ``gff``.
+
+    Returns:
+        What is missing, unexpected or of another shape, as text; "" where all was loaded.
+
+    Raises:
+        ValueError: weights that do not fit; nothing that fits; a name to be replaced that no weight
+            has. Then nothing is loaded.
+    """
+    expected, renamed = network.state_dict(), dict(state_dict)
+    for theirs, ours in (rename or {}).items():
+        moved = [name for name in state_dict if name.startswith(f"{theirs}.")]
+        if not moved:
+            raise ValueError(f"no weight of the checkpoint is in a module {theirs!r}")
+        for name in moved:
+            renamed[ours + name.removeprefix(theirs)] = renamed.pop(name)
+    missing = [name for name in expected if name not in renamed]
+    unexpected = [name for name in renamed if name not in expected]
+    common = {name: x for name, x in renamed.items() if name in expected}
+    fitting = {name: x for name, x in common.items() if x.shape == expected[name].shape}
+    shapes = [
+        f"{name} {tuple(x.shape)} instead of {tuple(expected[name].shape)}"
+        for name, x in common.items()
+        if name not in fitting
+    ]
+    left = _differences(missing, unexpected, shapes)
+    if (strict and left) or not fitting:
+        raise ValueError(f"the weights do not fit the network: {left}")
+    network.load_state_dict(expected | fitting)
+    return left
+
+
 def load_backbone(encoder: Encoder, state_dict: Mapping[str, Tensor]) -> list[str]:
     """Loads a classifier's weights, by the names of timm, torchvision or mmsegmentation.
 
