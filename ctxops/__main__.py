@@ -189,6 +189,7 @@ _TRAINING = {
     "fit": "trains a network; without options on synthetic scenes",
     "resume": "goes on with a run that was stopped: ctxops resume RUN",
     "validate": "scores a checkpoint: ctxops validate CHECKPOINT [--KEY VALUE]...",
+    "test": "scores it on the test split: ctxops test CHECKPOINT [--KEY VALUE]...",
 }
 
 

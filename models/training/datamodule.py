@@ -17,6 +17,7 @@ class SegmentationData(LightningDataModule):
         root: the folder of its files.
         train_split: trained on; several joined by "+".
         val_split: validated on.
+        test_split: tested on.
         options: of scenes: length, size, zones.
         batch_size: images of a step, of all processes together.
         steps_per_epoch: steps between two validations.
@@ -44,6 +45,7 @@ class SegmentationData(LightningDataModule):
         root: str | None = None,
         train_split: str = "train",
         val_split: str = "val",
+        test_split: str = "test",
         options: dict | None = None,
         batch_size: int = 4,
         steps_per_epoch: int = 100,
@@ -62,7 +64,7 @@ class SegmentationData(LightningDataModule):
         super().__init__()
         self.classes, self.palette = class_names(name, root)
         self.name, self.root, self.options = name, root, options or {}
-        self.train_split, self.val_split = train_split, val_split
+        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
         self.workers, self.skip_bad, self.seed = workers, skip_bad, seed
         self.augmentation = Augmentation(
@@ -89,7 +91,7 @@ class SegmentationData(LightningDataModule):
         if stage == "fit" and self.train is None:
             self.train = self._open(self.train_split)
         if self.val is None:
-            self.val = self._open(self.val_split)
+            self.val = self._open(self.test_split if stage == "test" else self.val_split)
 
     def _open(self, split: str) -> Dataset:
         return open_split(self.name, split, self.root, skip_bad=self.skip_bad, **self.options)
@@ -126,6 +128,9 @@ class SegmentationData(LightningDataModule):
         return DataLoader(
             Subset(self.val, mine), 1, num_workers=self.workers, collate_fn=_without_bad
         )
+
+    def test_dataloader(self) -> DataLoader:
+        return self.val_dataloader()
 
 
 def _without_bad(samples: list) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,6 +28,7 @@ class Optimization:
         momentum: of SGD.
         weight_decay: of all parameters.
         decay_norms: of norms and biases too.
+        ema: decay of a moving average of the parameters, which is validated and saved; 0: none.
     """
 
     optimizer: Algorithm = "sgd"
@@ -36,12 +38,15 @@ class Optimization:
     momentum: float = 0.9
     weight_decay: float = 0.0005
     decay_norms: bool = True
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, Algorithm)
         for name in ("lr", "power", "warmup", "momentum", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
 
     def of(self, network: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
         """Optimizer and schedule of a run of so many steps."""
@@ -69,3 +74,10 @@ def poly(step: int, steps: int, power: float = 0.9, warmup: int = 0) -> float:
     """
     factor = max(0.0, 1 - step / steps) ** power
     return factor * min(1.0, (step + 1) / warmup) if warmup else factor
+
+
+def freeze_norms(network: nn.Module) -> None:
+    """Batch norms keep their statistics and parameters from now on."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval().requires_grad_(False)

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ctxops.models._timm import require_timm
-from ctxops.models.convert import load_checkpoint
 from ctxops.models.data.order import seed_of
-from ctxops.models.data.spec import IGNORE
 from ctxops.models.inference import Inference, segment, standardise
 from ctxops.models.registry import create_model
+from ctxops.models.training.checkpoint import from_task, initialise, to_task
+from ctxops.models.training.evaluation import Evaluation
 from ctxops.models.training.losses import Loss
-from ctxops.models.training.metrics import Scores, scores
-from ctxops.models.training.optimization import Optimization
-
-_PREFIX = "network."
+from ctxops.models.training.metrics import Metrics, Scores
+from ctxops.models.training.optimization import Optimization, freeze_norms
 
 
 class SegmentationTask(LightningModule):
@@ -35,17 +31,20 @@ class SegmentationTask(LightningModule):
         network: of ctxops.models.list_models().
         backbone: a timm model; null: the network's own.
         pretrained: starts from timm's weights of the backbone.
-        init_from: a checkpoint of the same network whose weights to start from.
+        init_from: a checkpoint whose weights to start from.
+        init_strict: all of its weights must fit, and be all; false: takes those that do, and prints
+            what it does not take.
+        init_rename: modules that the checkpoint calls by another name, as "theirs: ours".
         options: further arguments of create_model, of the network and of its backbone.
         loss: what is minimised.
         optimization: how.
         channels_last: the memory format of the weights.
         freeze_norm: batch norms keep their statistics and parameters.
+        compile: backend of torch.compile for the steps of training, such as inductor; null: none.
         seed: of dropout and all other chance in a step; that of the run.
 
     Attributes:
-        inference: how images are validated.
-        result: the scores of the last validation.
+        result: the scores of the last evaluation; None where no pixel had a label.
     """
 
     def __init__(
@@ -56,44 +55,42 @@ class SegmentationTask(LightningModule):
         backbone: str | None = None,
         pretrained: bool = False,
         init_from: str | None = None,
+        init_strict: bool = True,
+        init_rename: dict[str, str] | None = None,
         options: dict | None = None,
         loss: Loss = Loss(),  # noqa: B008
         optimization: Optimization = Optimization(),  # noqa: B008
         channels_last: bool = False,
         freeze_norm: bool = False,
+        compile: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.classes, self.palette = list(classes), [list(colour) for colour in palette]
-        self.model = network
+        self.model, self.seed, self.frozen = network, seed, freeze_norm
         self.arguments = {"backbone": backbone, "num_classes": len(classes), **(options or {})}
         self.loss, self.optimization = loss, optimization
-        self.inference = Inference()
-        self.seed = seed
         self.network = create_model(network, pretrained=pretrained, **self.arguments)
         if init_from is not None:
-            self.network.load_state_dict(load_checkpoint(init_from))
+            initialise(self.network, init_from, init_strict, init_rename or {})
         if channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.freeze_norm = freeze_norm
-        self._freeze()
-        self.confusion = MulticlassConfusionMatrix(
-            len(classes), ignore_index=IGNORE, validate_args=False
-        )
+        if freeze_norm:
+            freeze_norms(self.network)  # Lightning keeps each module's mode
+        if compile is not None:
+            self.network.compile(backend=compile)
         self.result: Scores | None = None
-        self._previous: tuple[Tensor, int, list[int]] | None = None
-        self._remembered: tuple[Tensor, Tensor] | None = None
+        self.evaluate_by(Inference(), Metrics())
 
-    def _freeze(self) -> None:
-        for module in self.network.modules():
-            if self.freeze_norm and isinstance(module, _BatchNorm):
-                module.eval().requires_grad_(False)  # Lightning keeps each module's mode
+    def evaluate_by(self, inference: Inference, metrics: Metrics) -> None:
+        """Says how images are segmented, and what is scored of that."""
+        self.inference, self.evaluation = inference, Evaluation(self.classes, metrics)
 
     def setup(self, stage: str) -> None:
         # Never without need: it is for GPUs alone, and costs time.
-        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
+        several = self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda"
+        if several and not self.frozen:
             self.network = require_timm().layers.convert_sync_batchnorm(self.network)
-            self._freeze()
 
     def configure_optimizers(self) -> dict[str, Any]:
         steps = int(self.trainer.estimated_stepping_batches)
@@ -106,17 +103,15 @@ class SegmentationTask(LightningModule):
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         # Chance is a function of the step: a resumed run goes on as an uninterrupted one.
-        torch.manual_seed(seed_of(self.seed, self._number(batch_idx), self.global_rank, 2))
+        step = self.current_epoch * self.trainer.num_training_batches + batch_idx
+        torch.manual_seed(seed_of(self.seed, step, self.global_rank, 2))
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        image, labels, indices = batch
-        labels = labels.long()
+        image, labels = batch[0], batch[1].long()
         output = self.network(standardise(image, self.network))
         loss = self.loss(self.network, output, labels)
-        self._remembered = (output.features, labels)
-        self._check_previous()
-        self._previous = loss.detach(), self._number(batch_idx), indices.tolist()
-        self.log("loss", loss, prog_bar=True)
+        self._remembered = output.features, labels
+        self.log("loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def on_after_backward(self) -> None:
@@ -124,39 +119,26 @@ class SegmentationTask(LightningModule):
         if bank is not None:
             bank(*self._remembered)
 
-    def on_train_epoch_end(self) -> None:
-        self._check_previous()
-
-    def _number(self, batch_idx: int) -> int:
-        """Of a batch, in the whole run."""
-        return self.current_epoch * self.trainer.num_training_batches + batch_idx
-
-    def _check_previous(self) -> None:
-        """Stops where the loss was NaN: of the step before, for which nobody has to wait."""
-        if self._previous is not None and not self._previous[0].isfinite():
-            _, step, indices = self._previous
-            names = ", ".join(self.trainer.datamodule.train.name(i) for i in indices)
-            raise ValueError(f"the loss of step {step} is not finite; its images: {names}")
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         if not batch:  # its image was passed over
-            return
+            return None
         image, labels = batch
         predicted = segment(self.network, image, **dataclasses.asdict(self.inference))
-        self.confusion.update(predicted.flatten(), labels.long().flatten())
+        self.evaluation.update(predicted, labels)
+        return predicted
 
     def on_validation_epoch_end(self) -> None:
-        confusion = self.confusion.compute()
-        self.confusion.reset()
-        if confusion.any():  # not so where a trial run saw ignored pixels alone
-            self.result = scores(confusion, self.classes)
-            self.log("mIoU", self.result.mean_iou, prog_bar=True)
-            self.log("accuracy", self.result.accuracy)
-            self.log_dict({f"iou/{name}": iou for name, iou in self.result.iou.items()})
+        self.result = self.evaluation.compute()
+        self.evaluation.reset()
+        if self.result is not None:  # a trial run may see ignored pixels alone
+            named = self.result.by_name()
+            self.log("mIoU", named.pop("mIoU"), prog_bar=True)
+            self.log_dict(named)
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"].items()
-        checkpoint["state_dict"] = {name.removeprefix(_PREFIX): x for name, x in weights}
+        from_task(checkpoint)
         checkpoint |= {"model": self.model, "arguments": self.arguments}
         checkpoint |= {"classes": self.classes, "palette": self.palette}
 
@@ -165,5 +147,4 @@ class SegmentationTask(LightningModule):
             ours, theirs = getattr(self, name), checkpoint.get(name)
             if ours != theirs:
                 raise ValueError(f"the checkpoint is of another {name}: {theirs}, not {ours}")
-        weights = checkpoint["state_dict"].items()
-        checkpoint["state_dict"] = {_PREFIX + name: x for name, x in weights}
+        to_task(checkpoint)

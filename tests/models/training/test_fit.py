@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training by command: what it writes, how it resumes, and what it says of bad input."""
 
-import csv
 import os
 import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,63 +15,18 @@ import torch
 pytest.importorskip("lightning", reason='needs pip install "ctxops[train]"')
 
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import runs
 import trees
 from ctxops.__main__ import main
 from ctxops.models import load_model, segment
 from ctxops.models.data import scene
+from ctxops.models.training.callbacks import FiniteLoss
 from ctxops.models.training.checkpoint import AtomicCheckpointIO
 from ctxops.models.training.cli import RECIPES
-from ctxops.models.training.task import SegmentationTask
-
-SMALL = {
-    "--data.options": "{length: 6, size: [64, 64]}",
-    "--data.batch_size": "2",
-    "--data.steps_per_epoch": "3",
-    "--trainer.max_epochs": "3",
-    "--trainer.enable_progress_bar": "false",
-    "--trainer.log_every_n_steps": "1",
-    "--trainer.accelerator": "cpu",
-    "--model.options": "{channels: 16}",
-}
-WIDTHS = {"ccnet": "{channels: 16, reduction: 4}", "gcn": "{kernel_size: 5}"}
-
-
-def slow(*values):
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-def fit(run, *more, **options):
-    """``ctxops fit`` on a few small scenes; options with __ for dots."""
-    given = SMALL | {f"--{name.replace('__', '.')}": value for name, value in options.items()}
-    return main(
-        ["fit", "--run_folder", str(run), *(x for pair in given.items() for x in pair), *more]
-    )
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def losses(run):
-    """The loss of every step, of all starts of the run."""
-    values = []
-    for file in sorted(run.glob("logs/version_*/metrics.csv")):
-        with open(file) as lines:
-            values += [float(row["loss"]) for row in csv.DictReader(lines) if row["loss"]]
-    return values
-
-
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop_in_epoch(patch, epoch):
-    def stop(task):
-        if task.current_epoch == epoch:
-            raise Stop
-
-    patch.setattr(SegmentationTask, "on_train_epoch_start", stop)
+from ctxops.models.training.datamodule import SegmentationData
+from runs import Stop, assert_same_end, fit, load, losses, slow, stop_in_epoch
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +39,10 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_it_needs(run):
     assert {"best.ckpt", "last.ckpt", "config.yaml", "logs"} == {p.name for p in run.iterdir()}
     assert len(losses(run)) == 9
-    assert list(run.glob("logs/version_0/events*"))
+    (events,) = run.glob("logs/version_0/events*")
+    written = EventAccumulator(str(events)).Reload().Tags()
+    assert {"loss", "mIoU", "accuracy", "iou/sky"} <= set(written["scalars"])
+    assert written["images"] == [f"validation/{k}" for k in range(4)]
 
 
 def test_a_checkpoint_is_a_network(run, tmp_path, capsys):
@@ -111,12 +69,33 @@ def test_validate_needs_the_checkpoint_alone(run, tmp_path, capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_test_scores_the_test_split(run, capsys):
+    assert main(["validate", str(run / "best.ckpt"), "--data.val_split", "test"]) == 0
+    expected = capsys.readouterr().out
+    assert main(["test", str(run / "best.ckpt")]) == 0
+    assert capsys.readouterr().out == expected
+    assert "mean IoU" in expected
+
+
+def test_boundaries_are_scored_where_asked_for(run, capsys):
+    assert main(["validate", str(run / "best.ckpt"), "--metrics.boundaries", "true"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("at boundaries  ", "away from them  ", "boundary F at  ", "mean boundary F  "):
+        assert f"\n{line}" in printed
+
+
+# Each network with what a run keeps besides weights.
 @pytest.mark.parametrize(
-    ("network", "workers"), [("ann", "2"), pytest.param("mcibi", "0", marks=pytest.mark.slow)]
+    ("network", "more"),
+    [("ann", {"data__workers": "2"}), ("mcibi", {"model__optimization__ema": "0.5"})]
+    + [
+        pytest.param(network, {}, marks=pytest.mark.slow)
+        for network in sorted(runs.NETWORKS.keys() - {"ann", "mcibi"})
+    ],
 )
-def test_a_resumed_run_continues_bitwise(network, workers, tmp_path, monkeypatch):
-    """Whichever process loads its samples."""
-    options = {"model__network": network, "data__crop": "[48, 48]", "data__brightness": "0.3"}
+def test_a_resumed_run_continues_bitwise(network, more, tmp_path, monkeypatch):
+    options = {"data__crop": "[48, 48]", "data__brightness": "0.3", "trainer__max_epochs": "2"}
+    options |= runs.network(network) | more
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert fit(whole, **options) == 0
     with monkeypatch.context() as patch:
@@ -127,24 +106,91 @@ def test_a_resumed_run_continues_bitwise(network, workers, tmp_path, monkeypatch
     torch.manual_seed(999)  # what random numbers other code drew does not matter
     assert main(["resume", str(broken)]) == 0
     assert losses(broken) == losses(whole)
-    a, b = load(whole / "last.ckpt"), load(broken / "last.ckpt")
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+    assert_same_end(whole, broken)
     if network == "mcibi":
-        assert a["state_dict"]["bank.step"] == 9
-        assert a["state_dict"]["bank.memory"].any()
+        state = load(whole / "last.ckpt")["state_dict"]
+        assert state["bank.step"] == 6
+        assert state["bank.memory"].any()
 
 
-@pytest.mark.parametrize("network", ["mcibi", *slow("ann", "ccnet", "gald", "gcn", "gff")])
+def test_an_average_of_the_weights_is_validated_and_saved(tmp_path, monkeypatch, capsys):
+    """By its formula; buffers, a memory of features among them, are those of the last step."""
+    after_steps, hook = [], FiniteLoss.on_train_batch_end
+
+    def record(self, trainer, task, *others):
+        hook(self, trainer, task, *others)
+        after_steps.append({name: x.clone() for name, x in task.network.state_dict().items()})
+
+    monkeypatch.setattr(FiniteLoss, "on_train_batch_end", record)
+    options = {"model__optimization__ema": "0.75", "trainer__max_epochs": "1"}
+    assert fit(tmp_path, **options, **runs.network("mcibi")) == 0
+    saved = load(tmp_path / "last.ckpt")
+    network = load_model(tmp_path / "last.ckpt")
+    parameters = {name for name, _ in network.named_parameters()}
+    for name, x in saved["state_dict"].items():
+        expected = after_steps[0][name]
+        for later in after_steps[1:]:
+            if name in parameters:
+                expected = 0.75 * expected + 0.25 * later[name]
+            else:
+                expected = later[name]
+        torch.testing.assert_close(x, expected)
+        assert torch.equal(saved["current_model_state"][f"network.{name}"], after_steps[-1][name])
+    assert saved["state_dict"]["bank.memory"].any()
+    printed = capsys.readouterr().out
+    assert main(["validate", str(tmp_path / "last.ckpt")]) == 0
+    assert capsys.readouterr().out in printed
+
+
+def test_a_run_of_so_many_steps(tmp_path):
+    fit(tmp_path, trainer__max_epochs="-1", trainer__max_steps="4")
+    saved = load(tmp_path / "last.ckpt")
+    assert saved["global_step"] == 4
+    assert saved["finished"]
+    assert saved["lr_schedulers"][0]["_last_lr"] == [0.0, 0.0]
+    assert len(losses(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("network", ["mcibi", *slow(*sorted(runs.NETWORKS.keys() - {"mcibi"}))])
 def test_twenty_steps_lower_the_loss(network, tmp_path):
     """Not counting the first: then a memory is empty and its rows cost nothing."""
-    options = {"model__options": WIDTHS.get(network, "{channels: 16}"), "model__network": network}
-    options |= {"data__steps_per_epoch": "20", "data__options": "{length: 2, size: [64, 64]}"}
+    options = runs.network(network) | {"data__steps_per_epoch": "20"}
+    options |= {"data__options": "{length: 2, size: [64, 64]}"}
     options |= {"trainer__max_epochs": "1", "data__flip": "0", "model__optimization__lr": "0.01"}
     assert fit(tmp_path, **options) == 0
     values = losses(tmp_path)[1:]
     assert len(values) == 19
     assert sum(values[-5:]) < 0.9 * sum(values[:5])
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same(tmp_path):
+    options = {"trainer__max_epochs": "1"}
+    assert fit(tmp_path / "a", **options) == 0
+    assert fit(tmp_path / "b", model__compile="aot_eager", **options) == 0
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
+    names = (load(tmp_path / f"{run}/last.ckpt")["state_dict"].keys() for run in "ab")
+    assert next(names) == next(names)
+
+
+def test_weights_of_other_classes_are_taken_in_part_where_asked_for(run, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    trees.folder(tmp_path / "data")
+    options = {"data__name": "folder", "data__root": str(tmp_path / "data"), "data__options": "{}"}
+    options |= {"model__init_from": str(run / "last.ckpt"), "trainer__max_epochs": "1"}
+    options |= {"model__freeze_norm": "true", "model__optimization__lr": "0"}
+    with pytest.raises(SystemExit) as raised:
+        fit(tmp_path / "strict", **options)
+    text = str(raised.value.code)
+    expected = "shapes classifier.1.weight (12, 16, 1, 1) instead of (3, 16, 1, 1)"
+    assert f"init_from {run}/last.ckpt: the weights do not fit the network: " in text
+    assert expected in text
+    assert fit(tmp_path / "part", model__init_strict="false", **options) == 0
+    assert f"init_from {run}/last.ckpt, not taken: {expected[:6]}" in capsys.readouterr().out
+    theirs, ours = (load(folder / "last.ckpt")["state_dict"] for folder in (run, tmp_path / "part"))
+    same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+    assert {name.partition(".")[0] for name in ours.keys() - same} <= {"classifier", "auxiliary"}
+    assert "encoder" in {name.partition(".")[0] for name in same}
 
 
 @pytest.mark.slow
@@ -290,7 +336,8 @@ def test_other_mistakes(run, tmp_path):
         (["fit", "--run_folder", str(run)], f"{run} holds a run: ctxops resume {run}, or another"),
         (["resume", str(tmp_path)], "holds no run to resume"),
         (["resume", str(run), "--model.network", "ann"], "and nothing else: it goes on as it was"),
-        (["validate"], "give a checkpoint first"),
+        (["validate"], "give a checkpoint first: ctxops validate CHECKPOINT"),
+        (["test", "--data.root", "x"], "give a checkpoint first: ctxops test CHECKPOINT"),
         (["validate", "nowhere"], "No such file"),
         (["validate", __file__], "is no checkpoint"),
     ):
@@ -345,33 +392,81 @@ def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_from_the_checkpoint_before(tmp_path):
+    """Killed while it wrote the second epoch's: the first one's is intact."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"trainer__max_epochs": "2"}
+    assert fit(whole, **options) == 0
+    code = f"""
+import os, signal, torch
+from ctxops.__main__ import main
+save = torch.save
+def half(checkpoint, file):
+    save(checkpoint, file)
+    if checkpoint["epoch"] == 1 and file.name.endswith("last.ckpt.part"):
+        file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+main({runs.arguments(killed, **options)})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert (killed / "last.ckpt.part").exists()
+    assert load(killed / "last.ckpt")["epoch"] == 0
+    assert main(["resume", str(killed)]) == 0
+    assert losses(killed)[-3:] == losses(whole)[-3:]
+    assert_same_end(whole, killed)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    """On images without ignored pixels, with frozen norms and without dropout."""
+    """On images without ignored pixels, with frozen norms and without dropout; all networks in one
+    start of the processes, as the stages of a recipe are."""
     for split in ("train", "val"):
         for k in range(8):
             trees.image(tmp_path / f"data/images/{split}/{k}.png", (64, 64))
             trees.labels(tmp_path / f"data/labels/{split}/{k}.png", (0, k % 3, 1), (64, 64))
     (tmp_path / "data/classes.yaml").write_text("[a, b, c]")
-    options = {"data.name": "folder", "data.root": str(tmp_path / "data"), "data.options": "{}"}
-    options |= {"data.batch_size": "4", "model.freeze_norm": "true"}
-    options |= {"model.options": "{channels: 16, dropout: 0.0}"}
+    data = {"data__name": "folder", "data__root": str(tmp_path / "data"), "data__options": "{}"}
+    data |= {"data__batch_size": "4", "model__freeze_norm": "true"}
     # Not AdamW, which divides by gradients that are hardly more than rounding.
-    options |= {"model.optimization": "{optimizer: sgd, lr: 0.01}"}
-    given = SMALL | {f"--{name}": value for name, value in options.items()}
-    for processes in ("1", "2"):
+    data |= {"model__optimization": "{optimizer: sgd, lr: 0.01}", "trainer__max_epochs": "1"}
+    for processes in "12":
+        each = [
+            runs.arguments(
+                tmp_path / processes / network,
+                trainer__devices=processes,
+                **data,
+                **runs.network(network, ", dropout: 0.0" * (network != "gcn")),
+            )
+            for network in runs.NETWORKS
+        ]
+        program = tmp_path / f"{processes}.py"
+        program.write_text(f"from ctxops.__main__ import main\nlist(map(main, {each}))\n")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        more = ["--trainer.devices", processes, "--run_folder", str(tmp_path / processes)]
         subprocess.run(
-            [sys.executable, *launch, "-m", "ctxops", "fit"]
-            + [x for pair in given.items() for x in pair]
-            + more,
+            [sys.executable, *launch, str(program)],
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             timeout=300,
             cwd=tmp_path,  # not the tree, whose ctxops may not be the installed one
         )
-    one, two = (load(tmp_path / processes / "last.ckpt")["state_dict"] for processes in "12")
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    for network in runs.NETWORKS:
+        one, two = (tmp_path / processes / network for processes in "12")
+        assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+        one, two = (load(folder / "last.ckpt")["state_dict"] for folder in (one, two))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_sees_each_image_once_in_any_number_of_processes():
+    """Lightning's own sampler would see some twice."""
+    data = SegmentationData(options={"length": 7, "size": [32, 32]})
+    data.setup("validate")
+    seen = []
+    for rank in range(3):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        seen += data.val_dataloader().dataset.indices
+    assert sorted(seen) == list(range(7))
 
 
 def test_prediction_and_data_never_import_lightning(run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from ctxops.__main__ import main
 
 
-@pytest.mark.parametrize("command", ["fit", "resume", "validate"])
+@pytest.mark.parametrize("command", ["fit", "resume", "validate", "test"])
 def test_training_names_what_it_lacks(command, monkeypatch, capsys):
     pytest.importorskip("torchvision")
     for name in list(sys.modules):
