@@ -4,7 +4,6 @@
 import contextlib
 import difflib
 import logging
-import os
 import re
 import sys
 import tempfile
@@ -164,8 +163,11 @@ class _CLI(LightningCLI):
         # That of Lightning, save_last, is not written after every epoch.
         kwargs["callbacks"] += [best, ModelCheckpoint(folder, "last", **always)]
         made = super().instantiate_trainer(**kwargs)
-        if is_stage(folder) and made.num_devices > 1 and "LOCAL_RANK" not in os.environ:
-            raise ValueError("stages in several processes are started by torchrun")
+        environment = getattr(made.strategy, "cluster_environment", None)
+        starts_others = environment is not None and not environment.creates_processes_externally
+        if is_stage(folder) and made.world_size > 1 and starts_others:
+            # Lightning's own would begin with the first stage again.
+            raise ValueError("stages in several processes must be started by torchrun")
         return made
 
     def after_fit(self) -> None:
@@ -213,7 +215,8 @@ def recipe(name: str) -> Path:
     """The file of a recipe: one of the package by its name, or any by its path."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    check_known("recipe", name, [path.stem for path in RECIPES.glob("*.yaml")])
+    known = [path.stem for path in RECIPES.glob("*.yaml")]
+    check_known("recipe", name, known, "docs/training.md")
     return RECIPES / f"{name}.yaml"
 
 

@@ -1328,6 +1328,48 @@ _TRAINING = [
         ),
     ),
     *_in(
+        "models/training/boundaries.py",
+        "tests/models/training/test_boundaries.py",
+        (
+            "dilation-square",
+            "the neighbourhood of a boundary is a square",
+            "math.isqrt(radius**2 - dy**2)",
+            "radius",
+        ),
+        (
+            "boundary-f-precision-alone",
+            "the F-score of a boundary knows no recall",
+            "precision, recall = hits / count.clamp_min(1)",
+            "precision = recall = (hits / count.clamp_min(1))[0]",
+        ),
+        (
+            "region-one-sided",
+            "a pixel is near a boundary on the side of the smaller class alone",
+            "(largest != own) | (-negative != own)",
+            "largest != own",
+        ),
+    ),
+    *_in(
+        "models/training/stages.py",
+        "tests/models/training/test_stages.py",
+        (
+            "stage-from-nothing",
+            "a stage does not start from the weights of the one before it",
+            'yield [*told, "--model.init_from", str(weights)]',
+            "yield told",
+        ),
+    ),
+    *_in(
+        "models/convert.py",
+        "tests/models/test_load_weights.py",
+        (
+            "weights-in-part-unasked",
+            "weights that do not fit are left out where all were asked for",
+            "if (strict and left) or not fitting:",
+            "if not fitting:",
+        ),
+    ),
+    *_in(
         "models/training/optimization.py",
         "tests/models/training/test_optimization.py",
         (

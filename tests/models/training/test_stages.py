@@ -123,6 +123,12 @@ def test_a_folder_that_holds_another_run(whole, recipe):
     assert f"{whole} holds a run: ctxops resume {whole}" in str(raised.value.code)
 
 
+def test_stages_in_processes_that_lightning_starts(recipe, tmp_path):
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", f"--config={recipe}", f"--run_folder={tmp_path}", "--trainer.devices=2"])
+    assert "stages in several processes must be started by torchrun" in str(raised.value.code)
+
+
 def test_a_recipe_without_stages(tmp_path):
     (tmp_path / "a.yaml").write_text("trainer: {max_epochs: 1}")
     assert read_stages(tmp_path / "a.yaml") == ({}, {})
