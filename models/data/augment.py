@@ -128,5 +128,6 @@ class Augmented(Dataset):
         for index in (*range(first, len(self)), *range(first)):
             sample = self.samples[index]
             if sample is not None:
-                return *self.augmentation(*sample, random), index
+                image, labels = sample
+                return *self.augmentation(image, labels, random), index
         raise ValueError(f"all {len(self)} samples were passed over")

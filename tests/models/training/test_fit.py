@@ -87,14 +87,15 @@ def test_boundaries_are_scored_where_asked_for(run, capsys):
 
 # Each network with what a run keeps besides weights.
 @pytest.mark.parametrize(
-    ("network", "more"),
-    [("ann", {"data__workers": "2"}), ("mcibi", {"model__optimization__ema": "0.5"})]
+    ("network", "more", "workers"),
+    [("ann", {}, "2"), ("mcibi", {"model__optimization__ema": "0.5"}, "0")]
     + [
-        pytest.param(network, {}, marks=pytest.mark.slow)
+        pytest.param(network, {}, "0", marks=pytest.mark.slow)
         for network in sorted(runs.NETWORKS.keys() - {"ann", "mcibi"})
     ],
 )
-def test_a_resumed_run_continues_bitwise(network, more, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_bitwise(network, more, workers, tmp_path, monkeypatch):
+    """Whichever process loads its samples."""
     options = {"data__crop": "[48, 48]", "data__brightness": "0.3", "trainer__max_epochs": "2"}
     options |= runs.network(network) | more
     whole, broken = tmp_path / "whole", tmp_path / "broken"
