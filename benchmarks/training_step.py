@@ -23,7 +23,7 @@ from ctxops.models.inference import standardise
 from ctxops.models.training.losses import Loss
 from ctxops.models.training.optimization import Optimization
 from harness import parse_size, percentile
-from harness.machine import describe_machine, machine_line
+from harness.machine import NOTEWORTHY_CORES, Interference, describe_machine, machine_line
 from harness.meters import make_clock
 
 WARM_UP = 2
@@ -116,7 +116,9 @@ def main() -> int:
     arguments = parser().parse_args()
     training = Training(arguments, WARM_UP + arguments.steps)
     print(machine_line(describe_machine(training.device)))
+    interference = Interference()
     samples = [training.step() for _ in range(WARM_UP + arguments.steps)][WARM_UP:]
+    foreign = interference.cores() or 0.0
     height, width = arguments.size
     print(
         f"{arguments.network}, {arguments.backbone}, {arguments.batch_size} crops of {height} x "
@@ -125,6 +127,9 @@ def main() -> int:
     medians = {name: 1e3 * percentile([s[name] for s in samples], 50) for name in samples[0]}
     for name, milliseconds in medians.items():
         print(f"{name:<10}{milliseconds:10.1f} ms")
+    # Also the workers of the loader are other programs to it, while they run.
+    if foreign > arguments.workers + NOTEWORTHY_CORES:
+        print(f"DISTURBED: other programs kept {foreign:.2f} cores busy meanwhile.")
     whole = 1e3 * percentile([sum(s.values()) for s in samples], 50)
     print(f"{'step':<10}{whole:10.1f} ms")
     loading = 1e3 * loading_seconds(training.loader, arguments.steps, training.clock)
