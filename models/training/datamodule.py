@@ -125,14 +125,21 @@ class SegmentationData(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Each image once, in one of the processes: one at a time, as their sizes may differ."""
         mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
-        return DataLoader(
-            Subset(self.val, mine), 1, num_workers=self.workers, collate_fn=_without_bad
+        return _Readable(
+            Subset(self.val, mine), 1, num_workers=self.workers, collate_fn=_collate_readable
         )
 
     def test_dataloader(self) -> DataLoader:
         return self.val_dataloader()
 
 
-def _without_bad(samples: list) -> Any:
-    """A batch, empty where its image was passed over."""
-    return [] if samples == [None] else default_collate(samples)
+class _Readable(DataLoader):
+    """Without the batches of which nothing is left."""
+
+    def __iter__(self) -> Any:
+        return filter(None, super().__iter__())
+
+
+def _collate_readable(samples: list) -> Any:
+    readable = [sample for sample in samples if sample is not None]
+    return default_collate(readable) if readable else []

@@ -119,9 +119,7 @@ class SegmentationTask(LightningModule):
         if bank is not None:
             bank(*self._remembered)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        if not batch:  # its image was passed over
-            return None
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         image, labels = batch
         predicted = segment(self.network, image, **dataclasses.asdict(self.inference))
         self.evaluation.update(predicted, labels)
