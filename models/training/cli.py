@@ -39,6 +39,14 @@ from ctxops.models.training.stages import (
 from ctxops.models.training.task import SegmentationTask
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+# What has keys of its own, and in it again.
+_SECTIONS: dict[str, dict] = {
+    "trainer": {},
+    "data": {},
+    "model": {"loss": {}, "optimization": {}},
+    "inference": {},
+    "metrics": {},
+}
 _TRAINER = {
     "max_epochs": 10,
     "use_distributed_sampler": False,  # the samplers share the samples out themselves
@@ -213,11 +221,26 @@ def _scores(task: SegmentationTask) -> str:
 
 def recipe(name: str) -> Path:
     """The file of a recipe: one of the package by its name, or any by its path."""
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    known = [path.stem for path in RECIPES.glob("*.yaml")]
-    check_known("recipe", name, known, "docs/training.md")
-    return RECIPES / f"{name}.yaml"
+    if not name.endswith((".yaml", ".yml")):
+        known = [path.stem for path in RECIPES.glob("*.yaml")]
+        check_known("recipe", name, known, "docs/training.md")
+        return RECIPES / f"{name}.yaml"
+    file = Path(name)
+    with contextlib.suppress(OSError, yaml.YAMLError):  # of which jsonargparse speaks
+        told = yaml.safe_load(file.read_text())
+        _check_sections(told, _SECTIONS, f"{file}: ")
+        for stage in told.get("stages") or () if isinstance(told, dict) else ():
+            _check_sections(stage, _SECTIONS, f"{file}: stages: ")
+    return file
+
+
+def _check_sections(told: Any, sections: dict[str, dict], where: str) -> None:
+    """Raises where a recipe has a value instead of keys; jsonargparse would pass over it."""
+    for name, inner in sections.items():
+        value = told.get(name) if isinstance(told, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where}{name} must have keys of its own, got {value!r}")
+        _check_sections(value, inner, f"{where}{name}.")
 
 
 def main(arguments: Sequence[str]) -> int:

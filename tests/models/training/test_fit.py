@@ -225,7 +225,8 @@ def spoilt(folder):
         trees.image(folder / f"images/train/{k}.png")
         trees.labels(folder / f"labels/train/{k}.png", (0, k % 3))
     (folder / "labels/train/1.png").unlink()
-    (folder / "labels/train/2.png").write_bytes(b"")
+    image = folder / "images/train/2.png"
+    image.write_bytes(image.read_bytes()[:-30])
     trees.labels(folder / "labels/val/c.png", (0, 77))
     return {"data__name": "folder", "data__root": str(folder), "data__options": "{}"}
 
@@ -236,7 +237,7 @@ def test_a_bad_pair_is_an_error_that_names_it(workers, tmp_path):
     with pytest.raises(SystemExit, match=r"1 files of folder are missing: .*labels/train/1\.png"):
         fit(tmp_path / "run", data__workers=workers, **data)
     (tmp_path / "data/images/train/1.png").unlink()
-    with pytest.raises(ValueError, match=r"labels/train/2\.png is no image that can be read"):
+    with pytest.raises(ValueError, match=r"images/train/2\.png is no image that can be read"):
         fit(tmp_path / "run", data__workers=workers, **data)
 
 
@@ -247,7 +248,7 @@ def test_skip_bad_trains_and_validates_on_the_rest(tmp_path, capfd, monkeypatch)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert fit(whole, data__workers="2", **data) == 0
     printed = capfd.readouterr()
-    for name in ("labels/train/1", "labels/train/2", "labels/val/c"):
+    for name in ("labels/train/1", "images/train/2", "labels/val/c"):
         (line,) = (line for line in printed.err.splitlines() if f"{name}.png" in line)
         assert line.startswith("passed over: ")
     assert "2 of the 6 pairs of train were passed over" in printed.out
@@ -326,6 +327,28 @@ def test_a_recipe_with_a_misspelt_key(recipe, message, tmp_path):
         main(["fit", "--config", str(tmp_path / "a.yaml")])
     text = str(raised.value.code)
     assert "unknown key" in text
+    assert message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("model: 3", "model must have keys of its own, got 3"),
+        ("data: [cityscapes]", r"data must have keys of its own, got ['cityscapes']"),
+        ("model: {loss: ohem}", "model.loss must have keys of its own, got 'ohem'"),
+        ("trainer: fast", "trainer must have keys of its own, got 'fast'"),
+        ("data: {batch_size: two}", "data.batch_size"),
+        ("model: [", "Problems parsing config"),
+    ],
+)
+def test_a_recipe_with_a_wrong_value(recipe, message, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(recipe)
+    with pytest.raises(SystemExit) as raised:
+        main(["fit", "--config", str(file)])
+    text = str(raised.value.code)
+    assert text.startswith("ctxops fit: ")
     assert message in text
     assert "\n" not in text
 
