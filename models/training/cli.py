@@ -229,7 +229,8 @@ def recipe(name: str) -> Path:
     with contextlib.suppress(OSError, yaml.YAMLError):  # of which jsonargparse speaks
         told = yaml.safe_load(file.read_text())
         _check_sections(told, _SECTIONS, f"{file}: ")
-        for stage in told.get("stages") or () if isinstance(told, dict) else ():
+        stages = told.get("stages") if isinstance(told, dict) else None
+        for stage in stages if isinstance(stages, list) else ():
             _check_sections(stage, _SECTIONS, f"{file}: stages: ")
     return file
 
