@@ -229,10 +229,11 @@ class _Bands(TorchFunctionMode):
         return self._places[tuple(x.shape[-2:])].height * x.shape[-1]
 
     def _softmax(self, x: Tensor) -> Tensor:
+        wide = x.to(_operator.accumulator(x.dtype))  # a sum of half precision may leave the range
         normaliser = self._total(
-            lambda x: x.logsumexp((2, 3), keepdim=True), x, combine=torch.logaddexp
+            lambda x: x.logsumexp((2, 3), keepdim=True), wide, combine=torch.logaddexp
         )
-        return (x - normaliser).exp()
+        return (wide - normaliser).exp().to(x.dtype)
 
     def _group_norm(
         self,

@@ -30,7 +30,7 @@ from ctxops.nn import (
     PyramidPooling,
     SummedFusions,
 )
-from ctxops.nn.bands import map_in_bands, reach
+from ctxops.nn.bands import map_in_bands, reach, softmax_over_positions
 from ctxops.nn.cbr import cbr
 from modules import mostly_slow, randomise
 
@@ -178,3 +178,10 @@ def test_errors_pass_through():
 
     with pytest.raises(ValueError, match="mine"):
         map_in_bands(fails, [torch.zeros(1, 1, 8, 8)], 4, 0, [1])
+
+
+def test_softmax_in_half_precision():
+    """The sum over the positions is beyond its range."""
+    x = torch.zeros(1, 1, 300, 300, dtype=torch.float16)
+    actual = map_in_bands(softmax_over_positions, [x], 100, 0, [1])
+    assert torch.equal(actual, torch.full_like(x, 1 / 90000))
