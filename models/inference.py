@@ -91,12 +91,12 @@ def segment(
         4 \sum_l C_l / s_l^2 + 8 K / s^2 \text{ bytes}
 
     for the maps that the decoder takes, of :math:`C_l` channels and stride :math:`s_l`, and for the
-    logits at the decoder's stride s; and the larger of what the encoder needs for one tile with its
-    halo, ``(window + 2 * halo) ** 2`` pixels, and what the decoder needs for one band. The scores
-    of the image's pixels are never held. The decoder goes through its maps in bands of rows where
-    its context is a sum over positions, and sees the whole maps at once otherwise
-    (:func:`ctxops.nn.bands.reach`). Networks with an upsampling of their own (``gcn``) hold their
-    scores. With ``context="window"`` it is the scores of as many rows as two windows have.
+    logits at the decoder's stride s; and what encoder and decoder take for an image of
+    ``window + 2 * halo`` pixels a side. The scores of the image's pixels are never held. The
+    decoder goes through its maps in bands of rows where its context is a sum over positions, and
+    sees the whole maps at once otherwise (:func:`ctxops.nn.bands.reach`). Networks with an
+    upsampling of their own (``gcn``) hold their scores. With ``context="window"`` it is the scores
+    of as many rows as two windows have.
 
     Shape: ``(B, in_channels, H, W)`` -> ``(B, H, W)``, uint8; int64 for more than 256 classes.
 
@@ -296,8 +296,11 @@ def _predict_in_tiles(
     halo: int | None,
 ) -> Tensor:
     """The logits at the decoder's size; the decoder goes through the maps in bands if it can."""
-    strides = network.encoder.strides
-    levels = sorted({level % len(strides) for level in network.levels})
+    strides, around = network.encoder.strides, reach(network)
+    levels = list(range(len(strides)))
+    # Another class's own predict may take other maps than those of the decoder.
+    if around < math.inf or type(network).predict is SegmentationNetwork.predict:
+        levels = sorted({level % len(strides) for level in network.levels})
     maps = encode_in_tiles(network.encoder, x, window, halo, levels=levels, prepare=prepare)
 
     def predict(*parts: Tensor) -> Tensor:
@@ -306,7 +309,6 @@ def _predict_in_tiles(
             by_level[level] = part
         return network.predict(by_level).logits
 
-    around = reach(network)
     height, width = maps[-1].shape[2:]
     if around < math.inf:
         # What strides inside the decoder divide.
