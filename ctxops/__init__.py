@@ -18,6 +18,7 @@ from ctxops.ops.neighborhood_attention import (
 from ctxops.ops.nonlocal_attention import nonlocal_attention
 from ctxops.ops.pyramid_pool import pyramid_pool
 from ctxops.ops.sample_anchors import random_anchor_indices, sample_anchors
+from ctxops.patching import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -33,9 +34,11 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_attention_weights",
     "nonlocal_attention",
+    "patch",
     "pyramid_pool",
     "random_anchor_indices",
     "sample_anchors",
     "self_gated_fusion",
+    "unpatch",
     "use_reference",
 ]

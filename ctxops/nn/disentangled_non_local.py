@@ -82,11 +82,20 @@ class DisentangledNonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        query = query - query.mean((2, 3), keepdim=True)
-        key = key - key.mean((2, 3), keepdim=True)
         scale = (self.key_channels**-0.5 if self.use_scale else 1.0) / self.temperature
-        pairwise = nonlocal_attention(query, key, value, scale=scale)
-        weights = self.mask(x).flatten(2).softmax(dim=2)
-        unary = torch.bmm(value.flatten(2), weights.mT).unsqueeze(3)
-        return x + self.out(pairwise + unary)
+        embeddings = self.query(x), self.key(x), self.value(x)
+        return x + self.out(disentangled_attention(*embeddings, self.mask(x), scale))
+
+
+def disentangled_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """The whitened pairwise and the unary attention, added: maps of one size, the mask's channel is
+    one.
+    """
+    query = query - query.mean((2, 3), keepdim=True)
+    key = key - key.mean((2, 3), keepdim=True)
+    pairwise = nonlocal_attention(query, key, value, scale=scale)
+    weights = mask.flatten(2).softmax(dim=2)
+    unary = torch.bmm(value.flatten(2), weights.mT).unsqueeze(3)
+    return pairwise + unary

@@ -98,12 +98,16 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.channels, self))
-        with _autocast.disabled(x.device.type):
-            # The maximum of each row cancels in the softmax.
-            weights = total(_products, x).neg().softmax(dim=2)
-            attended = (weights.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])
-        attended = attended.contiguous(memory_format=_layout.memory_format(x))
-        return self.gamma * attended + x
+        return self.gamma * channel_attention(x) + x
+
+
+def channel_attention(x: Tensor) -> Tensor:
+    """Each channel of a map as the mean of those that it resembles least, in its memory format."""
+    with _autocast.disabled(x.device.type):
+        # The maximum of each row cancels in the softmax.
+        weights = total(_products, x).neg().softmax(dim=2)
+        attended = (weights.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])
+    return attended.contiguous(memory_format=_layout.memory_format(x))
 
 
 def _products(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ctxops.nn.plain import is_plain
-from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
+from ctxops.nn.pointwise import is_readable, pointwise, split_weight
 
 if TYPE_CHECKING:
     from ctxops.nn.non_local import NonLocalBlock
@@ -37,13 +37,13 @@ class Folding:
         count = sum(size * size for size in block.output_sizes)
         linear = block.variant == "paper"
         out = (
-            _is_cheaper(count, block.value_channels, block.out_channels)
+            is_cheaper(count, block.value_channels, block.out_channels)
             and is_readable(block.out, like)
         )  # fmt: skip
         return cls(
             key=linear and is_readable(block.key, like),
             query=linear
-            and _is_cheaper(count, block.key_channels, block.query_channels)
+            and is_cheaper(count, block.key_channels, block.query_channels)
             and is_readable(block.query, like),
             value=block.share != "key_value" and is_readable(block.value, like),
             out=out,
@@ -75,7 +75,7 @@ class Folding:
         if self.out:
             value = on_anchors(block.out, value)
         if self.fusion:
-            convolution = cast(PointwiseConv2d, block.fusion[0])
+            convolution = cast(nn.Conv2d, block.fusion[0])
             weight, _ = split_weight(convolution, (value, x))
             value = pointwise(value.unsqueeze(3), weight).squeeze(3)
         return value
@@ -83,14 +83,12 @@ class Folding:
 
 def on_anchors(convolution: nn.Module, anchors: Tensor) -> Tensor:
     """A 1 x 1 convolution on anchors (B, C, S), which it sees as the map (B, C, S, 1)."""
-    convolution = cast(PointwiseConv2d, convolution)
+    convolution = cast(nn.Conv2d, convolution)
     y = pointwise(anchors.unsqueeze(3), convolution.weight, convolution.bias)
     return y.squeeze(3)
 
 
-def _plain_steps(
-    embedding: nn.Module, x: Tensor
-) -> tuple[PointwiseConv2d, _BatchNorm, nn.Module] | None:
+def _plain_steps(embedding: nn.Module, x: Tensor) -> tuple[nn.Conv2d, _BatchNorm, nn.Module] | None:
     """Its plain convolution, plain batch norm in evaluation, and activation, if it is made so."""
     if not (is_plain(embedding, nn.Sequential) and len(embedding) == 3):
         return None
@@ -107,6 +105,6 @@ def _plain_steps(
     return None
 
 
-def _is_cheaper(anchors: int, inner: int, outer: int) -> bool:
+def is_cheaper(anchors: int, inner: int, outer: int) -> bool:
     """Does attention of width ``outer`` cost less than one of ``inner`` and a convolution?"""
     return anchors * outer <= anchors * inner + inner * outer

@@ -40,15 +40,22 @@ def is_plain(
         type(module) in kinds
         and "forward" not in module.__dict__
         and _is_written_in(type(module).forward, type(module).__module__)
-        and _is_written_in(type(module).__call__, *_CALLS)
-        and module._compiled_call_impl is None
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
-        and not _has_global_hooks()
+        and is_unwatched(module)
         and all(
             _is_here(tensor, like)
             for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
             if tensor is not None
         )
+    )
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Does a call do nothing but ``forward``, whosever that is?"""
+    return (
+        _is_written_in(type(module).__call__, *_CALLS)
+        and module._compiled_call_impl is None
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not _has_global_hooks()
     )
 
 

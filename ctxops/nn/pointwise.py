@@ -54,27 +54,29 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_pointwise and x.dim() == 4:
+        if is_pointwise(self) and x.dim() == 4:
             return pointwise(x, self.weight, self.bias)
         return super().forward(x)
 
-    @property
-    def is_pointwise(self) -> bool:
-        """Is it the 1 x 1 convolution after all? Adapters make others of the same class, or replace
-        the step in which ``nn.Conv2d`` convolves.
-        """
-        return (
-            self.kernel_size == (1, 1)
-            and self.stride == (1, 1)
-            and self.padding == (0, 0)
-            and self.groups == 1
-            and "_conv_forward" not in self.__dict__
-        )
+
+def is_pointwise(convolution: nn.Conv2d) -> bool:
+    """Is it the 1 x 1 convolution after all? Adapters make others of the same class, or replace
+    the step in which ``nn.Conv2d`` convolves.
+    """
+    return (
+        convolution.kernel_size == (1, 1)
+        and convolution.stride == (1, 1)
+        and convolution.padding == (0, 0)
+        and convolution.groups == 1
+        and "_conv_forward" not in convolution.__dict__
+    )
 
 
-def is_readable(convolution: nn.Module, like: Tensor | None = None) -> TypeGuard[PointwiseConv2d]:
+def is_readable(convolution: nn.Module, like: Tensor | None = None) -> TypeGuard[nn.Conv2d]:
     """May the weights of this 1 x 1 convolution be read? See :func:`ctxops.nn.plain.is_plain`."""
-    return is_plain(convolution, PointwiseConv2d, like=like) and convolution.is_pointwise
+    return is_plain(convolution, PointwiseConv2d, nn.Conv2d, like=like) and is_pointwise(
+        convolution
+    )
 
 
 def convolve_concatenation(convolution: nn.Module, *maps: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def convolve_concatenation(convolution: nn.Module, *maps: Tensor) -> Tensor:
     return y
 
 
-def split_weight(convolution: PointwiseConv2d, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def split_weight(convolution: nn.Conv2d, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The parts of the weight for maps that stand one behind the other, each ``(O, C_i, 1, 1)``."""
     return convolution.weight.split([x.shape[1] for x in maps], dim=1)
 
