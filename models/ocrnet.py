@@ -72,6 +72,7 @@ def ocrnet(
     region_channels: int = 256,
     region_kernel_size: int = 3,
     region_bias: bool = False,
+    fuse_kernel_size: int = 1,
     dropout: float = 0.1,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> Decoder:
@@ -84,6 +85,7 @@ def ocrnet(
         key_channels: of query, key and value.
         region_channels, region_kernel_size, region_bias: the convolution of the first head. The
             paper's has 512 channels and a bias; on HRNet-W18 it is 1 x 1 with 270 channels.
+        fuse_kernel_size: as in :class:`ctxops.nn.ObjectContext`.
         dropout: of both classifiers.
     """
     check_sizes(region_channels=region_channels)
@@ -96,5 +98,11 @@ def ocrnet(
         norm_layer=norm_layer,
         bias=region_bias,
     )
-    decoder = ObjectContext(encoder.channels[-1], channels, key_channels, norm_layer=norm_layer)
+    decoder = ObjectContext(
+        encoder.channels[-1],
+        channels,
+        key_channels,
+        fuse_kernel_size=fuse_kernel_size,
+        norm_layer=norm_layer,
+    )
     return Decoder(decoder, channels, parts={"regions": regions})

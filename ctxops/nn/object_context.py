@@ -19,7 +19,7 @@ class ObjectContext(nn.Module):
     .. math::
         f_k = \sum_i \operatorname{softmax}_i(\text{scale} \cdot l_{k,i})\, R_i, \qquad
         C = g_o\big(\operatorname{attention}(g_q(R),\, g_k(f),\, g_v(f))\big), \qquad
-        Y = \operatorname{CBR}_{1 \times 1}(\operatorname{cat}(C,\, R))
+        Y = \operatorname{CBR}(\operatorname{cat}(C,\, R))
 
     with :math:`R = \operatorname{CBR}(X)` and one region :math:`f_k` for each class k of the
     logits l, the mean of the pixels by how much each seems to belong to it. The attention is
@@ -32,6 +32,7 @@ class ObjectContext(nn.Module):
         channels: channels of R and of the result.
         key_channels: channels of query, key and value.
         kernel_size: of the convolution in R.
+        fuse_kernel_size: of the convolution behind the concatenation: 1 as in the paper, or 3.
         scale: of the logits.
         norm_layer: makes a norm from a number of channels.
 
@@ -56,12 +57,14 @@ class ObjectContext(nn.Module):
         key_channels: int = 256,
         *,
         kernel_size: int = 3,
+        fuse_kernel_size: int = 1,
         scale: float = 1.0,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, channels=channels, key_channels=key_channels)
         check_kernel_size(kernel_size)
+        check_kernel_size(fuse_kernel_size, name="fuse_kernel_size")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a number, got {scale!r}")
         self.in_channels, self.key_channels, self.scale = in_channels, key_channels, scale
@@ -75,7 +78,7 @@ class ObjectContext(nn.Module):
         self.reduce = cbr(in_channels, channels, kernel_size, norm_layer)
         self.query, self.key, self.value = projection(2), projection(2), projection(1)
         self.out = cbr(key_channels, channels, 1, norm_layer)
-        self.fuse = cbr(2 * channels, channels, 1, norm_layer)
+        self.fuse = cbr(2 * channels, channels, fuse_kernel_size, norm_layer)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, scale={self.scale}"

@@ -22,7 +22,9 @@ def formula(module, x, logits):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("classes", [1, 4])
-@pytest.mark.parametrize("arguments", [{}, {"scale": 0.5, "kernel_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"scale": 0.5, "kernel_size": 1, "fuse_kernel_size": 3}], ids=str
+)
 def test_is_its_formula(arguments, classes, training):
     module = randomise(ObjectContext(7, 5, 3, **arguments)).double().train(training)
     assert (len(module.query), len(module.key), len(module.value)) == (6, 6, 3)
