@@ -51,7 +51,8 @@ class ImportedModel:
         arguments: further arguments of :func:`create_model`.
         state_dict: the network's, complete.
         zeros: its names that the checkpoint has no counterpart of, and that are zero without a
-            change to what is computed: biases before a norm, counts of batches.
+            change to what is computed: biases before a norm, counts of batches and of a memory's
+            steps.
         left_out: names of the checkpoint that belong to its training: averaged copies, and what
             normalises images.
     """
@@ -93,8 +94,9 @@ def import_checkpoint(
     Args:
         state_dict: as the other code saved it: ``load_checkpoint(path)``.
         source: whose code: ``"mmsegmentation"`` (1.x, ResNet backbones, ``fcn`` and ``ocrnet`` also
-            HRNets; the checkpoints of 0.x have the same names), ``"torchvision"``, ``"ann"``,
-            ``"gald"`` (the code released with these papers). None: told from the names.
+            HRNets; the checkpoints of 0.x have the same names), ``"sssegmentation"``,
+            ``"torchvision"``, ``"ann"``, ``"gald"`` (the code released with these papers). None:
+            told from the names.
         model: what the network is called here. None: told from the names.
         options: arguments of :func:`create_model` that shapes do not tell, such as
             ``output_stride=16``, in the place of the source's usual ones.
@@ -109,6 +111,8 @@ def import_checkpoint(
     state_dict = {name: x for name, x in state_dict.items() if name not in left_out}
     importer = _choose(state_dict, source, model)
     renamed, unexpected = _rename(state_dict, importer)
+    for name in importer.transforms.keys() & renamed.keys():
+        renamed[name] = importer.transforms[name](renamed[name])
     try:
         arguments = importer.arguments(Shapes(state_dict)) | options
     except MissingKeyError as error:
@@ -341,19 +345,20 @@ def _choose(state_dict: Mapping[str, Tensor], source: str | None, model: str | N
     if model is not None:
         check_known("imported model", model, {importer.model for importer in importers})
         importers = [importer for importer in importers if importer.model == model]
-    marked = [importer for importer in importers if _has_markers(state_dict, importer)]
-    if marked:
-        return marked[0]
-    if len(importers) == 1:
-        return importers[0]
+    marked = [each for each in importers if _has(state_dict, *each.markers)]
+    # Of one network from several sources, the names of the backbone, which come first, tell.
+    likely = [each for each in importers if _has(state_dict, each.markers[0])]
+    for found in (marked[:1], importers, likely):
+        if len(found) == 1:
+            return found[0]
     known = ", ".join(f"{importer.source} {importer.model}" for importer in importers)
     raise ValueError(
         f"the checkpoint is of no known architecture ({known}): it has {_spell(list(state_dict))}"
     )
 
 
-def _has_markers(state_dict: Mapping[str, Tensor], importer: Importer) -> bool:
-    return all(any(name.startswith(marker) for name in state_dict) for marker in importer.markers)
+def _has(state_dict: Mapping[str, Tensor], *markers: str) -> bool:
+    return all(any(name.startswith(marker) for name in state_dict) for marker in markers)
 
 
 def _rename(

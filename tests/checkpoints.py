@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 
 def listing(state_dict):
-    """The modules of a state dict, one a line: convolutions, norms, single numbers."""
+    """The modules of a state dict, one a line: convolutions, norms, tensors, single numbers."""
     shapes = {name: tuple(x.shape) for name, x in state_dict.items()}
     lines = []
     for name, shape in shapes.items():
@@ -17,6 +18,8 @@ def listing(state_dict):
             lines.append(f"conv {module} {' '.join(map(str, shape))}{bias}")
         elif leaf == "running_mean":
             lines.append(f"norm {module} {shape[0]}")
+        elif len(shape) == 3:
+            lines.append(f"tensor {name} {' '.join(map(str, shape))}")
         elif shape == ():
             if leaf != "num_batches_tracked":
                 lines.append(f"number {name}")
@@ -47,6 +50,8 @@ def random_state_dict(lines, seed=0):
         kind, module, *rest = line.split()
         if kind == "number":
             state_dict[module] = uniform(low=0.5)
+        elif kind == "tensor":
+            state_dict[module] = uniform(*map(int, rest))
         elif kind == "affine":
             state_dict[f"{module}.weight"] = uniform(int(rest[0]), low=0.4, high=1.2)
             state_dict[f"{module}.bias"] = uniform(int(rest[0]), low=-0.3, high=0.3)
@@ -66,3 +71,70 @@ def random_state_dict(lines, seed=0):
             if rest[4:] == ["bias"]:
                 state_dict[f"{module}.bias"] = uniform(shape[0], low=-0.3, high=0.3)
     return state_dict
+
+
+# Their networks, written out ----------------------------------------------------------------------
+
+
+class Original:
+    """Layers by the names of a checkpoint, and the ways in which it names a convolution's norm."""
+
+    def __init__(self, state_dict, *, conv="{}.conv", norm="{}.bn", align_corners=False):
+        self.tensors = state_dict
+        self.names = conv, norm
+        self.align_corners = align_corners
+
+    def conv(self, name, x, *, stride=1, padding=0, dilation=1):
+        weight = self.tensors[f"{name}.weight"]
+        groups = x.shape[1] // weight.shape[1]
+        bias = self.tensors.get(f"{name}.bias")
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def norm(self, name, x):
+        t = self.tensors
+        statistics = t[f"{name}.running_mean"], t[f"{name}.running_var"]
+        return F.batch_norm(x, *statistics, t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def cb(self, name, x, dilation=1):
+        conv, norm = (pattern.format(name) for pattern in self.names)
+        padding = dilation * (self.tensors[f"{conv}.weight"].shape[2] // 2)
+        return self.norm(norm, self.conv(conv, x, padding=padding, dilation=dilation))
+
+    def cbr(self, name, x, dilation=1):
+        return self.cb(name, x, dilation).relu()
+
+    def resize(self, x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
+
+    def stages(self, prefix, x, dilations):
+        """ResNet-50 behind its stem; ``dilations`` of each block's 3 x 3 convolution, by stage."""
+        maps = []
+        for stage, rates in enumerate(dilations, 1):
+            for i, rate in enumerate(rates):
+                name = f"{prefix}layer{stage}.{i}"
+                stride = 2 if stage == 2 and i == 0 else 1
+                y = self.norm(f"{name}.bn1", self.conv(f"{name}.conv1", x)).relu()
+                y = self.conv(f"{name}.conv2", y, stride=stride, padding=rate, dilation=rate)
+                y = self.norm(f"{name}.bn2", y).relu()
+                y = self.norm(f"{name}.bn3", self.conv(f"{name}.conv3", y))
+                if i == 0:
+                    x = self.conv(f"{name}.downsample.0", x, stride=stride)
+                    x = self.norm(f"{name}.downsample.1", x)
+                x = (x + y).relu()
+            maps.append(x)
+        return maps
+
+    def stem(self, convs, norms, x):
+        for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):
+            x = self.norm(norm, self.conv(conv, x, stride=2 if i == 0 else 1, padding=1)).relu()
+        return x
+
+
+def attention(query, key, value, scale=1.0):
+    """Softmax over the keys' positions; maps or sequences of anchors."""
+    weights = (scale * query.flatten(2).mT @ key.flatten(2)).softmax(2)
+    return (value.flatten(2) @ weights.mT).unflatten(2, query.shape[2:])
+
+
+def anchors(x, sizes=(1, 3, 6, 8)):
+    return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in sizes], 2)

@@ -6,10 +6,16 @@ stands for a number, the same on both sides. What the tables do not say, the opt
 is read from the shapes.
 """
 
-from ctxops.models.importers import mmsegmentation, released_ann, released_gald, torchvision
+from ctxops.models.importers import (
+    mmsegmentation,
+    released_ann,
+    released_gald,
+    sssegmentation,
+    torchvision,
+)
 
 IMPORTERS = [
     importer
-    for source in (mmsegmentation, torchvision, released_ann, released_gald)
+    for source in (mmsegmentation, sssegmentation, torchvision, released_ann, released_gald)
     for importer in source.IMPORTERS
 ]

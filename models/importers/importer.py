@@ -37,6 +37,21 @@ RESNET = {
 } | {name: name for name in RESNET_STAGES}
 
 
+HRNET = {
+    name: name
+    for name in (
+        "conv{}",
+        "bn{}",
+        "transition{}.{}.{}",
+        "transition{}.{}.{}.{}",
+        "stage{}.{}.branches.{}.{}.conv{}",
+        "stage{}.{}.branches.{}.{}.bn{}",
+        "stage{}.{}.fuse_layers.{}.{}.{}",
+        "stage{}.{}.fuse_layers.{}.{}.{}.{}",
+    )
+}
+
+
 class MissingKeyError(Exception):
     """A checkpoint lacks what an option would be read from."""
 
@@ -81,6 +96,7 @@ class Importer:
         modules: from their modules, or single tensors, to ours.
         arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
         zeros: our tensors that the source has none of, and that change nothing at zero.
+        transforms: of tensors, by our names, where theirs has another order or form.
     """
 
     source: str
@@ -89,6 +105,7 @@ class Importer:
     modules: Mapping[str, str]
     arguments: Callable[[Shapes], dict[str, Any]]
     zeros: tuple[str, ...] = ()
+    transforms: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.") -> dict[str, str]:
@@ -114,6 +131,26 @@ def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, Any]:
             return {"backbone": name}
     options = {"stem_type": "deep", "stem_width": width}
     return {"backbone": f"resnet{depth}", "backbone_options": options}
+
+
+def backbone_arguments(shapes: Shapes, prefix: str) -> dict[str, Any]:
+    """A ResNet or an HRNet of mmsegmentation, of which others' have the names and the form."""
+    if shapes.has(f"{prefix}stage4"):
+        # Its width, and the blocks of its first stage.
+        width = shapes[f"{prefix}stage2.0.branches.0.0.conv1.weight"][0]
+        small = "_small_v2" if shapes.count(f"{prefix}layer1") == 2 else ""
+        name = f"hrnet_w{width}{small}"
+        return {"backbone": name, "output_stride": 4, "bilinear_branches": True}
+    arguments = resnet_arguments(shapes, prefix, f"{prefix}stem.0")
+    if arguments["backbone"].startswith(("resnet18", "resnet34")):
+        arguments["dilate_both"] = False
+    return arguments
+
+
+def image_branch_first(weight: Tensor) -> Tensor:
+    """That of a convolution behind ASPP: its input ends with the image's branch there."""
+    # All branches are as wide as the result.
+    return weight.roll(weight.shape[0], dims=1) if weight.dim() == 4 else weight
 
 
 def released_auxiliary(shapes: Shapes) -> dict[str, Any]:

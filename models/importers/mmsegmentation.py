@@ -5,27 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ctxops.models.importers.importer import (
+    HRNET,
     RESNET,
     STEM,
     Importer,
     Shapes,
+    backbone_arguments,
     prefixed,
-    resnet_arguments,
 )
-
-_HRNET = {
-    name: name
-    for name in (
-        "conv{}",
-        "bn{}",
-        "transition{}.{}.{}",
-        "transition{}.{}.{}.{}",
-        "stage{}.{}.branches.{}.{}.conv{}",
-        "stage{}.{}.branches.{}.{}.bn{}",
-        "stage{}.{}.fuse_layers.{}.{}.{}",
-        "stage{}.{}.fuse_layers.{}.{}.{}.{}",
-    )
-}
 
 
 def _module(theirs: str, ours: str) -> dict[str, str]:
@@ -34,28 +21,16 @@ def _module(theirs: str, ours: str) -> dict[str, str]:
 
 
 _COMMON = (
-    prefixed(RESNET | STEM | _HRNET, "backbone.")
+    prefixed(RESNET | STEM | HRNET, "backbone.")
     | {"decode_head.conv_seg": "classifier.1", "auxiliary_head.conv_seg": "auxiliary.1.1"}
     | _module("auxiliary_head.convs.0", "auxiliary.0")
 )
 
 
-def _hrnet(shapes: Shapes) -> dict[str, Any]:
-    """The backbone by timm's name: its width, and the blocks of its first stage."""
-    width = shapes["backbone.stage2.0.branches.0.0.conv1.weight"][0]
-    small = "_small_v2" if shapes.count("backbone.layer1") == 2 else ""
-    return {"backbone": f"hrnet_w{width}{small}", "output_stride": 4, "bilinear_branches": True}
-
-
 def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, Any]:
     auxiliary = "auxiliary_head.convs.0.conv.weight"
-    if shapes.has("backbone.stage4"):
-        arguments = _hrnet(shapes)
-    else:
-        arguments = resnet_arguments(shapes, "backbone.", "backbone.stem.0")
+    arguments = backbone_arguments(shapes, "backbone.")
     arguments |= {"num_classes": shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}
-    if arguments["backbone"].startswith(("resnet18", "resnet34")):
-        arguments["dilate_both"] = False
     if head == "decode_head":
         width = shapes[auxiliary][0] if auxiliary in shapes else 0
         arguments |= {"auxiliary_channels": width, "auxiliary_bias": False}
@@ -287,7 +262,7 @@ IMPORTERS = [
         "mmsegmentation",
         "ocrnet",
         ("backbone.", "decode_head.1.object_context_block."),
-        prefixed(RESNET | STEM | _HRNET, "backbone.")
+        prefixed(RESNET | STEM | HRNET, "backbone.")
         | _module("decode_head.0.convs.0", "regions.0")
         | {"decode_head.0.conv_seg": "regions.1.1", "decode_head.1.conv_seg": "classifier.1"}
         | _module("decode_head.1.bottleneck", "decoder.reduce")

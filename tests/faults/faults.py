@@ -944,7 +944,10 @@ _MODULES = [
     ),
 ]
 
-_IMPORT = "tests/models/test_convert.py tests/models/test_convert_mmsegmentation.py"
+_IMPORT = (
+    "tests/models/test_convert.py tests/models/test_convert_mmsegmentation.py "
+    "tests/models/test_convert_sssegmentation.py"
+)
 _IMPORTERS = [
     *_in(
         "models/importers/mmsegmentation.py",
@@ -958,22 +961,54 @@ _IMPORTERS = [
             '            "decode_head.dnl_block.phi.conv": "decoder.context.1.query",',
         ),
         (
+            "importer-corners",
+            "mmsegmentation's networks are built with align_corners=True",
+            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}',
+            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": True}',
+        ),
+    ),
+    *_in(
+        "models/importers/importer.py",
+        _IMPORT,
+        (
             "importer-hrnet-branches",
             "HRNets: the branches are resized to the nearest",
             '"output_stride": 4, "bilinear_branches": True}',
             '"output_stride": 4, "bilinear_branches": False}',
         ),
         (
-            "importer-corners",
-            "mmsegmentation's networks are built with align_corners=True",
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}',
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": True}',
-        ),
-        (
             "importer-basic-blocks",
             "mmsegmentation's ResNet-18 and -34: both convolutions of a block are dilated",
             'arguments["dilate_both"] = False',
             'arguments["dilate_both"] = True',
+        ),
+        (
+            "importer-aspp-order",
+            "sssegmentation: ASPP's fusion takes the branches in their order",
+            "weight.roll(weight.shape[0], dims=1)",
+            "weight.roll(0, dims=1)",
+        ),
+    ),
+    *_in(
+        "models/importers/sssegmentation.py",
+        "tests/models/test_convert_sssegmentation.py",
+        (
+            "importer-mcibi-aspp-order",
+            "MCIBI over ASPP: its fusion takes the branches in sssegmentation's order",
+            '        {"within.fuse.0.weight": image_branch_first},\n',
+            "",
+        ),
+        (
+            "importer-mcibi-memory",
+            "MCIBI: the memory keeps an axis of sssegmentation, so no file is read",
+            "return memory[:, 0] if memory.dim() == 3",
+            "return memory if memory.dim() == 3",
+        ),
+        (
+            "importer-sssegmentation-corners",
+            "sssegmentation's networks are built with align_corners=True",
+            '"align_corners": False,',
+            '"align_corners": True,',
         ),
     ),
     *_in(
