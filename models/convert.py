@@ -14,7 +14,7 @@ from ctxops._checks import check_known
 from ctxops.models.base import SegmentationNetwork
 from ctxops.models.checkpoint_files import read
 from ctxops.models.encoder import Encoder
-from ctxops.models.importers import IMPORTERS
+from ctxops.models.importers import IMPORTERS, REFUSED
 from ctxops.models.importers.importer import STEM, Importer, MissingKeyError, Shapes
 from ctxops.models.registry import create_model
 from ctxops.nn.non_local import NonLocalBlock
@@ -95,8 +95,8 @@ def import_checkpoint(
         state_dict: as the other code saved it: ``load_checkpoint(path)``.
         source: whose code: ``"mmsegmentation"`` (1.x, ResNet backbones, ``fcn`` and ``ocrnet`` also
             HRNets; the checkpoints of 0.x have the same names), ``"sssegmentation"``,
-            ``"torchvision"``, ``"ann"``, ``"gald"`` (the code released with these papers). None:
-            told from the names.
+            ``"torchvision"``, ``"segmentation_models.pytorch"``, ``"ann"``, ``"gald"`` (the code
+            released with these papers). None: told from the names.
         model: what the network is called here. None: told from the names.
         options: arguments of :func:`create_model` that shapes do not tell, such as
             ``output_stride=16``, in the place of the source's usual ones.
@@ -346,9 +346,16 @@ def _choose(state_dict: Mapping[str, Tensor], source: str | None, model: str | N
         check_known("imported model", model, {importer.model for importer in importers})
         importers = [importer for importer in importers if importer.model == model]
     marked = [each for each in importers if _has(state_dict, *each.markers)]
+    if marked:
+        return marked[0]
+    for refused in REFUSED:
+        if model is None and _has(state_dict, *refused.markers):
+            raise ValueError(
+                f"the checkpoint is of {refused.source}'s {refused.model}, which is not imported"
+            )
     # Of one network from several sources, the names of the backbone, which come first, tell.
     likely = [each for each in importers if _has(state_dict, each.markers[0])]
-    for found in (marked[:1], importers, likely):
+    for found in (importers, likely):
         if len(found) == 1:
             return found[0]
     known = ", ".join(f"{importer.source} {importer.model}" for importer in importers)

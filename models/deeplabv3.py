@@ -9,6 +9,7 @@ from ctxops.models.base import Decoder
 from ctxops.models.encoder import Encoder
 from ctxops.models.registry import register_model
 from ctxops.nn.aspp import ASPP
+from ctxops.nn.cbr import cbr
 
 
 @register_model("deeplabv3", auxiliary_channels=256)
@@ -19,6 +20,7 @@ def deeplabv3(
     dilations: Sequence[int] = (12, 24, 36),
     out_channels: int | None = None,
     fuse_kernel_size: int = 3,
+    refine: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> Decoder:
     """:class:`ctxops.nn.ASPP` on the last map: DeepLabv3.
@@ -33,9 +35,10 @@ def deeplabv3(
         dilations: of the 3 x 3 convolutions.
         out_channels: of the decoder's map; None: ``channels``.
         fuse_kernel_size: of the convolution behind the branches.
+        refine: one more 3 x 3 convolution, norm and ReLU, as in torchvision.
     """
     out_channels = channels if out_channels is None else out_channels
-    decoder = ASPP(
+    decoder: nn.Module = ASPP(
         encoder.channels[-1],
         channels,
         dilations,
@@ -43,4 +46,6 @@ def deeplabv3(
         fuse_kernel_size=fuse_kernel_size,
         norm_layer=norm_layer,
     )
+    if refine:
+        decoder = nn.Sequential(decoder, cbr(out_channels, out_channels, 3, norm_layer))
     return Decoder(decoder, out_channels)

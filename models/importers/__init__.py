@@ -10,12 +10,18 @@ from ctxops.models.importers import (
     mmsegmentation,
     released_ann,
     released_gald,
+    segmentation_models_pytorch,
     sssegmentation,
     torchvision,
 )
 
-IMPORTERS = [
-    importer
-    for source in (mmsegmentation, sssegmentation, torchvision, released_ann, released_gald)
-    for importer in source.IMPORTERS
-]
+_SOURCES = (
+    mmsegmentation,
+    sssegmentation,
+    torchvision,
+    segmentation_models_pytorch,
+    released_ann,
+    released_gald,
+)
+IMPORTERS = [importer for source in _SOURCES for importer in source.IMPORTERS]
+REFUSED = [*torchvision.REFUSED, *segmentation_models_pytorch.REFUSED]

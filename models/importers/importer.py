@@ -108,6 +108,21 @@ class Importer:
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """What another's checkpoints may be of too, and what is no network here.
+
+    Attributes:
+        source: whose code.
+        model: what they call it.
+        markers: as those of :class:`Importer`.
+    """
+
+    source: str
+    model: str
+    markers: tuple[str, ...]
+
+
 def prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.") -> dict[str, str]:
     return {theirs + name: ours + other for name, other in names.items()}
 
@@ -151,6 +166,28 @@ def image_branch_first(weight: Tensor) -> Tensor:
     """That of a convolution behind ASPP: its input ends with the image's branch there."""
     # All branches are as wide as the result.
     return weight.roll(weight.shape[0], dims=1) if weight.dim() == 4 else weight
+
+
+def aspp(theirs: str, ours: str) -> dict[str, str]:
+    """ASPP by torchvision's names: four branches in a list, and the image's behind them."""
+    return {
+        f"{theirs}.convs.4.1": f"{ours}.image.1.0",
+        f"{theirs}.convs.4.2": f"{ours}.image.1.1",
+        f"{theirs}.convs.{{}}.0": f"{ours}.branches.{{}}.0",
+        f"{theirs}.convs.{{}}.1": f"{ours}.branches.{{}}.1",
+        f"{theirs}.project.0": f"{ours}.fuse.0",
+        f"{theirs}.project.1": f"{ours}.fuse.1",
+    }
+
+
+def refined_aspp_arguments(shapes: Shapes, theirs: str) -> dict[str, Any]:
+    """The options of DeepLabv3 that :func:`aspp` tells; a 3 x 3 convolution follows it."""
+    return {
+        "channels": shapes[f"{theirs}.convs.0.0.weight"][0],
+        "out_channels": shapes[f"{theirs}.project.0.weight"][0],
+        "fuse_kernel_size": shapes[f"{theirs}.project.0.weight"][2],
+        "refine": True,
+    }
 
 
 def released_auxiliary(shapes: Shapes) -> dict[str, Any]:

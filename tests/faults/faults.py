@@ -946,7 +946,7 @@ _MODULES = [
 
 _IMPORT = (
     "tests/models/test_convert.py tests/models/test_convert_mmsegmentation.py "
-    "tests/models/test_convert_sssegmentation.py"
+    "tests/models/test_convert_sssegmentation.py tests/models/test_convert_torchvision.py"
 )
 _IMPORTERS = [
     *_in(
@@ -1009,6 +1009,26 @@ _IMPORTERS = [
             "sssegmentation's networks are built with align_corners=True",
             '"align_corners": False,',
             '"align_corners": True,',
+        ),
+    ),
+    *_in(
+        "models/importers/segmentation_models_pytorch.py",
+        "tests/models/test_convert_torchvision.py",
+        (
+            "importer-contracted",
+            "segmentation_models.pytorch: the first block of a stage has half the dilation",
+            '"contract_dilation": False,',
+            '"contract_dilation": True,',
+        ),
+    ),
+    *_in(
+        "models/importers/torchvision.py",
+        "tests/models/test_convert_torchvision.py",
+        (
+            "importer-lraspp",
+            "torchvision's LR-ASPP is refused as a file of nobody's",
+            '("backbone.", "classifier.cbr.")',
+            '("backbone.", "classifier.low_classifier.cbr.")',
         ),
     ),
     *_in(
