@@ -33,6 +33,7 @@ from ctxops.models.ocrnet import ocrnet
 from ctxops.models.psanet import psanet
 from ctxops.models.pspnet import pspnet
 from ctxops.models.registry import create_model, list_models, model_options, register_model
+from ctxops.models.upernet import upernet
 
 __all__ = [
     "Decoder",
@@ -68,4 +69,5 @@ __all__ = [
     "pspnet",
     "register_model",
     "segment",
+    "upernet",
 ]

@@ -39,6 +39,7 @@ from ctxops.nn.object_context import ObjectContext
 from ctxops.nn.pointwise_spatial_attention import PointwiseSpatialAttention
 from ctxops.nn.pyramid_pooling import PyramidPooling
 from ctxops.nn.score_pyramid import BilinearDeconvolution, ProgressiveUpsampling, ScorePyramid
+from ctxops.nn.uper_decoder import UPerDecoder
 
 __all__ = [
     "AFNB",
@@ -82,5 +83,6 @@ __all__ = [
     "RecurrentCrissCrossAttention",
     "ScorePyramid",
     "SummedFusions",
+    "UPerDecoder",
     "representation_consistency_loss",
 ]

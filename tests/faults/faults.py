@@ -933,6 +933,22 @@ _MODULES = [
         ),
     ),
     *_in(
+        "ctxops/nn/uper_decoder.py",
+        "tests/nn/test_uper_decoder.py",
+        (
+            "uper-refined-sum",
+            "a level of the pyramid receives what the one above has refined",
+            "levels.insert(0, refine(y))",
+            "levels.insert(0, y := refine(y))",
+        ),
+        (
+            "uper-corners",
+            "the levels are always resized without aligned corners",
+            "resize(y, x.shape[2:], self.align_corners)",
+            "resize(y, x.shape[2:], False)",
+        ),
+    ),
+    *_in(
         "ctxops/nn/level_fusion_decoder.py",
         "tests/models/test_gff.py",
         (

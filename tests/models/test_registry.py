@@ -219,6 +219,7 @@ OTHER = {
     "recurrence": 3,
     "reduced_channels": 24,
     "reduction": 4,
+    "refine": True,
     "region_bias": True,
     "region_channels": 24,
     "region_kernel_size": 5,
@@ -238,6 +239,7 @@ OTHER_OF = {
     ("apcnet", "fusion"): False,
     ("gff", "fusion"): "concat",
     ("mcibi", "context"): "ppm",
+    ("ocrnet", "fuse_kernel_size"): 3,
 }
 # With what an option has an effect.
 NEEDS = {
@@ -260,6 +262,7 @@ REACHED = [
     ("fcn", {"kernel_size": 1, "concat": True}, lambda n: n.decoder.fuse[0].kernel_size, (1, 1)),
     ("gcn", {"kernel_size": 9}, lambda n: n.decoder.score[0].vertical_first[0].kernel_size, (9, 1)),
     ("pspnet", {"branch_activation": False}, lambda n: len(n.decoder.branches[0]), 2),
+    ("deeplabv3", {"refine": True}, lambda n: len(n.decoder), 2),
     ("deeplabv3", {"out_channels": 24}, lambda n: n.classifier[1].in_channels, 24),
     ("ccnet", {"reduction": 4}, lambda n: n.decoder.context.attention.query.out_channels, 128),
     ("nonlocal", {}, lambda n: n.decoder.context[1].scale, 256**-0.5),

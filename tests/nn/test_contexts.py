@@ -24,6 +24,7 @@ from ctxops.nn import (
     PositionAttention,
     PyramidPooling,
     SummedFusions,
+    UPerDecoder,
 )
 from ctxops.nn.cbr import cbr
 from modules import mostly_slow, randomise
@@ -63,6 +64,7 @@ CONTEXTS = {
         ),
         [4, 6],
     ),
+    "UPerDecoder": (lambda **norm: UPerDecoder([4, 6, 8], 5, (1, 2), **norm), [4, 6, 8]),
 }  # fmt: skip
 NORMED = [name for name in CONTEXTS if not name.startswith(("Position", "Channel"))]
 
