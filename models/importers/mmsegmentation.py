@@ -116,6 +116,16 @@ _OCR_BLOCK = "decode_head.1.object_context_block"
 
 IMPORTERS = [
     _mmseg(
+        "upernet",
+        "decode_head.fpn_bottleneck.",
+        _module("decode_head.psp_modules.{}.1", "decoder.context.branches.{}")
+        | _module("decode_head.bottleneck", "decoder.context.fuse")
+        | _module("decode_head.lateral_convs.{}", "decoder.lateral.{}")
+        | _module("decode_head.fpn_convs.{}", "decoder.refine.{}")
+        | _module("decode_head.fpn_bottleneck", "decoder.fuse"),
+        _mmseg_channels("decode_head.fpn_bottleneck.conv.weight"),
+    ),
+    _mmseg(
         "pspnet",
         "decode_head.psp_modules.",
         _module("decode_head.psp_modules.{}.1", "decoder.branches.{}")

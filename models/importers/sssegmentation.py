@@ -216,6 +216,15 @@ IMPORTERS = [
     ),
     _mcibi(None, "decoder_stage1.", {}),
     _importer(
+        "upernet",
+        ("lateral_convs.", "fpn_convs."),
+        _ppm("ppm_net", "decoder.context")
+        | _cbr("lateral_convs.{}", "decoder.lateral.{}")
+        | _cbr("fpn_convs.{}", "decoder.refine.{}")
+        | _FUSE,
+        _arguments("decoder.0", "decoder.4"),
+    ),
+    _importer(
         "pspnet",
         ("ppm_net.",),
         _ppm("ppm_net", "decoder") | _CLASSIFIER,

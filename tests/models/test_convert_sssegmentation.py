@@ -3,6 +3,7 @@
 ``sssegmentation_r18.txt`` has the names of their checkpoints.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,16 @@ def checkpoint(name):
 # Their networks, written out ----------------------------------------------------------------------
 
 
-def resnet18(o, image):
+def resnet18(o, image, output_stride=8):
     """The maps of all stages; the first convolution of a block alone is dilated."""
+    dilations = {8: [(1, 1), (1, 1), (1, 2), (2, 4)], 32: [(1, 1)] * 4}[output_stride]
     x = o.conv("backbone_net.conv1", image, stride=2, padding=3)
     x = F.max_pool2d(o.norm("backbone_net.bn1", x).relu(), 3, 2, 1)
     maps = []
-    for stage, dilations in enumerate([(1, 1), (1, 1), (1, 2), (2, 4)], 1):
-        for i, d in enumerate(dilations):
+    for stage, rates in enumerate(dilations, 1):
+        for i, d in enumerate(rates):
             name = f"backbone_net.layer{stage}.{i}"
-            stride = 2 if stage == 2 and i == 0 else 1
+            stride = 2 if i == 0 and stage > 1 and 2**stage < output_stride else 1
             y = o.conv(f"{name}.conv1", x, stride=stride, padding=d, dilation=d)
             y = o.conv(f"{name}.conv2", o.norm(f"{name}.bn1", y).relu(), padding=1)
             if f"{name}.downsample.0.weight" in o.tensors:
@@ -205,6 +207,16 @@ def mcibi(o, maps, context=None, hard=False):
     return o.conv("decoder_stage2.4", o.cbr("decoder_stage2", y))
 
 
+def upernet(o, maps):
+    *finer, last = maps
+    y = ppm(o, "ppm_net", last)
+    levels = [y]
+    for i in (2, 1, 0):
+        y = o.cbr(f"lateral_convs.{i}", finer[i]) + o.resize(y, finer[i].shape[2:])
+        levels.insert(0, o.cbr(f"fpn_convs.{i}", y))
+    return end(o, torch.cat([o.resize(x, maps[0].shape[2:]) for x in levels], 1))
+
+
 HEADS = {
     "ann": ann,
     "apcnet": apcnet,
@@ -220,6 +232,7 @@ HEADS = {
     "nonlocal": nonlocal_,
     "ocrnet": ocrnet,
     "pspnet": pspnet,
+    "upernet": upernet,
 }
 
 
@@ -257,10 +270,43 @@ def assert_imports(name, image, maps, head, **options):
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow(sorted(HEADS), "ann", "deeplabv3", "mcibi_aspp", "ocrnet")
+    "name", mostly_slow(sorted(HEADS), "ann", "deeplabv3", "mcibi_aspp", "upernet")
 )
 def test_network(name, image, maps):
+    if name == "upernet":
+        with torch.no_grad():
+            maps = resnet18(Original(checkpoint(name)), image, output_stride=32)
     assert_imports(name, image, maps, HEADS[name])
+
+
+def test_upernet_of_mmsegmentation():
+    """The same network by other names."""
+    ours = checkpoint("upernet")
+    names = {
+        r"backbone_net\.(.*)": r"backbone.\1",
+        r"ppm_net\.branches\.(.)\.1": r"decode_head.psp_modules.\1.1.conv",
+        r"ppm_net\.branches\.(.)\.2": r"decode_head.psp_modules.\1.1.bn",
+        r"ppm_net\.bottleneck\.0": "decode_head.bottleneck.conv",
+        r"ppm_net\.bottleneck\.1": "decode_head.bottleneck.bn",
+        r"(lateral|fpn)_convs\.(.)\.0": r"decode_head.\1_convs.\2.conv",
+        r"(lateral|fpn)_convs\.(.)\.1": r"decode_head.\1_convs.\2.bn",
+        r"decoder\.0": "decode_head.fpn_bottleneck.conv",
+        r"decoder\.1": "decode_head.fpn_bottleneck.bn",
+        r"decoder\.4": "decode_head.conv_seg",
+        r"auxiliary_decoder\.0": "auxiliary_head.convs.0.conv",
+        r"auxiliary_decoder\.1": "auxiliary_head.convs.0.bn",
+        r"auxiliary_decoder\.4": "auxiliary_head.conv_seg",
+    }
+    theirs = {}
+    for name, x in ours.items():
+        module, _, leaf = name.rpartition(".")
+        (pattern,) = (each for each in names if re.fullmatch(each, module))
+        theirs[re.sub(pattern, names[pattern], module) + "." + leaf] = x
+    imported, expected = import_checkpoint(theirs), import_checkpoint(ours)
+    assert (imported.source, imported.model) == ("mmsegmentation", "upernet")
+    assert imported.arguments == expected.arguments | {"auxiliary_bias": False}
+    assert imported.state_dict.keys() == expected.state_dict.keys()
+    assert all(x.equal(expected.state_dict[name]) for name, x in imported.state_dict.items())
 
 
 def test_hard_weights(image, maps):
