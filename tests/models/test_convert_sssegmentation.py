@@ -16,6 +16,7 @@ from modules import mostly_slow
 pytest.importorskip("timm")
 
 from ctxops.models import import_checkpoint
+from ctxops.nn import FeatureMemory
 
 LISTINGS = read_listings(Path(__file__).with_name("sssegmentation_r18.txt"))
 SIZE = (35, 43)
@@ -323,6 +324,34 @@ def test_memory():
     bank = imported.build().bank
     assert bank.memory.equal(state_dict["memory_module.memory"][:, 0])
     assert bank.initialized.tolist() == [True, True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_step_of_the_memory(ignored):
+    """With the options that the documentation names, it is theirs."""
+    generator = torch.Generator().manual_seed(1)
+    bank = FeatureMemory(
+        7, 16, momentum="lr", base_lr=0.01, init="mean", sync="reference", ignore_index=ignored
+    )
+    memory = torch.zeros(7, 16)
+    for step in range(3):
+        features = torch.randn(2, 16, 5, 6, generator=generator)
+        labels = torch.randint(7 - 2 * (step == 0), (2, 9, 11), generator=generator)
+        labels[:, :2] = ignored
+        lr = 0.01 * (1 - step / 9)
+        bank(features, labels, lr=lr)
+        pixels = F.interpolate(features, (9, 11), mode="bilinear").movedim(1, 3)
+        for k in range(7):
+            rows = pixels[labels == k]
+            if not memory[k].any():
+                memory[k] = rows.mean(0) if len(rows) else 0
+            else:
+                weights = 1 - F.cosine_similarity(rows, memory[k].expand_as(rows))
+                mean = (rows * (weights / weights.sum())[:, None]).sum(0)
+                momentum = 0.9 * lr / 0.01
+                memory[k] = (1 - momentum) * memory[k] + momentum * mean
+        torch.testing.assert_close(bank.memory, memory, rtol=1e-5, atol=1e-6)
+    assert bank.initialized.all()
 
 
 def test_several_representatives_of_a_category():
