@@ -16,7 +16,14 @@ from ctxops import __main__, _native, _operator
 from ctxops._checks import FLOATING
 from ops.contract import contracts
 
-NO_OPERATORS = {"build_info", "flop_formulas", "random_anchor_indices", "use_reference"}
+NO_OPERATORS = {
+    "build_info",
+    "flop_formulas",
+    "patch",
+    "random_anchor_indices",
+    "unpatch",
+    "use_reference",
+}
 CONTRACTS = contracts()
 
 

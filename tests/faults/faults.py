@@ -658,7 +658,7 @@ _MODULES = [
         (
             "plain-call-of-all",
             "a tool that replaces the call of all modules does not see the children",
-            "        and _is_written_in(type(module).__call__, *_CALLS)\n",
+            "_is_written_in(type(module).__call__, *_CALLS)\n        and ",
             "",
         ),
         (
@@ -1225,7 +1225,7 @@ _NETWORKS = [
     ),
     *_in(
         "models/deeplabv3.py",
-        _PAPERS + " tests/models/test_convert.py",
+        "tests/test_defaults.py tests/models/test_convert.py",
         (
             "deeplab-dilations",
             "the default dilations are those of output stride 16",
