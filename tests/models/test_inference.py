@@ -379,7 +379,7 @@ def test_predict_fails(checkpoint, tmp_path, capsys):
         ([path, "nothing*.png"], "'nothing*.png' is no image, no folder of images and no pattern"),
         ([path, x, y], "would both be written to a.png"),
         ([path, x, "-o", str(tmp_path / "x")], "would be written over: choose another out than"),
-        ([x, x, "-o", str(tmp_path)], "is no file of tensors and plain values"),
+        ([x, x, "-o", str(tmp_path)], "is damaged, or neither torch.save"),
         ([path, x, "--context", "window", "--window", "41"], "window must be at most the sides"),
     ):
         assert main(["predict", *arguments]) == 1
