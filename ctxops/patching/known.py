@@ -78,7 +78,8 @@ def _self_attention(forward: Callable, by: str, channels: str, children: str = "
 
 
 _ANCHORS = "pyramid_pool, asymmetric_attention"
-_ANY = f"{_ANCHORS} or nonlocal_attention"
+_MAPS = "nonlocal_attention or asymmetric_attention"
+_ANY = f"pyramid_pool, {_MAPS}"
 _MMSEG, _SSSEG = "mmseg.models.decode_heads", "ssseg.modules.models.segmentors"
 
 KNOWN = {
@@ -106,10 +107,10 @@ KNOWN = {
         forwards.asymmetric_pyramid, by=_ANCHORS, children="stages bottleneck"
     ),
     f"{_MMSEG}.da_head.PAM": _self_attention(
-        forwards.position_attention, "nonlocal_attention", "channels", "gamma"
+        forwards.position_attention, _MAPS, "channels", "gamma"
     ),
     f"{_SSSEG}.danet.pam.PositionAttentionModule": _self_attention(
-        forwards.position_attention, "nonlocal_attention", "transform_channels", "gamma"
+        forwards.position_attention, _MAPS, "transform_channels", "gamma"
     ),
     f"{_MMSEG}.da_head.CAM": Known(
         forwards.channel_attention, by="the products of ChannelAttention", children="gamma"

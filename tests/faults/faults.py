@@ -679,6 +679,38 @@ _MODULES = [
         ),
     ),
     *_in(
+        "ctxops/patching/forwards.py",
+        "tests/test_patching.py",
+        (
+            "patching-shared-norm",
+            "training: the norm that query and key share counts the map once, not twice",
+            "not child.training and is_plain(child, type(child))",
+            "is_plain(child, type(child))",
+        ),
+        (
+            "patching-hooked-stage",
+            "a block of ANN passes over the hooks of its attention",
+            "is self_attention and is_unwatched(stage)",
+            "is self_attention",
+        ),
+        (
+            "patching-scale",
+            "non-local blocks without a scale are scaled",
+            "return self.inter_channels**-0.5 if self.use_scale else 1.0",
+            "return self.inter_channels**-0.5",
+        ),
+    ),
+    *_in(
+        "ctxops/patching/__init__.py",
+        "tests/test_patching.py",
+        (
+            "patching-replaced-forward",
+            "a forward that another tool has put into a module is lost",
+            'if "forward" in module.__dict__:',
+            "if False:",
+        ),
+    ),
+    *_in(
         "ctxops/nn/folding.py",
         "tests/nn/test_non_local.py",
         (
