@@ -358,7 +358,7 @@ def _choose(state_dict: Mapping[str, Tensor], source: str | None, model: str | N
     for found in (importers, likely):
         if len(found) == 1:
             return found[0]
-    known = ", ".join(f"{importer.source} {importer.model}" for importer in importers)
+    known = ", ".join(dict.fromkeys(f"{each.source} {each.model}" for each in importers))
     raise ValueError(
         f"the checkpoint is of no known architecture ({known}): it has {_spell(list(state_dict))}"
     )

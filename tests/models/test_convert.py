@@ -733,7 +733,8 @@ def test_two_names_for_one_tensor(name, pspnet):
 def test_another_architecture(pspnet):
     with pytest.raises(ValueError, match=r"danet: missing .*; unexpected decode_head\.psp_modules"):
         import_checkpoint(pspnet, model="danet")
-    with pytest.raises(ValueError, match=r"no known architecture \(mmsegmentation pspnet, .*uper"):
+    known = r"mmsegmentation upernet, mmsegmentation pspnet, .* gald"
+    with pytest.raises(ValueError, match=rf"no known architecture \({known}\): .*uper\.x"):
         import_checkpoint({"backbone.norm0.weight": torch.zeros(1), "uper.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="unknown source 'mmsegmentaton', the closest is 'mmseg"):
         import_checkpoint(pspnet, source="mmsegmentaton")
