@@ -183,7 +183,7 @@ def check_levels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
 def check_features(
     features: Sequence[Tensor],
     channels: Sequence[int | None],
-    takers: nn.ModuleList | tuple[()] = (),
+    takers: Iterable[nn.Module] = (),
     **others: tuple[Tensor, int, nn.Module],
 ) -> None:
     """Raises unless there is a map for each level; these and the others as in check_maps."""

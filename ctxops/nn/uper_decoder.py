@@ -70,7 +70,7 @@ class UPerDecoder(nn.Module):
         return f"{self.in_channels}, align_corners={self.align_corners}"
 
     def forward(self, *maps: Tensor) -> Tensor:
-        check_features(maps, self.in_channels)
+        check_features(maps, self.in_channels, (*self.lateral, self.context))
         *finer, last = maps
         y = self.context(last)
         levels, size = [y], finer[0].shape[2:]

@@ -47,6 +47,7 @@ from ctxops.nn import (
     PyramidPooling,
     RecurrentCrissCrossAttention,
     ScorePyramid,
+    UPerDecoder,
 )
 from modules import randomise
 
@@ -169,6 +170,7 @@ CASES = {
         ),
         lambda c: [2 * c, c],
     ),
+    "UPerDecoder": (lambda c: UPerDecoder([c, 2 * c], c, (1, 2)), lambda c: [c, 2 * c]),
 }  # fmt: skip
 ANY_WIDTH = {
     "ChannelAttention", "LDv1 without convolutions", "GALD without convolutions",
