@@ -117,11 +117,13 @@ class FCNHead(nn.Sequential):
         dropout: float,
         norm_layer: Callable[[int], nn.Module],
         kernel_size: int = 3,
+        dilation: int = 1,
         bias: bool = False,
     ) -> None:
         check_kernel_size(kernel_size)
+        check_sizes(dilation=dilation)
         super().__init__(
-            cbr(in_channels, channels, kernel_size, norm_layer, bias=bias),
+            cbr(in_channels, channels, kernel_size, norm_layer, dilation=dilation, bias=bias),
             Classifier(channels, num_classes, dropout),
         )
 
@@ -154,7 +156,8 @@ class SegmentationNetwork(nn.Module):
         levels: which of the encoder's maps the decoder takes; negative ones count from the last.
         auxiliary_channels: width of the auxiliary head, a :class:`FCNHead` on the last but one of
             the encoder's maps (on the only one, where there is one); 0: no such head.
-        auxiliary_bias: a bias in the head's 3 x 3 convolution.
+        auxiliary_dilation, auxiliary_bias: dilation of, and a bias in, the head's 3 x 3
+            convolution.
         dropout: of the classifiers.
         align_corners: of the resize of all logits to the image.
         norm_layer: makes a norm from a number of channels.
@@ -172,6 +175,7 @@ class SegmentationNetwork(nn.Module):
         *,
         levels: Sequence[int] = (-1,),
         auxiliary_channels: int = 512,
+        auxiliary_dilation: int = 1,
         auxiliary_bias: bool = False,
         dropout: float = 0.1,
         align_corners: bool = True,
@@ -194,6 +198,7 @@ class SegmentationNetwork(nn.Module):
                 num_classes,
                 dropout=dropout,
                 norm_layer=norm_layer,
+                dilation=auxiliary_dilation,
                 bias=auxiliary_bias,
             )
 

@@ -2,6 +2,7 @@
 """Backbones: any encoder of timm, as a list of maps."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,6 +54,9 @@ class Encoder(nn.Module):
             DenseNets too, without the pools of their transitions.
         pretrained: loads timm's weights.
         in_channels: channels of the image.
+        stage_dilations: of the 3 x 3 convolutions of each of the four stages, whatever the stride:
+            ``(1, 1, 2, 4)``. None: those that make up for the strides that ``output_stride`` does
+            without. ResNets alone.
         multi_grid: factors of the dilations in the last stage, one per block and over again:
             ``(1, 2, 4)``. ResNets alone.
         ceil_mode: the stem's pooling rounds sizes up, as in the code released with ANN and GALD,
@@ -61,15 +65,15 @@ class Encoder(nn.Module):
             all of it, as in the code released with GALD. ResNets alone.
         dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
             as in mmsegmentation. ResNets of basic blocks alone.
-        bilinear_branches: an HRNet's branches are resized bilinearly where they are added up, as
-            the HRNets of mmsegmentation. False: to the nearest, as timm's classifiers. HRNets
-            alone.
+        bilinear_branches: an HRNet's branches are resized bilinearly where they are added up, to
+            the finer one's size, as the HRNets of mmsegmentation. False: to the nearest, by
+            factors, as timm's classifiers. HRNets alone.
         options: further arguments of ``timm.create_model``.
 
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
     transformer gives the maps of its last blocks, all at the stride of its patches. Images are
-    padded with zeros where the backbone needs it: a DLA, a PVT, a Swin; to 32 at least a ConvNeXt,
-    a DenseNet, a VGG. Where timm fixes the size of the image (BEiT, CaiT, CoaT, CoAtNet, MaxViT) it
+    padded with zeros where the backbone needs it: a DLA, an HRNet without ``bilinear_branches``, a
+    PVT, a Swin; to 32 at least a ConvNeXt, a DenseNet, a VGG. Where timm fixes the size of the image (BEiT, CaiT, CoaT, CoAtNet, MaxViT) it
     is fixed here too, by ``options={"img_size": (448, 448)}``.
 
     Attributes:
@@ -96,6 +100,7 @@ class Encoder(nn.Module):
         *,
         pretrained: bool = False,
         in_channels: int = 3,
+        stage_dilations: Sequence[int] | None = None,
         multi_grid: Sequence[int] | None = None,
         ceil_mode: bool = False,
         contract_dilation: bool = True,
@@ -147,7 +152,12 @@ class Encoder(nn.Module):
         if bilinear_branches:
             if not self.concatenates:
                 raise ValueError(f"bilinear_branches is for HRNets, not for backbone {name!r}")
-            _resize_bilinearly(self.body)
+            for stage in (self.body.stage2, self.body.stage3, self.body.stage4):
+                for i, module in enumerate(stage):
+                    stage[i] = _BilinearBranches(module)
+        self.pads = self.least > 1 or (self.multiple > 1 and not bilinear_branches)
+        if stage_dilations is not None:
+            self._set_dilations(stage_dilations)
         stages = ("layer2", "layer3", "layer4")
         if not contract_dilation:
             for blocks in (self._windows(stage, "contract_dilation") for stage in stages):
@@ -172,8 +182,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         height, width = image.shape[2:]
-        padded = self.multiple > 1 or self.least > 1
-        if padded:
+        if self.pads:
             image = F.pad(image, (0, self._missing(width), 0, self._missing(height)))
         maps = self._body(image)[-_MOST_LEVELS:]
         if self.channels_last:
@@ -181,7 +190,7 @@ class Encoder(nn.Module):
         if self.concatenates:
             size = maps[0].shape[2:]
             maps = [torch.cat([resize(x, size, align_corners=False) for x in maps], dim=1)]
-        if not padded:
+        if not self.pads:
             return maps
         # What the padding added goes: the maps begin where the image does and end with it.
         return [
@@ -247,6 +256,18 @@ class Encoder(nn.Module):
                 )
         return blocks
 
+    def _set_dilations(self, dilations: Sequence[int]) -> None:
+        """Dilates each stage, its first block by half, as timm does beyond the output stride."""
+        _check_list("stage_dilations", dilations, "dilations")
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        if len(dilations) != len(stages):
+            raise ValueError(f"stage_dilations must be one for each stage, got {dilations!r}")
+        for stage, dilation in zip(stages, dilations, strict=True):
+            blocks = self._windows(stage, "stage_dilations")
+            for convolution in itertools.chain(*blocks):
+                _dilate(convolution, dilation)
+            _dilate(blocks[0][0], max(1, dilation // 2))
+
     def part(self, part: str, argument: str) -> Any:
         """A part that ResNets have, for the sake of an argument that others refuse."""
         parts = dict(self.body.named_children())
@@ -285,10 +306,28 @@ def _dilate_densenet(body: Any, strides: Sequence[int], output_stride: int) -> l
     return [min(stride, reached) for stride in strides]
 
 
-def _resize_bilinearly(body: nn.Module) -> None:
-    for module in body.modules():
-        if isinstance(module, nn.Upsample):
-            module.mode, module.align_corners = "bilinear", False
+class _BilinearBranches(nn.Module):
+    """An HRNet's module, with its layers by their names, that resizes bilinearly."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.branches, self.fuse_layers = module.branches, module.fuse_layers
+        self.fuse_act = module.fuse_act
+        for layer in self.modules():
+            if isinstance(layer, nn.Upsample):
+                layer.mode, layer.align_corners = "bilinear", False
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
+        sums = []
+        for like, layers in zip(maps, self.fuse_layers, strict=False):  # the last may give one map
+            # A coarser map's factor gives one position too many where a side was rounded up.
+            parts = [
+                resize(layer(x), like.shape[2:], align_corners=False)
+                for layer, x in zip(layers, maps, strict=True)
+            ]
+            sums.append(self.fuse_act(functools.reduce(torch.add, parts)))
+        return sums
 
 
 def _dilate(convolution: nn.Conv2d, dilation: int) -> None:
@@ -296,11 +335,15 @@ def _dilate(convolution: nn.Conv2d, dilation: int) -> None:
     convolution.dilation = convolution.padding = (dilation, dilation)
 
 
+def _check_list(name: str, values: Sequence[int], what: str) -> None:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} must be a list or tuple of {what}, got {values!r}")
+    check_sizes(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+
+
 def _set_multi_grid(stage: Sequence[Sequence[nn.Conv2d]], factors: Sequence[int]) -> None:
     """Multiplies the dilation of the stage by a factor for each of its blocks."""
-    if not isinstance(factors, (list, tuple)) or not factors:
-        raise ValueError(f"multi_grid must be a list or tuple of factors, got {factors!r}")
-    check_sizes(**{f"multi_grid[{i}]": factor for i, factor in enumerate(factors)})
+    _check_list("multi_grid", factors, "factors")
     dilation = stage[-1][-1].dilation[0]
     for block, factor in zip(stage, itertools.cycle(factors)):
         for convolution in block:

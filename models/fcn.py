@@ -19,6 +19,7 @@ def fcn(
     *,
     channels: int = 512,
     kernel_size: int = 3,
+    dilation: int = 1,
     convolutions: int = 1,
     concat: bool = False,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
@@ -28,14 +29,17 @@ def fcn(
     Args:
         channels: of each convolution.
         kernel_size: of each convolution. 1: the usual head of an HRNet.
+        dilation: of each convolution, but not of the one behind the concatenation.
         convolutions: how many, one after the other.
         concat: the map beside what they make of it, and one more of them.
     """
     check_kernel_size(kernel_size)
-    check_sizes(channels=channels, convolutions=convolutions)
+    check_sizes(channels=channels, dilation=dilation, convolutions=convolutions)
     width = encoder.channels[-1]
-    first = cbr(width, channels, kernel_size, norm_layer)
-    rest = [cbr(channels, channels, kernel_size, norm_layer) for _ in range(convolutions - 1)]
+    first, *rest = (
+        cbr(channels if i else width, channels, kernel_size, norm_layer, dilation=dilation)
+        for i in range(convolutions)
+    )
     decoder: nn.Module
     if concat:
         context = nn.Sequential(first, *rest)

@@ -26,7 +26,13 @@ class _Entry(NamedTuple):
 _entries: dict[str, _Entry] = {}
 
 # The arguments of a network's class that are options of create_model.
-_COMMON = ("align_corners", "auxiliary_bias", "auxiliary_channels", "dropout")
+_COMMON = (
+    "align_corners",
+    "auxiliary_bias",
+    "auxiliary_channels",
+    "auxiliary_dilation",
+    "dropout",
+)
 
 
 def register_model(
@@ -47,8 +53,8 @@ def register_model(
         name: of the network.
         backbone, output_stride: the network's own, as in its paper.
         network: the class that encoder and decoder are put into. Its arguments ``align_corners``,
-            ``auxiliary_bias``, ``auxiliary_channels`` and ``dropout`` are options of the network,
-            as far as it has them. What a builder names too, both are given.
+            ``auxiliary_bias``, ``auxiliary_channels``, ``auxiliary_dilation`` and ``dropout`` are
+            options of the network, as far as it has them. What a builder names too, both are given.
         defaults: of these, where they are not the class's; a builder's own come first.
 
     Raises:
@@ -102,6 +108,7 @@ def create_model(
     output_stride: int | None = None,
     pretrained: bool = False,
     in_channels: int = 3,
+    stage_dilations: Sequence[int] | None = None,
     multi_grid: Sequence[int] | None = None,
     ceil_mode: bool = False,
     contract_dilation: bool = True,
@@ -121,13 +128,14 @@ def create_model(
         num_classes: K.
         output_stride: of the backbone's last map; None: the network's own.
         pretrained: loads timm's weights into the backbone.
-        in_channels, multi_grid, ceil_mode, contract_dilation, dilate_both, bilinear_branches: as in
-            :class:`Encoder`.
+        in_channels, stage_dilations, multi_grid, ceil_mode, contract_dilation, dilate_both,
+            bilinear_branches: as in :class:`Encoder`.
         backbone_options: further arguments of ``timm.create_model``.
         norm_layer: makes the norms of everything behind the backbone from a number of channels.
         sync_batchnorm: replaces every batch norm, the backbone's too, by an ``nn.SyncBatchNorm``.
         options: the network's own, and ``auxiliary_channels`` (0: no auxiliary head),
-            ``auxiliary_bias``, ``dropout``, ``align_corners`` where it has them. The builder's
+            ``auxiliary_bias``, ``auxiliary_dilation``, ``dropout``, ``align_corners`` where it has
+            them. The builder's
             docstring explains them, :func:`model_options` gives their defaults.
 
     The backbone starts as timm starts it, classifiers with a standard deviation of 0.01, and all
@@ -155,6 +163,7 @@ def create_model(
         output_stride=output_stride,
         pretrained=pretrained,
         in_channels=in_channels,
+        stage_dilations=stage_dilations,
         multi_grid=multi_grid,
         ceil_mode=ceil_mode,
         contract_dilation=contract_dilation,

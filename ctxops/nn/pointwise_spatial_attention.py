@@ -2,15 +2,19 @@
 """Point-wise spatial attention (Zhao et al., PSANet, ECCV 2018)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctxops import _layout
-from ctxops._checks import check_kernel_size, check_maps, check_sizes
+from ctxops._checks import check_choice, check_kernel_size, check_maps, check_sizes
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.nn.resize import resize, resize_like
+
+PSAVariant = Literal["released", "mmsegmentation"]
 
 
 class PointwiseSpatialAttention(nn.Module):
@@ -33,6 +37,10 @@ class PointwiseSpatialAttention(nn.Module):
         shrink_factor: the attention runs on a map of ``(h - 1) // shrink_factor + 1`` rows, columns
             likewise.
         align_corners: of the bilinear resizes.
+        variant: "released", or "mmsegmentation", which sssegmentation has too. There the map of the
+            last CBR has a border, one position wide, where it sees zeros. If ``shrink_factor``
+            divides one of the sides, both are rounded down and resizes have
+            ``align_corners=False``, else True.
         norm_layer: makes a norm from a number of channels.
 
     Shape: ``(B, in_channels, h, w)`` -> the same, in the same memory format.
@@ -57,6 +65,7 @@ class PointwiseSpatialAttention(nn.Module):
         *,
         shrink_factor: int = 2,
         align_corners: bool = True,
+        variant: PSAVariant = "released",
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
@@ -65,8 +74,10 @@ class PointwiseSpatialAttention(nn.Module):
             raise TypeError(f"mask_size must be a height and a width, got {mask_size!r}")
         for axis, size in enumerate(mask_size):
             check_kernel_size(size, name=f"mask_size[{axis}]")
+        check_choice("variant", variant, PSAVariant)
         self.in_channels, self.mask_size = in_channels, tuple(mask_size)
         self.shrink_factor, self.align_corners = shrink_factor, align_corners
+        self.variant = variant
 
         def mask() -> nn.Sequential:
             offsets = PointwiseConv2d(channels, mask_size[0] * mask_size[1], bias=False)
@@ -80,14 +91,22 @@ class PointwiseSpatialAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"mask_size={self.mask_size}, shrink_factor={self.shrink_factor}, "
-            f"align_corners={self.align_corners}"
+            f"align_corners={self.align_corners}, variant={self.variant!r}"
         )
 
     def forward(self, x: Tensor) -> Tensor:
         check_maps(x=(x, self.in_channels, self))
-        size = [(extent - 1) // self.shrink_factor + 1 for extent in x.shape[2:]]
+        released, factor, align_corners = self.variant == "released", self.shrink_factor, True
+        if released or factor == 1:
+            align_corners = self.align_corners
+        elif not all(extent % factor for extent in x.shape[2:]):
+            align_corners = False
+        if released or align_corners:
+            size = [(extent - 1) // factor + 1 for extent in x.shape[2:]]
+        else:
+            size = [extent // factor for extent in x.shape[2:]]
         maps = [
-            resize(reduce(x), torch.Size(size), self.align_corners)
+            resize(reduce(x), torch.Size(size), align_corners)
             for reduce in (self.reduce_collect, self.reduce_distribute)
         ]
         index, inside = _offsets(size, self.mask_size, x.device)
@@ -103,8 +122,10 @@ class PointwiseSpatialAttention(nn.Module):
             for y, w in zip(maps, weights, strict=True)
         ]
         joined = torch.cat(context, dim=1).contiguous(memory_format=_layout.memory_format(x))
+        if not released:
+            joined = F.pad(joined, (1, 1, 1, 1))
         y = self.out(joined)
-        return y if self.shrink_factor == 1 else resize_like(y, x, self.align_corners)
+        return y if released and factor == 1 else resize_like(y, x, align_corners)
 
 
 def _offsets(

@@ -132,6 +132,25 @@ def dilations(stage):
         ("resnet50", {"contract_dilation": False}, [2] * 6, [4, 4, 4]),
         ("resnet50", {"multi_grid": (2, 3)}, [1, 2, 2, 2, 2, 2], [8, 12, 8]),
         ("resnest26d", {"multi_grid": (3,)}, [1, 2], [12, 12]),
+        ("resnet50", {"stage_dilations": (1, 1, 1, 6)}, [1] * 6, [3, 6, 6]),
+        (
+            "resnet50",
+            {"stage_dilations": (1, 1, 2, 5), "contract_dilation": False},
+            [2] * 6,
+            [5, 5, 5],
+        ),
+        (
+            "resnet50",
+            {"stage_dilations": (1, 1, 2, 1), "multi_grid": (1, 2, 4)},
+            [1, 2, 2, 2, 2, 2],
+            [1, 2, 4],
+        ),
+        (
+            "resnet18",
+            {"stage_dilations": (1, 1, 3, 4), "dilate_both": False},
+            [1, 1, 3, 1],
+            [2, 1, 4, 1],
+        ),
     ],
     ids=str,
 )
@@ -140,6 +159,12 @@ def test_dilations_of_resnets(name, options, layer3, layer4):
         encoder = Encoder(name, 8, **options)
     assert dilations(encoder.body["layer3"]) == layer3
     assert dilations(encoder.body["layer4"]) == layer4
+
+
+def test_dilated_stages_keep_their_strides():
+    encoder = Encoder("resnet18", 32, stage_dilations=(1, 1, 2, 4)).eval()
+    assert dilations(encoder.body["layer4"]) == [2, 4, 4, 4]
+    assert [tuple(x.shape[2:]) for x in encoder(images(37, 70))[-2:]] == [(3, 5), (2, 3)]
 
 
 def test_a_backbone_of_a_hub(monkeypatch):
@@ -233,6 +258,18 @@ def test_for_resnets_alone(argument):
             "multi_grid .* backbone 'res2net50_26w_4s' has other blocks",
         ),
         (("resnet18", 8), {"bilinear_branches": True}, ValueError, "bilinear_branches is for HR"),
+        (
+            ("resnet18", 8),
+            {"stage_dilations": (1, 2)},
+            ValueError,
+            r"stage_dilations must be one for each stage, got \(1, 2\)",
+        ),
+        (
+            ("resnet18", 8),
+            {"stage_dilations": 2},
+            ValueError,
+            "stage_dilations must be a list or tuple of dilations, got 2",
+        ),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments, options, error, message):

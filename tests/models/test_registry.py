@@ -57,7 +57,13 @@ def test_count_of_pspnet_101():
 
 
 # What create_model explains.
-COMMON = {"auxiliary_channels", "auxiliary_bias", "dropout", "align_corners"}
+COMMON = {
+    "auxiliary_channels",
+    "auxiliary_dilation",
+    "auxiliary_bias",
+    "dropout",
+    "align_corners",
+}
 
 
 def test_counts_of_ann_table_2():
@@ -179,6 +185,7 @@ OTHER = {
     "attention_bias": False,
     "auxiliary_bias": None,
     "auxiliary_channels": 24,
+    "auxiliary_dilation": 6,
     "bias": False,
     "boundary_refinement": False,
     "branch_activation": False,
@@ -240,10 +247,12 @@ OTHER_OF = {
     ("gff", "fusion"): "concat",
     ("mcibi", "context"): "ppm",
     ("ocrnet", "fuse_kernel_size"): 3,
+    ("psanet", "variant"): "mmsegmentation",
 }
 # With what an option has an effect.
 NEEDS = {
     ("denseaspp", "auxiliary_bias"): {"auxiliary_channels": 24},
+    ("denseaspp", "auxiliary_dilation"): {"auxiliary_channels": 24},
     ("gald", "aspp_dilations"): {"global_aggregation": "aspp"},
     **{
         ("gald", option): {"local_distribution": "ldv2"}
@@ -369,7 +378,7 @@ def test_takes_an_encoder():
 
 @pytest.mark.parametrize(
     "argument",
-    [{"output_stride": 8}, {"pretrained": True}, {"in_channels": 5}, {"multi_grid": (1, 2)},
+    [{"output_stride": 8}, {"pretrained": True}, {"in_channels": 5}, {"multi_grid": (1, 2)}, {"stage_dilations": (1, 1, 1, 1)},
      {"ceil_mode": True}, {"contract_dilation": False}, {"dilate_both": False},
      {"bilinear_branches": True}, {"backbone_options": {"out_indices": (2, 4)}}],
     ids=str,

@@ -13,10 +13,16 @@ def predict(mask, x):
 
 def formula(module, x):
     """Position by position, offset by offset."""
-    size = [(extent - 1) // module.shrink_factor + 1 for extent in x.shape[2:]]
+    factor, align_corners = module.shrink_factor, module.align_corners
+    size = [(extent - 1) // factor + 1 for extent in x.shape[2:]]
+    border = module.variant == "mmsegmentation"
+    if border and factor > 1:
+        align_corners = all(extent % factor for extent in x.shape[2:])
+        if not align_corners:
+            size = [extent // factor for extent in x.shape[2:]]
+    options = {"mode": "bilinear", "align_corners": align_corners}
     reduced = [cbr(r, x) for r in (module.reduce_collect, module.reduce_distribute)]
     if size != list(x.shape[2:]):
-        options = {"mode": "bilinear", "align_corners": module.align_corners}
         reduced = [F.interpolate(y, size, **options) for y in reduced]
     masks = [
         predict(m, y).unflatten(1, module.mask_size)
@@ -41,8 +47,8 @@ def formula(module, x):
             weights = logits[kind].softmax(1)
             sums[kind].append(torch.einsum("bj,bcj->bc", weights, reduced[kind].flatten(2)))
     context = torch.cat([torch.stack(s, 2).unflatten(2, size) for s in sums], 1)
-    y = cbr(module.out, context)
-    if size != list(x.shape[2:]):
+    y = cbr(module.out, F.pad(context, (1, 1, 1, 1)) if border else context)
+    if border or size != list(x.shape[2:]):
         y = F.interpolate(y, x.shape[2:], **options)
     return y
 
@@ -55,6 +61,17 @@ def test_is_its_formula(mask_size, shrink_factor, training):
     module = PointwiseSpatialAttention(5, 4, mask_size, shrink_factor=shrink_factor)
     module = randomise(module).double().train(training)
     assert_same(module, [torch.randn(2, 5, 3, 4)], lambda x: formula(module, x))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(
+    ("size", "shrink_factor"), [((3, 4), 1), ((3, 5), 2), ((3, 4), 2), ((7, 5), 3)], ids=str
+)
+def test_variant_of_mmsegmentation(size, shrink_factor, align_corners):
+    options = {"shrink_factor": shrink_factor, "align_corners": align_corners}
+    module = PointwiseSpatialAttention(5, 4, (3, 5), variant="mmsegmentation", **options)
+    module = randomise(module).double().eval()
+    assert_same(module, [torch.randn(2, 5, *size)], lambda x: formula(module, x))
 
 
 def test_parameter_count():
@@ -91,6 +108,11 @@ def test_says_what_it_is():
             lambda: PointwiseSpatialAttention(4, 4, shrink_factor=0),
             ValueError,
             "shrink_factor must be at least 1, got 0",
+        ),
+        (
+            lambda: PointwiseSpatialAttention(4, 4, variant="mmseg"),
+            ValueError,
+            r"variant must be one of \('released', 'mmsegmentation'\), got 'mmseg'",
         ),
     ],
 )
