@@ -4,6 +4,7 @@
 import argparse
 import ast
 import importlib
+import shlex
 import sys
 import types
 from collections.abc import Sequence
@@ -114,6 +115,7 @@ def _convert(arguments: argparse.Namespace) -> str:
         arguments.checkpoint,
         arguments.converted,
         ema=arguments.ema,
+        config=arguments.config,
         source=arguments.source,
         model=arguments.model,
         **dict(arguments.option),
@@ -129,6 +131,12 @@ def _convert(arguments: argparse.Namespace) -> str:
             f"{len(imported.state_dict)} tensors are written to {arguments.converted}",
             f"left out, for they belong to training: {', '.join(imported.left_out)}",
         ]
+    if imported.assumed:
+        assumed = (f"--option {shlex.quote(f'{n}={x!r}')}" for n, x in imported.assumed.items())
+        lines.append(
+            f"assumed, for neither shapes nor a configuration tell: {' '.join(assumed)}; others: "
+            f"give these options, or --config FILE"
+        )
     if imported.zeros:
         lines.append(f"zero, for the checkpoint has none: {', '.join(imported.zeros)}")
     return "\n".join(lines)
@@ -211,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="an argument of create_model that shapes do not tell: --option output_stride=16",
+    )
+    convert.add_argument(
+        "--config",
+        metavar="FILE",
+        help="mmsegmentation's configuration, which tells what shapes do not; default: the one in "
+        "the checkpoint, where there is one",
     )
     convert.add_argument(
         "--ema", action="store_true", help="take the averaged weights, not the last ones"

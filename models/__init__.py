@@ -15,6 +15,7 @@ from ctxops.models.convert import (
     import_checkpoint,
     load_backbone,
     load_checkpoint,
+    load_config,
     load_model,
 )
 from ctxops.models.danet import danet
@@ -60,6 +61,7 @@ __all__ = [
     "list_models",
     "load_backbone",
     "load_checkpoint",
+    "load_config",
     "load_model",
     "mcibi",
     "model_options",

@@ -16,6 +16,7 @@ from ctxops.models.checkpoint_files import read
 from ctxops.models.encoder import Encoder
 from ctxops.models.importers import IMPORTERS, REFUSED
 from ctxops.models.importers.importer import STEM, Importer, MissingKeyError, Shapes
+from ctxops.models.importers.mmsegmentation_config import load_config, parse_config
 from ctxops.models.registry import create_model
 from ctxops.nn.non_local import NonLocalBlock
 
@@ -34,6 +35,9 @@ _BACKBONES = ("backbone.", "backbone_net.", "encoder.", "encoder.body.")
 # of each tensor, averaged, with underscores for the dots of its name.
 _PREPROCESSOR = "data_preprocessor."
 _COPY = "ema_"
+
+# Where OpenMMLab's training, 1.x and 0.x, writes the text of its configuration.
+_CONFIGS = ("cfg", "config")
 
 # What our own files hold of an imported network.
 _SAVED = ("model", "arguments", "state_dict")
@@ -55,6 +59,8 @@ class ImportedModel:
             steps.
         left_out: names of the checkpoint that belong to its training: averaged copies, and what
             normalises images.
+        assumed: those of the arguments that neither shapes nor a configuration told, nor the
+            caller: the source's usual ones.
     """
 
     source: str
@@ -63,6 +69,7 @@ class ImportedModel:
     state_dict: dict[str, Tensor]
     zeros: list[str]
     left_out: list[str] = dataclasses.field(default_factory=list)
+    assumed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build(self) -> SegmentationNetwork:
         """The network with these weights, in evaluation mode."""
@@ -83,6 +90,7 @@ def import_checkpoint(
     *,
     source: str | None = None,
     model: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
     **options,
 ) -> ImportedModel:
     """Maps a checkpoint of other code onto a network of this package, strictly.
@@ -98,13 +106,17 @@ def import_checkpoint(
             ``"torchvision"``, ``"segmentation_models.pytorch"``, ``"ann"``, ``"gald"`` (the code
             released with these papers). None: told from the names.
         model: what the network is called here. None: told from the names.
+        config: mmsegmentation's configuration, which tells what shapes do not: its text, as
+            checkpoints hold it, or what :func:`load_config` read from a file. Nothing in it runs.
+            None: the usual one is assumed, and ``assumed`` of the result says what that is.
         options: arguments of :func:`create_model` that shapes do not tell, such as
-            ``output_stride=16``, in the place of the source's usual ones.
+            ``output_stride=16``, in the place of the configuration's or the usual ones.
 
     Raises:
         ImportError: timm is missing.
         ValueError: an unknown source, model or option, or a checkpoint of another architecture: the
-            message names the first keys that are missing and that nothing takes.
+            message names the first keys that are missing and that nothing takes. A configuration
+            of something that no option gives: the message names all of that.
     """
     state_dict = _strip_prefixes(state_dict)
     left_out = [*_copies(state_dict), *(n for n in state_dict if n.startswith(_PREPROCESSOR))]
@@ -113,8 +125,14 @@ def import_checkpoint(
     renamed, unexpected = _rename(state_dict, importer)
     for name in importer.transforms.keys() & renamed.keys():
         renamed[name] = importer.transforms[name](renamed[name])
+    if isinstance(config, str):
+        config = parse_config(config)
+    if config is not None and importer.untold is None:
+        raise ValueError(f"checkpoints of {importer.source} have no config: leave it out")
+    shapes = Shapes(state_dict)
     try:
-        arguments = importer.arguments(Shapes(state_dict)) | options
+        untold = {} if importer.untold is None else importer.untold(shapes, config)
+        arguments = importer.arguments(shapes) | untold | options
     except MissingKeyError as error:
         raise _misfit(importer, missing=[error.name], unexpected=unexpected) from None
     with torch.device("meta"):
@@ -132,17 +150,18 @@ def import_checkpoint(
     extra = renamed.keys() - expected.keys()
     unexpected += [theirs for theirs, ours in _renamings(state_dict, importer) if ours in extra]
     missing = [name for name in expected if name not in renamed]
-    shapes = [
+    misshapen = [
         f"{name} {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in renamed and not _fits(renamed[name], tensor)
     ]
-    if missing or unexpected or shapes:
-        raise _misfit(importer, missing, unexpected, shapes)
+    if missing or unexpected or misshapen:
+        raise _misfit(importer, missing, unexpected, misshapen)
     filled = {n: renamed[n].detach().reshape(tensor.shape) for n, tensor in expected.items()}
     network.load_state_dict(filled, assign=True)
+    assumed = {n: x for n, x in untold.items() if config is None and n not in options}
     return ImportedModel(
-        importer.source, importer.model, arguments, filled, sorted(zeros), left_out
+        importer.source, importer.model, arguments, filled, sorted(zeros), left_out, assumed
     )
 
 
@@ -158,7 +177,10 @@ def load_checkpoint(path: str | os.PathLike, *, ema: bool = False) -> dict[str, 
         ValueError: a damaged file, one of another kind or without a state dict, or ``ema`` of one
             without averaged weights.
     """
-    loaded = read(path)
+    return _state_dict(read(path), path, ema)
+
+
+def _state_dict(loaded: object, path: str | os.PathLike, ema: bool) -> dict[str, Tensor]:
     averaged = _unwrap(loaded, _AVERAGED) if ema else None
     loaded = loaded if averaged is None else averaged
     while (inner := _unwrap(loaded, _WRAPPERS)) is not None:
@@ -186,8 +208,19 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {copy: name for copy, name in names.items() if copy in tensors}
 
 
+def _config(loaded: object) -> str | None:
+    """The text of the configuration in a checkpoint of OpenMMLab's training."""
+    meta = _unwrap(loaded, ("meta",)) or {}
+    return next((meta[name] for name in _CONFIGS if isinstance(meta.get(name), str)), None)
+
+
 def convert_checkpoint(
-    path: str | os.PathLike, converted: str | os.PathLike, *, ema: bool = False, **arguments
+    path: str | os.PathLike,
+    converted: str | os.PathLike,
+    *,
+    ema: bool = False,
+    config: str | os.PathLike | None = None,
+    **arguments,
 ) -> ImportedModel:
     """Reads other code's checkpoint and writes a file for :func:`load_model`.
 
@@ -195,6 +228,8 @@ def convert_checkpoint(
         path: the checkpoint.
         converted: the file to write.
         ema: of :func:`load_checkpoint`.
+        config: a configuration file of mmsegmentation, as :func:`load_config` reads it. None: the
+            configuration in the checkpoint, where there is one.
         arguments: of :func:`import_checkpoint`.
 
     Raises:
@@ -203,7 +238,9 @@ def convert_checkpoint(
     """
     if os.path.exists(converted) and os.path.samefile(path, converted):
         raise ValueError(f"{os.fspath(converted)!r} is the checkpoint itself: name another file")
-    imported = import_checkpoint(load_checkpoint(path, ema=ema), **arguments)
+    loaded = read(path)
+    told = _config(loaded) if config is None else load_config(config)
+    imported = import_checkpoint(_state_dict(loaded, path, ema), config=told, **arguments)
     imported.save(converted)
     return imported
 

@@ -73,8 +73,9 @@ class Encoder(nn.Module):
     An HRNet gives one map, its branches resized to the finest and concatenated. A vision
     transformer gives the maps of its last blocks, all at the stride of its patches. Images are
     padded with zeros where the backbone needs it: a DLA, an HRNet without ``bilinear_branches``, a
-    PVT, a Swin; to 32 at least a ConvNeXt, a DenseNet, a VGG. Where timm fixes the size of the image (BEiT, CaiT, CoaT, CoAtNet, MaxViT) it
-    is fixed here too, by ``options={"img_size": (448, 448)}``.
+    PVT, a Swin; to 32 at least a ConvNeXt, a DenseNet, a VGG. Where timm fixes the size of the
+    image (BEiT, CaiT, CoaT, CoAtNet, MaxViT) it is fixed here too, by
+    ``options={"img_size": (448, 448)}``.
 
     Attributes:
         in_channels: of the image.

@@ -1,5 +1,6 @@
 """Checkpoints of other code, as lists of modules: what the importers are tested on."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -106,13 +107,13 @@ class Original:
     def resize(self, x, size):
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
-    def stages(self, prefix, x, dilations):
+    def stages(self, prefix, x, dilations, strides=(1, 2, 1, 1)):
         """ResNet-50 behind its stem; ``dilations`` of each block's 3 x 3 convolution, by stage."""
         maps = []
         for stage, rates in enumerate(dilations, 1):
             for i, rate in enumerate(rates):
                 name = f"{prefix}layer{stage}.{i}"
-                stride = 2 if stage == 2 and i == 0 else 1
+                stride = strides[stage - 1] if i == 0 else 1
                 y = self.norm(f"{name}.bn1", self.conv(f"{name}.conv1", x)).relu()
                 y = self.conv(f"{name}.conv2", y, stride=stride, padding=rate, dilation=rate)
                 y = self.norm(f"{name}.bn2", y).relu()
@@ -138,3 +139,19 @@ def attention(query, key, value, scale=1.0):
 
 def anchors(x, sizes=(1, 3, 6, 8)):
     return torch.cat([F.adaptive_avg_pool2d(x, n).flatten(2) for n in sizes], 2)
+
+
+def psa_mask(kind, mask, mask_size):
+    """mmcv's: logits of pairs of positions, softmax over channels, from those of their offsets."""
+    batch, _, height, width = mask.shape
+    mask = mask.unflatten(1, mask_size)
+    logits = mask.new_zeros(batch, height * width, height, width)
+    positions = list(itertools.product(range(height), range(width)))
+    for (y, x), (v, u) in itertools.product(positions, repeat=2):
+        i, j = v - y + (mask_size[0] - 1) // 2, u - x + (mask_size[1] - 1) // 2
+        if 0 <= i < mask_size[0] and 0 <= j < mask_size[1]:
+            if kind == "collect":
+                logits[:, v * width + u, y, x] = mask[:, i, j, y, x]
+            else:
+                logits[:, y * width + x, v, u] = mask[:, i, j, y, x]
+    return logits

@@ -32,8 +32,9 @@ class PointwiseSpatialAttention(nn.Module):
     Args:
         in_channels: channels of the map, and of the result.
         channels: channels of the reductions.
-        mask_size: height and width of the masks, odd. The whole map of h x w is reached by
-            ``(2 h' - 1, 2 w' - 1)``, with h' and w' its sides after shrinking.
+        mask_size: height and width of the masks, odd, or any with ``variant="mmsegmentation"``:
+            an even one reaches one position further forwards than backwards. The whole map of
+            h x w is reached by ``(2 h' - 1, 2 w' - 1)``, with h' and w' its sides after shrinking.
         shrink_factor: the attention runs on a map of ``(h - 1) // shrink_factor + 1`` rows, columns
             likewise.
         align_corners: of the bilinear resizes.
@@ -72,9 +73,12 @@ class PointwiseSpatialAttention(nn.Module):
         check_sizes(in_channels=in_channels, channels=channels, shrink_factor=shrink_factor)
         if not isinstance(mask_size, (list, tuple)) or len(mask_size) != 2:
             raise TypeError(f"mask_size must be a height and a width, got {mask_size!r}")
-        for axis, size in enumerate(mask_size):
-            check_kernel_size(size, name=f"mask_size[{axis}]")
         check_choice("variant", variant, PSAVariant)
+        for axis, size in enumerate(mask_size):
+            if variant == "released":
+                check_kernel_size(size, name=f"mask_size[{axis}]")
+            else:
+                check_sizes(**{f"mask_size[{axis}]": size})
         self.in_channels, self.mask_size = in_channels, tuple(mask_size)
         self.shrink_factor, self.align_corners = shrink_factor, align_corners
         self.variant = variant
@@ -135,7 +139,7 @@ def _offsets(
     axes = []
     for extent, window in zip(size, mask_size, strict=True):
         position = torch.arange(extent, device=device)
-        axes.append(position[:, None] - position + window // 2)
+        axes.append(position[:, None] - position + (window - 1) // 2)
     rows, columns = axes[0][:, None, :, None], axes[1][None, :, None, :]
     height, width = mask_size
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)

@@ -97,6 +97,8 @@ class Importer:
         arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
         zeros: our tensors that the source has none of, and that change nothing at zero.
         transforms: of tensors, by our names, where theirs has another order or form.
+        untold: arguments that shapes do not tell, from a configuration of the source, or from None
+            the usual ones. None: the source has one network, of which shapes tell all.
     """
 
     source: str
@@ -106,6 +108,7 @@ class Importer:
     arguments: Callable[[Shapes], dict[str, Any]]
     zeros: tuple[str, ...] = ()
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    untold: Callable[[Shapes, Mapping[str, Any] | None], dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

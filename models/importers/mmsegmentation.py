@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints of mmsegmentation, 1.x and 0.x."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from ctxops.models.importers.importer import (
     backbone_arguments,
     prefixed,
 )
+from ctxops.models.importers.mmsegmentation_config import untold
 
 
 def _module(theirs: str, ours: str) -> dict[str, str]:
@@ -30,7 +33,7 @@ _COMMON = (
 def _mmseg_network(shapes: Shapes, head: str = "decode_head") -> dict[str, Any]:
     auxiliary = "auxiliary_head.convs.0.conv.weight"
     arguments = backbone_arguments(shapes, "backbone.")
-    arguments |= {"num_classes": shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}
+    arguments["num_classes"] = shapes[f"{head}.conv_seg.weight"][0]
     if head == "decode_head":
         width = shapes[auxiliary][0] if auxiliary in shapes else 0
         arguments |= {"auxiliary_channels": width, "auxiliary_bias": False}
@@ -65,9 +68,14 @@ def _mmseg(
     arguments: Callable[[Shapes], dict[str, Any]],
     zeros: tuple[str, ...] = (),
 ) -> Importer:
-    common = _COMMON
     return Importer(
-        "mmsegmentation", model, ("backbone.", marker), common | modules, arguments, zeros
+        "mmsegmentation",
+        model,
+        ("backbone.", marker),
+        _COMMON | modules,
+        arguments,
+        zeros,
+        untold=functools.partial(untold, model),
     )
 
 
@@ -112,7 +120,13 @@ def _ocr_arguments(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _square(weight: str) -> Callable[[Shapes, int], tuple[int, int]]:
+    """The square with a position for each channel."""
+    return lambda shapes, _: (math.isqrt(shapes[weight][0]),) * 2
+
+
 _OCR_BLOCK = "decode_head.1.object_context_block"
+_PSA = "decoder.context"
 
 IMPORTERS = [
     _mmseg(
@@ -249,12 +263,32 @@ IMPORTERS = [
         ),
     ),
     _mmseg(
+        "psanet",
+        "decode_head.attention_p.",
+        _module("decode_head.reduce", f"{_PSA}.reduce_collect")
+        | _module("decode_head.reduce_p", f"{_PSA}.reduce_distribute")
+        | _module("decode_head.attention.0", f"{_PSA}.collect.0")
+        | _module("decode_head.attention_p.0", f"{_PSA}.distribute.0")
+        | {
+            "decode_head.attention.1": f"{_PSA}.collect.1",
+            "decode_head.attention_p.1": f"{_PSA}.distribute.1",
+        }
+        | _module("decode_head.proj", f"{_PSA}.out")
+        | _module("decode_head.bottleneck", "decoder.fuse"),
+        _mmseg_channels(
+            "decode_head.bottleneck.conv.weight",
+            mask_size=_square("decode_head.attention.1.weight"),
+            variant=lambda *_: "mmsegmentation",
+        ),
+    ),
+    _mmseg(
         "fcn",
         "decode_head.conv_cat.",
         _module("decode_head.convs.{}", "decoder.context.{}")
         | _module("decode_head.conv_cat", "decoder.fuse"),
         _mmseg_channels(
             "decode_head.conv_cat.conv.weight",
+            kernel_size=lambda shapes, _: shapes["decode_head.conv_cat.conv.weight"][2],
             convolutions=lambda shapes, _: shapes.count("decode_head.convs"),
             concat=lambda *_: True,
         ),
@@ -288,5 +322,6 @@ IMPORTERS = [
         | _module(f"{_OCR_BLOCK}.out_project", "decoder.out")
         | _module(f"{_OCR_BLOCK}.bottleneck", "decoder.fuse"),
         _ocr_arguments,
+        untold=functools.partial(untold, "ocrnet"),
     ),
 ]

@@ -1080,6 +1080,34 @@ _IMPORTERS = [
         ),
     ),
     *_in(
+        "models/importers/mmsegmentation_config.py",
+        _IMPORT,
+        (
+            "importer-corners",
+            "mmsegmentation's networks are built with align_corners=True",
+            '"align_corners": head.get("align_corners", False),\n        "dropout"',
+            '"align_corners": head.get("align_corners", True),\n        "dropout"',
+        ),
+        (
+            "config-multi-grid",
+            "a configuration's multi-grid multiplies the dilation of the stage",
+            "dilations = (*dilations[:3], 1)",
+            "dilations = (*dilations[:3], dilations[3])",
+        ),
+        (
+            "config-unknown",
+            "arguments of a configuration that nothing here knows are ignored",
+            "wrong += [argument for argument in part if argument not in known]",
+            "wrong += [argument for argument in part if argument in ()]",
+        ),
+        (
+            "config-statements",
+            "a configuration's statements other than assignments are ignored",
+            "names |= dict.fromkeys(mentioned, ",
+            "names | dict.fromkeys(mentioned, ",
+        ),
+    ),
+    *_in(
         "models/importers/released_gald.py",
         _IMPORT,
         (
@@ -1103,8 +1131,8 @@ _IMPORTERS = [
         (
             "convert-unexpected",
             "weights that the network has no place for are dropped in silence",
-            "if missing or unexpected or shapes:\n        raise _misfit",
-            "if missing or shapes:\n        raise _misfit",
+            "if missing or unexpected or misshapen:\n        raise _misfit",
+            "if missing or misshapen:\n        raise _misfit",
         ),
         (
             "convert-names",
@@ -1281,8 +1309,14 @@ _NETWORKS = [
         (
             "fcn-convolutions",
             "there is one convolution more than convolutions says",
-            "for _ in range(convolutions - 1)]",
-            "for _ in range(convolutions)]",
+            "for i in range(convolutions)",
+            "for i in range(convolutions + 1)",
+        ),
+        (
+            "fcn-dilation",
+            "the convolutions of an FCN are not dilated",
+            "norm_layer, dilation=dilation)",
+            "norm_layer)",
         ),
     ),
 ]

@@ -7,6 +7,7 @@ The other code's networks are written out from their checkpoints' names, which a
 import collections
 import os
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from checkpoints import (
     anchors,
     attention,
     listing,
+    psa_mask,
     random_state_dict,
     read_listings,
 )
@@ -34,6 +36,7 @@ from ctxops.models import (
     import_checkpoint,
     load_backbone,
     load_checkpoint,
+    load_config,
     load_model,
 )
 
@@ -45,12 +48,14 @@ SIZE = (35, 43)
 # Their networks, written out ----------------------------------------------------------------------
 
 
-def mmseg_backbone(o, image):
+STAGES = [1] * 3, [1] * 4, [1] + [2] * 5, [2] + [4] * 2
+
+
+def mmseg_backbone(o, image, dilations=STAGES, strides=(1, 2, 1, 1)):
     numbers = (0, 3, 6), (1, 4, 7)
     x = o.stem(*([f"backbone.stem.{i}" for i in part] for part in numbers), image)
     x = F.max_pool2d(x, 3, 2, 1)
-    dilations = [1] * 3, [1] * 4, [1] + [2] * 5, [2] + [4] * 2
-    return o.stages("backbone.", x, dilations)[2:]
+    return o.stages("backbone.", x, dilations, strides)[2:]
 
 
 def mmseg_asymmetric(o, name, low, high, scale):
@@ -83,8 +88,9 @@ def mmseg_apcnet(o, low, x):
     return o.cbr("decode_head.bottleneck", torch.cat(maps, 1))
 
 
-def mmseg_concat(o, x, block):
-    y = o.cbr("decode_head.convs.1", block(o.cbr("decode_head.convs.0", x)))
+def mmseg_concat(o, x, block, dilation=1):
+    y = block(o.cbr("decode_head.convs.0", x, dilation))
+    y = o.cbr("decode_head.convs.1", y, dilation)
     return o.cbr("decode_head.conv_cat", torch.cat([x, y], 1))
 
 
@@ -122,35 +128,35 @@ def mmseg_danet(o, low, x):
     return sum(outs)
 
 
-def mmseg_deeplabv3(o, low, x):
+def mmseg_deeplabv3(o, low, x, dilations=(1, 12, 24, 36)):
     image = o.cbr("decode_head.image_pool.1", x.mean((2, 3), keepdim=True)).expand_as(x[:, :512])
-    maps = [o.cbr(f"decode_head.aspp_modules.{i}", x, d) for i, d in enumerate((1, 12, 24, 36))]
+    maps = [o.cbr(f"decode_head.aspp_modules.{i}", x, d) for i, d in enumerate(dilations)]
     return o.cbr("decode_head.bottleneck", torch.cat([image, *maps], 1))
 
 
-def mmseg_dnlnet(o, low, x):
+def mmseg_dnlnet(o, low, x, scale=256**-0.5 / 0.05):
     name = "decode_head.dnl_block"
 
     def block(x):
         q, k, v = (o.conv(f"{name}.{part}.conv", x) for part in ("theta", "phi", "g"))
         q, k = (y - y.mean((2, 3), keepdim=True) for y in (q, k))
-        pairwise = attention(q, k, v, 256**-0.5 / 0.05)
+        pairwise = attention(q, k, v, scale)
         mask = o.conv(f"{name}.conv_mask", x).flatten(2).softmax(2)
         return x + o.cb(f"{name}.conv_out", pairwise + (v.flatten(2) @ mask.mT).unsqueeze(3))
 
     return mmseg_concat(o, x, block)
 
 
-def mmseg_fcn(o, low, x):
-    return mmseg_concat(o, x, lambda y: y)
+def mmseg_fcn(o, low, x, dilation=1):
+    return mmseg_concat(o, x, lambda y: y, dilation)
 
 
-def mmseg_nonlocal(o, low, x):
+def mmseg_nonlocal(o, low, x, scale=256**-0.5):
     name = "decode_head.nl_block"
 
     def block(x):
         q, k, v = (o.conv(f"{name}.{part}.conv", x) for part in ("theta", "phi", "g"))
-        return x + o.cb(f"{name}.conv_out", attention(q, k, v, 256**-0.5))
+        return x + o.cb(f"{name}.conv_out", attention(q, k, v, scale))
 
     return mmseg_concat(o, x, block)
 
@@ -165,6 +171,21 @@ def mmseg_ocrnet(o, low, x):
     value = o.cbr(f"{name}.value_project", objects)
     context = o.cbr(f"{name}.out_project", attention(query, key, value, 256**-0.5))
     return o.cbr(f"{name}.bottleneck", torch.cat([context, pixels], 1))
+
+
+def mmseg_psanet(o, low, x):
+    """On a map with an even side."""
+    size = tuple(side // 2 for side in x.shape[2:])
+    maps = []
+    for kind, end in ("collect", ""), ("distribute", "_p"):
+        y = F.interpolate(o.cbr(f"decode_head.reduce{end}", x), size, mode="bilinear")
+        mask = o.cbr(f"decode_head.attention{end}.0", y)
+        logits = psa_mask(kind, o.conv(f"decode_head.attention{end}.1", mask), (97, 97))
+        weights = logits.softmax(1).flatten(2)
+        maps.append((y.flatten(2) @ weights).unflatten(2, size))
+    y = o.cbr("decode_head.proj", F.pad(torch.cat(maps, 1), (1, 1, 1, 1)))
+    y = F.interpolate(y, x.shape[2:], mode="bilinear")
+    return o.cbr("decode_head.bottleneck", torch.cat([x, y], 1))
 
 
 def mmseg_pspnet(o, low, x):
@@ -185,8 +206,60 @@ MMSEG_HEADS = {
     "fcn": mmseg_fcn,
     "nonlocal": mmseg_nonlocal,
     "ocrnet": mmseg_ocrnet,
+    "psanet": mmseg_psanet,
     "pspnet": mmseg_pspnet,
 }
+
+
+def mmseg_hrnet(o, image):
+    """Its branches at the finest one's size. The names tell how many blocks and modules it has."""
+
+    def layers(name, x, stride=1):
+        return o.norm(f"{name}.1", o.conv(f"{name}.0", x, stride=stride, padding=1))
+
+    def blocks(name, x):
+        i = 0
+        while f"{name}.{i}.conv1.weight" in o.tensors:
+            block = f"{name}.{i}"
+            y = o.norm(f"{block}.bn1", o.conv(f"{block}.conv1", x, padding=1)).relu()
+            y = o.norm(f"{block}.bn2", o.conv(f"{block}.conv2", y, padding=1))
+            x, i = (x + y).relu(), i + 1
+        return x
+
+    def fuse(name, maps, i):
+        total = 0
+        for j, x in enumerate(maps):
+            part = f"{name}.{i}.{j}"
+            if j > i:
+                x = o.norm(f"{part}.1", o.conv(f"{part}.0", x))
+                x = F.interpolate(x, scale_factor=2 ** (j - i), mode="bilinear")
+                x = F.interpolate(x, maps[i].shape[2:], mode="bilinear")
+            for k in range(i - j):
+                x = layers(f"{part}.{k}", x, 2)
+                x = x.relu() if k < i - j - 1 else x
+            total = total + x
+        return total.relu()
+
+    x = image
+    for i in (1, 2):
+        name = f"backbone.conv{i}"
+        x = o.norm(f"backbone.bn{i}", o.conv(name, x, stride=2, padding=1)).relu()
+    maps = o.stages("backbone.", x, [[1, 1]])
+    for stage in (2, 3, 4):
+        transition = f"backbone.transition{stage - 1}"
+        sources = [*maps, maps[-1]]
+        for i in range(stage):
+            if f"{transition}.{i}.0.weight" in o.tensors:
+                sources[i] = layers(f"{transition}.{i}", sources[i]).relu()
+            elif f"{transition}.{i}.0.0.weight" in o.tensors:
+                sources[i] = layers(f"{transition}.{i}.0", sources[i], 2).relu()
+        maps, module = sources[:stage], 0
+        while f"backbone.stage{stage}.{module}.branches.0.0.conv1.weight" in o.tensors:
+            name = f"backbone.stage{stage}.{module}"
+            maps = [blocks(f"{name}.branches.{i}", x) for i, x in enumerate(maps)]
+            maps = [fuse(f"{name}.fuse_layers", maps, i) for i in range(stage)]
+            module += 1
+    return torch.cat([o.resize(x, maps[0].shape[2:]) for x in maps], 1)
 
 
 def released_listing(head, stem):
@@ -422,6 +495,221 @@ def test_torchvision_fcn(auxiliary, image):
         torch.testing.assert_close(logits, expected["aux"], rtol=0, atol=1e-4)
 
 
+# Configurations -----------------------------------------------------------------------------------
+
+
+def configuration(head, backbone=(), auxiliary=(), **options):
+    """As mmsegmentation's of a dilated ResNet-50, with other values in its parts."""
+    norm = {"type": "SyncBN", "requires_grad": True}
+    shared = {"norm_cfg": norm, "num_classes": 19, "loss_decode": {"type": "CrossEntropyLoss"}}
+    dilated = {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "contract_dilation": True}
+    return {
+        "type": "EncoderDecoder",
+        "pretrained": None,
+        "backbone": {"type": "ResNetV1c", "depth": 50, "norm_cfg": norm, **dilated}
+        | dict(backbone),
+        "decode_head": {"in_channels": 2048, "in_index": 3, "channels": 512, **shared} | dict(head),
+        "auxiliary_head": {"type": "FCNHead", "in_index": 2, "num_convs": 1, **shared}
+        | dict(auxiliary),
+        "test_cfg": {"mode": "slide", "stride": (513, 513)},
+    } | options
+
+
+STRIDE_16 = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)}
+# What the configuration has, what mmsegmentation then computes.
+CONFIGURED = {
+    "corners": (
+        "pspnet",
+        configuration(
+            {"type": "PSPHead", "align_corners": True}, auxiliary={"align_corners": True}
+        ),
+        {},
+        mmseg_pspnet,
+    ),
+    "multi-grid": (
+        "deeplabv3",
+        configuration(
+            {"type": "ASPPHead", "dilations": (1, 6, 12, 18)},
+            STRIDE_16 | {"multi_grid": (1, 2, 4), "contract_dilation": False},
+        ),
+        {"dilations": ([1] * 3, [1] * 4, [1] * 6, [1, 2, 4]), "strides": (1, 2, 2, 1)},
+        lambda o, low, x: mmseg_deeplabv3(o, low, x, (1, 6, 12, 18)),
+    ),
+    "head-dilation": (
+        "fcn",
+        configuration({"type": "FCNHead", "dilation": 6}, STRIDE_16, {"dilation": 6}),
+        {"dilations": ([1] * 3, [1] * 4, [1] * 6, [1, 2, 2]), "strides": (1, 2, 2, 1)},
+        lambda o, low, x: mmseg_fcn(o, low, x, 6),
+    ),
+    "stride-32": (
+        "pspnet",
+        configuration({"type": "mmseg.PSPHead"}, {"strides": (1, 2, 2, 2)}),
+        {"dilations": STAGES, "strides": (1, 2, 2, 2)},
+        mmseg_pspnet,
+    ),
+    "not-contracted": (
+        "fcn",
+        configuration({"type": "FCNHead"}, {"contract_dilation": False}),
+        {"dilations": ([1] * 3, [1] * 4, [2] * 6, [4] * 3)},
+        mmseg_fcn,
+    ),
+    "temperature": (
+        "dnlnet",
+        configuration({"type": "DNLHead", "temperature": 0.5, "use_scale": False}),
+        {},
+        lambda o, low, x: mmseg_dnlnet(o, low, x, 1 / 0.5),
+    ),
+    "scale": (
+        "nonlocal",
+        configuration({"type": "NLHead", "use_scale": False}),
+        {},
+        lambda o, low, x: mmseg_nonlocal(o, low, x, 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "backbone", "head"),
+    mostly_slow(CONFIGURED, "multi-grid", "head-dilation", "stride-32"),
+)
+@torch.no_grad()
+def test_configuration(model, config, backbone, head, image):
+    """What shapes do not tell, the text in a checkpoint does."""
+    state_dict = mmseg_checkpoint(model)
+    imported = import_checkpoint(state_dict, config=f"crop_size = (769, 769)\nmodel = {config!r}")
+    assert (imported.model, imported.assumed) == (model, {})
+    corners = config["decode_head"].get("align_corners", False)
+    o = Original(state_dict, align_corners=corners)
+    low, high = mmseg_backbone(o, image, **backbone)
+    logits = o.conv("decode_head.conv_seg", head(o, low, high))
+    network = assert_computes(imported, image, o.resize(logits, SIZE))
+    dilation = config["auxiliary_head"].get("dilation", 1)
+    expected = o.conv("auxiliary_head.conv_seg", o.cbr("auxiliary_head.convs.0", low, dilation))
+    torch.testing.assert_close(network.auxiliary(low), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (configuration({"type": "PSPHead"}, {"style": "caffe"}), r"backbone\.style='caffe'$"),
+        (configuration({"type": "PSPHead"}, {"type": "ResNetV1d"}), r"type='ResNetV1d'$"),
+        (
+            configuration({"type": "PSPHead"}, {"strides": (1, 1, 2, 1)}),
+            r"backbone\.strides=\(1, 1, 2, 1\)$",
+        ),
+        (
+            configuration({"type": "PSPHead"}, {"norm_cfg": {"type": "BN", "eps": 0.001}}),
+            r"backbone\.norm_cfg={'type': 'BN', 'eps': 0\.001}$",
+        ),
+        (
+            configuration({"type": "PSPHead", "act_cfg": {"type": "GELU"}, "new": 3}),
+            r"decode_head\.act_cfg={'type': 'GELU'}, decode_head\.new=3$",
+        ),
+        (configuration({"type": "UPerHead"}), r"decode_head\.type='UPerHead'$"),
+        (configuration({"type": "PSPHead", "in_index": 2}), r"decode_head\.in_index=2$"),
+        (
+            configuration({"type": "PSPHead"}, (), {"align_corners": True}),
+            r"auxiliary_head\.align_corners=True$",
+        ),
+        (configuration({"type": "PSPHead"}, neck={"type": "JPU"}), r"model\.neck={'type': 'JPU'}$"),
+        (configuration({}, decode_head=[1, 2]), r"decode_head\[0\]=1, .*, 2 decode heads$"),
+        (configuration({}, auxiliary_head=[{}, {}]), r"2 heads in auxiliary_head$"),
+    ],
+)
+def test_configuration_without_an_option_here(config, message, pspnet):
+    message = rf"no pspnet here is what the configuration tells: .*{message}"
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(pspnet, config=f"model = {config!r}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(", "the configuration is no Python: "),
+        ("_base_ = ['a.py']", r"has the bases \('a.py',\), relative to its file: give the file's"),
+        ("optimizer = dict()", "must have a model of plain values, got none"),
+        ("model = build()", r"must have a model of plain values, got build\(\)"),
+        ("model = {config}\nmodel['neck'] = 3", r"plain values, got model\['neck'\] = 3"),
+        ("model = {config}\nmodel.update(a=3)", r"plain values, got model\.update\(a=3\)"),
+        ("import os\nmodel = dict(backbone=os.environ)", r"backbone=os\.environ"),
+        ("model = {config}\nmodel = dict(**model)", r"plain values, got dict\(\*\*model\)"),
+        (
+            "model = {config}".replace("'PSPHead'", "'PSPHead', 'pool_scales': range(3)"),
+            r"^(?!.*align_corners).*decode_head\.pool_scales=range\(3\)$",
+        ),
+    ],
+)
+def test_configuration_that_is_more_than_data(text, message, pspnet):
+    config = repr(configuration({"type": "PSPHead"}))
+    if "pool_scales" in message:
+        config = config.replace("'PSPHead'", "'PSPHead', 'pool_scales': range(3)")
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(pspnet, config=text.replace("{config}", config))
+
+
+def test_configurations_are_mmsegmentations():
+    with pytest.raises(ValueError, match="checkpoints of ann have no config: leave it out"):
+        import_checkpoint(on_meta(ann_checkpoint()), config=configuration({"type": "ANNHead"}))
+
+
+def test_configuration_file(tmp_path):
+    """Bases are read relative to the file that names them; dictionaries are merged or replaced."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base.py").write_text(
+        "# a comment\nnorm = dict(type='BN', eps=-1e-3)\n"
+        "model = dict(backbone=dict(depth=50, norm_cfg=norm), head=[1, dict(a=2)], kept=None)\n"
+    )
+    (tmp_path / "models" / "other.py").write_text("_base_ = './base.py'\nmodel = {'new': 'word'}\n")
+    path = tmp_path / "config.py"
+    path.write_text(
+        "_base_ = ['models/other.py']\ncrop = (3, 4)\n"
+        "model = dict(backbone=dict(_delete_=True, depth=101, crop=crop), head=dict(b=[3]))\n"
+    )
+    backbone = {"_delete_": True, "depth": 101, "crop": (3, 4)}
+    expected = {"backbone": backbone, "head": {"b": (3,)}, "kept": None, "new": "word"}
+    assert load_config(path) == expected
+    path.write_text("_base_ = 'models/other.py'\nmodel = dict(backbone=dict(depth=101))\n")
+    expected["backbone"] = {"depth": 101, "norm_cfg": {"type": "BN", "eps": -1e-3}}
+    assert load_config(path) == expected | {"head": (1, {"a": 2})}
+    for base in "'mmseg::base.py'", "['models/other.py', 3]", "make()":
+        path.write_text(f"_base_ = {base}")
+        with pytest.raises(ValueError, match=r"config.py' has the base .*, which is no path"):
+            load_config(path)
+    path.write_text("_base_ = 'models/none.py'")
+    with pytest.raises(FileNotFoundError):
+        load_config(path)
+
+
+@pytest.mark.parametrize("key", mostly_slow(["cfg", "config"], "cfg"))
+def test_configuration_in_a_file(key, tmp_path, pspnet, capsys):
+    """The checkpoint's own counts, a file that is given more, and an option most."""
+    theirs, ours, file = tmp_path / "pspnet.pth", tmp_path / "pspnet.pt", tmp_path / "config.py"
+    text = f"model = {configuration({'type': 'PSPHead'}, STRIDE_16)!r}"
+    torch.save({"meta": {key: text}, "state_dict": pspnet}, theirs)
+    assert main(["convert", str(theirs), str(ours)]) == 0
+    assert "assumed" not in capsys.readouterr().out
+    assert load_model(ours).encoder.strides[-1] == 16
+    file.write_text(f"model = {configuration({'type': 'PSPHead'})!r}")
+    assert main(["convert", str(theirs), str(ours), "--config", str(file)]) == 0
+    assert load_model(ours).encoder.strides[-1] == 8
+    option = ["--option", "output_stride=32"]
+    assert main(["convert", str(theirs), str(ours), "--config", str(file), *option]) == 0
+    assert load_model(ours).encoder.strides[-1] == 32
+
+
+def test_what_is_assumed(tmp_path, pspnet, capsys):
+    """Without a configuration, as options that can be given."""
+    theirs, ours = tmp_path / "pspnet.pth", tmp_path / "pspnet.pt"
+    torch.save(pspnet, theirs)
+    assert main(["convert", str(theirs), str(ours), "--option", "output_stride=16"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("assumed, for"))
+    options = shlex.split(line.partition("tell: ")[2].partition(";")[0])
+    assert "--option align_corners=False" in line
+    assert "output_stride" not in line
+    assert main(["convert", str(theirs), str(ours), *options]) == 0
+    assert "output_stride=8" in capsys.readouterr().out.splitlines()[-1]
+
+
 # Options that shapes tell -------------------------------------------------------------------------
 
 
@@ -453,6 +741,22 @@ BACKBONES = {
 }
 
 
+def mmseg_fcn_names(state_dict):
+    """Those of an FCN of one convolution."""
+    names = {
+        "encoder.body.": "backbone.",
+        "decoder.0.": "decode_head.convs.0.conv.",
+        "decoder.1.": "decode_head.convs.0.bn.",
+        "classifier.1.": "decode_head.conv_seg.",
+    }
+
+    def theirs(name):
+        (ours,) = (prefix for prefix in names if name.startswith(prefix))
+        return names[ours] + name.removeprefix(ours)
+
+    return {theirs(n): x for n, x in state_dict.items()}
+
+
 @pytest.mark.parametrize(
     ("backbone", "options"),
     mostly_slow(
@@ -467,22 +771,38 @@ def test_backbones_of_mmsegmentation(backbone, options):
     ours = {"channels": 270, "kernel_size": 1, "auxiliary_channels": 0}
     with torch.device("meta"):
         network = create_model("fcn", backbone, 11, **ours, **options)
-    names = {
-        "encoder.body.": "backbone.",
-        "decoder.0.": "decode_head.convs.0.conv.",
-        "decoder.1.": "decode_head.convs.0.bn.",
-        "classifier.1.": "decode_head.conv_seg.",
-    }
-
-    def theirs(name):
-        (ours,) = (prefix for prefix in names if name.startswith(prefix))
-        return names[ours] + name.removeprefix(ours)
-
-    imported = import_checkpoint({theirs(n): x for n, x in network.state_dict().items()})
+    imported = import_checkpoint(mmseg_fcn_names(network.state_dict()))
     assert (imported.source, imported.model) == ("mmsegmentation", "fcn")
     expected = {"backbone": backbone, "num_classes": 11, "align_corners": False}
-    usual = {"auxiliary_bias": False, "output_stride": 8}
-    assert {"output_stride": 8} | imported.arguments == usual | expected | ours | options
+    usual = {"auxiliary_bias": False, "dilation": 1, "dropout": 0}
+    if backbone.startswith("resnet"):
+        usual |= {"contract_dilation": True, "dropout": 0.1}
+    assert imported.arguments == usual | expected | ours | options
+    assert imported.assumed.keys() == imported.arguments.keys() & (
+        {"align_corners", "contract_dilation", "dilation", "dropout"}
+        | ({"output_stride"} if backbone.startswith("resnet") else set())
+    )
+
+
+@pytest.mark.parametrize("size", [(37, 53), (64, 96)])
+@torch.no_grad()
+def test_hrnet_of_mmsegmentation(size):
+    """Its branches are resized where 32 does not divide the image's sides."""
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.device("meta"):
+        network = create_model(
+            "fcn",
+            "hrnet_w18_small_v2",
+            11,
+            channels=270,
+            kernel_size=1,
+            auxiliary_channels=0,
+            **BACKBONES["hrnet_w18_small_v2"],
+        )
+    state_dict = random_state_dict(listing(mmseg_fcn_names(network.state_dict())))
+    o = Original(state_dict)
+    logits = o.conv("decode_head.conv_seg", o.cbr("decode_head.convs.0", mmseg_hrnet(o, image)))
+    assert_computes(import_checkpoint(state_dict), image, o.resize(logits, size))
 
 
 def test_stem_of_another_width(pspnet):

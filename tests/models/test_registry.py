@@ -378,7 +378,8 @@ def test_takes_an_encoder():
 
 @pytest.mark.parametrize(
     "argument",
-    [{"output_stride": 8}, {"pretrained": True}, {"in_channels": 5}, {"multi_grid": (1, 2)}, {"stage_dilations": (1, 1, 1, 1)},
+    [{"output_stride": 8}, {"pretrained": True}, {"in_channels": 5}, {"multi_grid": (1, 2)},
+     {"stage_dilations": (1, 1, 1, 1)},
      {"ceil_mode": True}, {"contract_dilation": False}, {"dilate_both": False},
      {"bilinear_branches": True}, {"backbone_options": {"out_indices": (2, 4)}}],
     ids=str,

@@ -28,7 +28,7 @@ def formula(module, x):
         predict(m, y).unflatten(1, module.mask_size)
         for m, y in zip((module.collect, module.distribute), reduced, strict=True)
     ]
-    middle = [extent // 2 for extent in module.mask_size]
+    middle = [(extent - 1) // 2 for extent in module.mask_size]
     positions = [(h, w) for h in range(size[0]) for w in range(size[1])]
 
     def logit(mask, at, towards):
@@ -63,13 +63,14 @@ def test_is_its_formula(mask_size, shrink_factor, training):
     assert_same(module, [torch.randn(2, 5, 3, 4)], lambda x: formula(module, x))
 
 
+@pytest.mark.parametrize("mask_size", [(3, 5), (4, 2)], ids=str)
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(
     ("size", "shrink_factor"), [((3, 4), 1), ((3, 5), 2), ((3, 4), 2), ((7, 5), 3)], ids=str
 )
-def test_variant_of_mmsegmentation(size, shrink_factor, align_corners):
+def test_variant_of_mmsegmentation(size, shrink_factor, align_corners, mask_size):
     options = {"shrink_factor": shrink_factor, "align_corners": align_corners}
-    module = PointwiseSpatialAttention(5, 4, (3, 5), variant="mmsegmentation", **options)
+    module = PointwiseSpatialAttention(5, 4, mask_size, variant="mmsegmentation", **options)
     module = randomise(module).double().eval()
     assert_same(module, [torch.randn(2, 5, *size)], lambda x: formula(module, x))
 
