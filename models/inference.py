@@ -347,8 +347,9 @@ def encode_in_tiles(
         prepare: what the image still lacks, pixel by pixel.
 
     With a halo of at least :func:`receptive_radius` the maps are those of the whole image, to
-    rounding. With less they deviate near the edges of the tiles, and everywhere where the encoder
-    pools the whole image (squeeze-and-excitation, group norm, attention).
+    rounding; those of an HRNet with ``bilinear_branches`` where 32 divides the image's sides. With
+    less they deviate near the edges of the tiles, and everywhere where the encoder pools the whole
+    image (squeeze-and-excitation, group norm, attention).
 
     Raises:
         ValueError: no halo given, and no size of it suffices.

@@ -1089,6 +1089,12 @@ _IMPORTERS = [
             '"align_corners": head.get("align_corners", True),\n        "dropout"',
         ),
         (
+            "config-classes",
+            "a configuration's head may be another than the checkpoint's",
+            'if _type(part) not in values["type"]:',
+            'if "type" not in part:',
+        ),
+        (
             "config-multi-grid",
             "a configuration's multi-grid multiplies the dilation of the stage",
             "dilations = (*dilations[:3], 1)",
@@ -1105,6 +1111,16 @@ _IMPORTERS = [
             "a configuration's statements other than assignments are ignored",
             "names |= dict.fromkeys(mentioned, ",
             "names | dict.fromkeys(mentioned, ",
+        ),
+    ),
+    *_in(
+        "models/encoder.py",
+        _IMPORT,
+        (
+            "encoder-hrnet-factors",
+            "HRNets: a coarser branch is cut to the finer one's size, not resized",
+            "resize(layer(x), like.shape[2:], align_corners=False)\n",
+            "layer(x)[:, :, : like.shape[2], : like.shape[3]]\n",
         ),
     ),
     *_in(
@@ -1187,6 +1203,12 @@ _NETWORKS = [
             "multi_grid replaces the dilation of the stage",
             "_dilate(convolution, dilation * factor)",
             "_dilate(convolution, factor)",
+        ),
+        (
+            "encoder-stage-dilations",
+            "stage_dilations: the first block of a stage has all of the dilation",
+            "_dilate(blocks[0][0], max(1, dilation // 2))",
+            "_dilate(blocks[0][0], dilation)",
         ),
     ),
     *_in(
