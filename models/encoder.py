@@ -17,6 +17,9 @@ from ctxops.nn.resize import resize
 
 _MOST_LEVELS = 4
 
+# Of a ResNet.
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
 # What the sides of the image must divide by: an HRNet and a DLA add up maps that differ in stride
 # by factors, the windows of a Swin and the keys of a PVT lie on whole patches.
 _MULTIPLES = {"hrnet": 32, "dla": 32, "swin": 4, "pvt_v2": 32}
@@ -159,14 +162,13 @@ class Encoder(nn.Module):
         self.pads = self.least > 1 or (self.multiple > 1 and not bilinear_branches)
         if stage_dilations is not None:
             self._set_dilations(stage_dilations)
-        stages = ("layer2", "layer3", "layer4")
         if not contract_dilation:
-            for blocks in (self._windows(stage, "contract_dilation") for stage in stages):
+            for blocks in (self._windows(stage, "contract_dilation") for stage in _STAGES):
                 _dilate(blocks[0][0], blocks[-1][-1].dilation[0])
         if multi_grid is not None:
             _set_multi_grid(self._windows("layer4", "multi_grid"), multi_grid)
         if not dilate_both:
-            for block in (b for stage in stages for b in self._windows(stage, "dilate_both")):
+            for block in (b for stage in _STAGES for b in self._windows(stage, "dilate_both")):
                 if len(block) == 1:
                     raise ValueError(
                         f"dilate_both is for basic blocks: backbone {name!r} has bottlenecks"
@@ -260,10 +262,9 @@ class Encoder(nn.Module):
     def _set_dilations(self, dilations: Sequence[int]) -> None:
         """Dilates each stage, its first block by half, as timm does beyond the output stride."""
         _check_list("stage_dilations", dilations, "dilations")
-        stages = ("layer1", "layer2", "layer3", "layer4")
-        if len(dilations) != len(stages):
+        if len(dilations) != len(_STAGES):
             raise ValueError(f"stage_dilations must be one for each stage, got {dilations!r}")
-        for stage, dilation in zip(stages, dilations, strict=True):
+        for stage, dilation in zip(_STAGES, dilations, strict=True):
             blocks = self._windows(stage, "stage_dilations")
             for convolution in itertools.chain(*blocks):
                 _dilate(convolution, dilation)

@@ -165,6 +165,8 @@ def test_dilated_stages_keep_their_strides():
     encoder = Encoder("resnet18", 32, stage_dilations=(1, 1, 2, 4)).eval()
     assert dilations(encoder.body["layer4"]) == [2, 4, 4, 4]
     assert [tuple(x.shape[2:]) for x in encoder(images(37, 70))[-2:]] == [(3, 5), (2, 3)]
+    options = {"stage_dilations": (3, 1, 1, 1), "contract_dilation": False}
+    assert dilations(Encoder("resnet18", 32, **options).body["layer1"]) == [3, 3, 3, 3]
 
 
 def test_a_backbone_of_a_hub(monkeypatch):
