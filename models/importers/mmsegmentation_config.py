@@ -177,7 +177,7 @@ class _Head:
     options: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     values: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     usual: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    strides: tuple[int, ...] = (1, 2, 1, 1)
+    strides: tuple[int, int, int, int] = (1, 2, 1, 1)
 
 
 _UNDILATED = {"dilation": (1,)}

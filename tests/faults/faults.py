@@ -1008,12 +1008,6 @@ _IMPORTERS = [
             '"decode_head.dnl_block.theta.conv": "decoder.context.1.key",\n'
             '            "decode_head.dnl_block.phi.conv": "decoder.context.1.query",',
         ),
-        (
-            "importer-corners",
-            "mmsegmentation's networks are built with align_corners=True",
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": False}',
-            'shapes[f"{head}.conv_seg.weight"][0], "align_corners": True}',
-        ),
     ),
     *_in(
         "models/importers/importer.py",
