@@ -305,7 +305,9 @@ def test_upernet_of_mmsegmentation():
         theirs[re.sub(pattern, names[pattern], module) + "." + leaf] = x
     imported, expected = import_checkpoint(theirs), import_checkpoint(ours)
     assert (imported.source, imported.model) == ("mmsegmentation", "upernet")
-    assert imported.arguments == expected.arguments | {"auxiliary_bias": False}
+    usual = {"output_stride": 32, "contract_dilation": True, "output_sizes": (1, 2, 3, 6)}
+    usual |= {"dropout": 0.1, "auxiliary_dilation": 1, "auxiliary_bias": False}
+    assert imported.arguments == expected.arguments | usual
     assert imported.state_dict.keys() == expected.state_dict.keys()
     assert all(x.equal(expected.state_dict[name]) for name, x in imported.state_dict.items())
 

@@ -411,7 +411,7 @@ def test_a_builder_of_one_s_own(monkeypatch):
     assert registered(identity) is identity
     assert model_options("own") == {
         "scale": 2, "dropout": 0.2, "align_corners": True, "auxiliary_bias": False,
-        "auxiliary_channels": 512,
+        "auxiliary_channels": 512, "auxiliary_dilation": 1,
     }  # fmt: skip
     network = create_model("own", scale=3, norm_layer=nn.InstanceNorm2d).eval()
     assert seen == [(3, 0.2, nn.InstanceNorm2d)]
