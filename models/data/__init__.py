@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from ctxops._checks import check_known
 from ctxops.models.data.ade20k import ADE20K
-from ctxops.models.data.augment import Augmentation, Augmented
+from ctxops.models.data.augment import Augmentation, Augmented, mirrored_classes
 from ctxops.models.data.camvid import CAMVID
 from ctxops.models.data.check import check_data, expected
 from ctxops.models.data.cityscapes import CITYSCAPES, CITYSCAPES_COARSE
@@ -36,6 +36,7 @@ __all__ = [
     "expected",
     "find_spec",
     "folder_spec",
+    "mirrored_classes",
     "open_split",
     "read_image",
     "right_places",

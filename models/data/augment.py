@@ -32,6 +32,7 @@ class Augmentation:
         flip: probability of a mirror image.
         brightness, contrast, saturation: the factor is drawn between 1 - x and 1 + x.
         hue: the shift is drawn between -x and x, at most 0.5, a half turn.
+        mirrored: pairs of classes that change places in a mirror image: :func:`mirrored_classes`.
     """
 
     scale: Sequence[float] = (1.0, 1.0)
@@ -42,6 +43,7 @@ class Augmentation:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    mirrored: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
@@ -73,6 +75,9 @@ class Augmentation:
             image, labels = self._crop(image, labels, random)
         if draw(0, 1) < self.flip:
             image, labels = image.flip(-1), labels.flip(-1)
+            for left, right in self.mirrored:
+                was_left, was_right = labels == left, labels == right
+                labels[was_left], labels[was_right] = right, left
         for name in ("brightness", "contrast", "saturation", "hue"):
             amount = getattr(self, name)
             if amount:
@@ -98,6 +103,13 @@ class Augmentation:
             if self.most_of_one_class == 1 or _largest_share(part) <= self.most_of_one_class:
                 break
         return image[:, y : y + self.crop[0], x : x + self.crop[1]], part
+
+
+def mirrored_classes(names: Sequence[str]) -> list[tuple[int, int]]:
+    """The classes called "left ..." with those called "right ..." and the same, as LIP's arms."""
+    numbers = {name: k for k, name in enumerate(names)}
+    others = {name: name.replace("left ", "right ", 1) for name in names if name[:5] == "left "}
+    return [(numbers[a], numbers[b]) for a, b in others.items() if b in numbers]
 
 
 def _largest_share(labels: Tensor) -> float:

@@ -6,7 +6,14 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from ctxops.models.data import Augmentation, Augmented, StreamSampler, class_names, open_split
+from ctxops.models.data import (
+    Augmentation,
+    Augmented,
+    StreamSampler,
+    class_names,
+    mirrored_classes,
+    open_split,
+)
 
 
 class SegmentationData(LightningDataModule):
@@ -24,7 +31,8 @@ class SegmentationData(LightningDataModule):
         scale: both sides of an image are multiplied by a number drawn between these two.
         crop: height and width of a random crop.
         most_of_one_class: a crop of which one class has a larger share is drawn again.
-        flip: probability of a mirror image.
+        flip: probability of a mirror image. In it, classes called "left ..." and "right ..." change
+            places.
         brightness: the factor is drawn between 1 - x and 1 + x.
         contrast: likewise.
         saturation: likewise.
@@ -76,6 +84,7 @@ class SegmentationData(LightningDataModule):
             contrast,
             saturation,
             hue,
+            mirrored_classes(self.classes),
         )
         self.train: Any = None
         self.val: Any = None

@@ -1406,6 +1406,12 @@ _TRAINING = [
             "(first, *range(len(self)))",
         ),
         (
+            "augment-left-stays-left",
+            "in a mirror image a left arm stays a left arm",
+            "for left, right in self.mirrored:",
+            "for left, right in ():",
+        ),
+        (
             "augment-labels-not-flipped",
             "a mirror image keeps its labels",
             "image, labels = image.flip(-1), labels.flip(-1)",

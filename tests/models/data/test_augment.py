@@ -4,7 +4,8 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from ctxops.models.data import IGNORE, Augmentation, Augmented
+from ctxops.models.data import IGNORE, Augmentation, Augmented, mirrored_classes
+from ctxops.models.data.human_parsing import CIHP
 from ctxops.models.data.order import generator
 
 
@@ -32,6 +33,19 @@ def test_crop_and_flip_move_labels_with_the_image():
         seen.add((y[0, 0].item(), bool(y[0, 1] < y[0, 0])))
     assert len(seen) > 40  # places and both directions
     assert {flipped for _, flipped in seen} == {True, False}
+
+
+def test_left_and_right_change_places_in_a_mirror_image():
+    names = ["left arm", "face", "right arm", "left leg", "the left one", "right leg", "left shoe"]
+    assert mirrored_classes(names) == [(0, 2), (3, 5)]
+    assert mirrored_classes(CIHP.classes) == [(14, 15), (16, 17), (18, 19)]
+    labels = torch.arange(7, dtype=torch.uint8).expand(2, 7)
+    image = torch.zeros(3, 2, 7, dtype=torch.uint8)
+    augmentation = Augmentation(flip=1, mirrored=mirrored_classes(names))
+    _, mirrored = augmentation(image, labels, torch.Generator())
+    assert mirrored[0].tolist() == [6, 3, 4, 5, 0, 1, 2]
+    assert labels[0].tolist() == list(range(7))
+
 
 
 def test_a_crop_larger_than_the_image_is_padded():
