@@ -90,7 +90,7 @@ def test_workers_of_a_data_loader_after_openmp():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("-O",), ("-OO",), ("-W", "error::UserWarning")], ids=str)
+@pytest.mark.parametrize("options", [("-OO",), ("-W", "error::UserWarning")], ids=str)
 def test_options_of_the_interpreter(options):
     printed = run(PLAIN, *options)
     assert printed == run(PLAIN)

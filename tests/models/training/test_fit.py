@@ -339,7 +339,7 @@ def test_a_recipe_with_a_misspelt_key(recipe, message, tmp_path):
         ("model: {loss: ohem}", "model.loss must have keys of its own, got 'ohem'"),
         ("trainer: fast", "trainer must have keys of its own, got 'fast'"),
         ("data: {batch_size: two}", "data.batch_size"),
-        ("model: [", "Problems parsing config"),
+        ("model: [", "is no YAML"),
     ],
 )
 def test_a_recipe_with_a_wrong_value(recipe, message, tmp_path):
