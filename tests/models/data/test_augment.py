@@ -47,7 +47,6 @@ def test_left_and_right_change_places_in_a_mirror_image():
     assert labels[0].tolist() == list(range(7))
 
 
-
 def test_a_crop_larger_than_the_image_is_padded():
     image, labels = sample()
     x, y = Augmentation(crop=(25, 12))(image + 1, labels, generator(1))
