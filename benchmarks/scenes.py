@@ -162,8 +162,8 @@ def of_network(results: Sequence[dict[str, Any]], name: str) -> list[dict[str, A
 
 def table(results: Sequence[dict[str, Any]], networks: Sequence[str]) -> list[str]:
     """A row for each network, in Markdown."""
-    distances = [f"{i * STEP} to {(i + 1) * STEP}" for i in range(BINS)]
-    head = ["network", "mIoU", "paired classes", *(f"{text} px" for text in distances)]
+    distances = [f"{i * STEP}-{(i + 1) * STEP} px" for i in range(BINS)]
+    head = ["network", "mIoU", "paired classes", *distances]
     rows = [head, ["---"] * len(head)]
     for name in networks:
         mine = of_network(results, name)

@@ -2,6 +2,7 @@
 """The benchmark of the scenes: what it trains, what it scores, what it prints."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import scenes
 from ctxops.models import create_model, segment
 from ctxops.models.data import IGNORE, scene
 from ctxops.models.data.scenes import CLASSES, PAIRED
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def result(network, seed, paired, right):
@@ -49,6 +53,11 @@ def test_the_comparison():
     assert scenes.comparisons(RESULTS[:2], ["ann", "fcn"]) == [
         "FCN against ANN: -15.0 points of mIoU on the paired classes."
     ]
+
+
+def test_readme_has_the_table_of_the_file():
+    runs = json.loads((ROOT / "benchmarks/results/cpu/scenes.json").read_text())["runs"]
+    assert "\n".join(scenes.table(runs, ["fcn", "ann"])) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", scenes.NETWORKS)
