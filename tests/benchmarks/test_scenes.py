@@ -14,7 +14,6 @@ from ctxops.models import create_model, segment
 from ctxops.models.data import IGNORE, scene
 from ctxops.models.data.scenes import CLASSES, PAIRED
 
-
 ROOT = Path(__file__).parents[2]
 
 
