@@ -90,8 +90,10 @@ def test_state_dict_copies_and_pickles(name):
     torch.testing.assert_close(again(image).logits, expected, rtol=0, atol=0)
 
 
+# What computes in a network is a module, and compiles in the module's own test: here are those that
+# do more than encoder, decoder, classifier.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", ["ann", "fcn", "gff", "mcibi", "ocrnet"])
 def test_compiles_once_for_all_sizes(name):
     if name == "fcn" and torch.__version__ < (2, 9):
         pytest.skip("torch 2.8 compiles the backbone's pools anew for odd sizes and for even ones")

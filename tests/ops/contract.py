@@ -26,7 +26,7 @@ r"""What every operator promises, written once; its test file brings the cases a
 
 pytest then runs every test of :class:`OperatorContract` on it. A test takes what it varies as
 arguments, and the names of the arguments say which values they have (:meth:`_axes`). The quick
-suite runs a pairwise covering array of their combinations, ``--all`` the whole product.
+suite runs combinations with every pair of values, ``--all`` with every triple.
 """
 
 import contextlib
