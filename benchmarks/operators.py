@@ -27,6 +27,8 @@ from baselines.functions import (
     adaptive_pools,
     category_means_as_released,
     category_means_factorised,
+    class_means_by_convolution,
+    class_means_by_einsum,
     cross_by_bmm,
     cross_by_einsum,
     fuse_by_convolutions,
@@ -240,6 +242,26 @@ def category_statistics(shape: Shape, options: Options) -> list[Case]:
         cases += [means(19, scale, channels) for scale in (1, 2, 4, 16)]
         cases += [means(19, 8, width) for width in (channels // 2, 2 * channels)]
     return [case for each in cases for case in each]
+
+
+@operator((2, 19, 128, 256), (1, 19, 64, 64))
+def category_context(shape: Shape, options: Options) -> list[Case]:
+    """A memory of 512 channels, as MCIBI's, for so many classes as the map has channels."""
+    batch, classes, height, width = shape
+    channels = 512
+    maps = batch * height * width * options.dtype.itemsize
+    return compare(
+        "category_context",
+        shape,
+        ctxops.category_context,
+        [
+            Rival("einsum", lambda: class_means_by_einsum),
+            Rival("convolution", lambda: class_means_by_convolution),
+        ],
+        lambda: random(options, shape, (classes, channels)),
+        (batch, channels, height, width),
+        peak_bytes=[maps * (2 * channels + passes * classes) for passes in (3, 8)],
+    )
 
 
 @operator((1, 256, 128, 128), (1, 64, 64, 64))

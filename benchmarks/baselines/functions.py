@@ -307,3 +307,12 @@ def category_means_factorised(features: Tensor, labels: Tensor, memory: Tensor) 
     coefficients = coefficients.view(batch, classes, height * width)
     sums = (coefficients @ x.flatten(1, 2)).sum(dim=0)
     return sums / coefficients.sum(dim=(0, 2)).clamp_min(1e-12)[:, None]
+
+
+def class_means_by_einsum(logits: Tensor, memory: Tensor) -> Tensor:
+    """The rows (K, C) of a memory, averaged by the softmax of logits (B, K, H, W): (B, C, H, W)."""
+    return torch.einsum("bkhw,kc->bchw", logits.softmax(dim=1), memory)
+
+
+def class_means_by_convolution(logits: Tensor, memory: Tensor) -> Tensor:
+    return F.conv2d(logits.softmax(dim=1), memory.t()[:, :, None, None])

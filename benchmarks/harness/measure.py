@@ -166,6 +166,17 @@ class Result:
         """How many times as fast as the reference a row is, by medians."""
         return self.reference.timing.median / row.timing.median
 
+    def best_rival(self, layout: torch.memory_format) -> Row | None:
+        """The fastest row that is not ours on maps of this memory format."""
+        contenders = ((row, row.entry.contender) for row in self.rows if row.timing)
+        rows = [row for row, c in contenders if not c.ours and c.memory_format == layout]
+        return min(rows, key=lambda row: row.timing.median, default=None)
+
+    def lead(self, row: Row) -> float | None:
+        """How many times as fast a row is as the best rival on maps of its own memory format."""
+        best = self.best_rival(row.entry.contender.memory_format)
+        return best and best.timing.median / row.timing.median
+
     def fastest(self, name: str) -> Row | None:
         """A contender's row in its faster memory format, None where neither ran."""
         rows = [row for row in self.rows if row.name == name and row.timing]

@@ -23,7 +23,8 @@ _LAYOUTS = {torch.contiguous_format: "NCHW", torch.channels_last: "NHWC"}
 LEGEND = (
     "NCHW: contiguous; NHWC: channels_last. ms: median of so many runs. MiB: peak memory beyond "
     "inputs and results. GFLOP: 2 per multiply-accumulate of convolutions and matrix products, as "
-    "executed. GB/s: inputs, parameters and results moved once, over the median. roof: shortest "
+    "executed. lead: over the best rival in the row's own memory format. GB/s: inputs, parameters "
+    "and results moved once, over the median. roof: shortest "
     "time for the row's own GFLOP and bytes, over the median. error: relative L2."
 )
 
@@ -32,8 +33,8 @@ FEW_RUNS = 5
 
 # The columns, and which of them a narrow terminal gives up: those of the largest number first.
 _COLUMNS = {
-    "ms": 0, "p20": 8, "p80": 8, "runs": 4, "faster": 1, "MiB": 2, "GFLOP": 5, "GB/s": 7,
-    "roof": 6, "error": 3,
+    "ms": 0, "p20": 8, "p80": 8, "runs": 5, "faster": 1, "lead": 3, "MiB": 2, "GFLOP": 6, "GB/s": 7,
+    "roof": 7, "error": 4,
 }  # fmt: skip
 _PAPER_COLUMNS = {"GFLOPs": 9, "MB": 9, "ms": 9}
 
@@ -76,13 +77,30 @@ def summarize(result: Result) -> list[str]:
         return lines
     speed = [f"{rival.timing.median / ours.timing.median:.2f} x {rival.name}" for rival in rivals]
     memory = [f"{_share(ours.memory, rival.memory)} of {rival.name}" for rival in rivals]
-    compared = [f"{ours.name} is {', '.join(speed)}."]
+    compared = [f"{ours.name} is {', '.join(speed)}.", *_leads(result)]
     compared.append(
         f"its memory is {', '.join(memory)}."
         if ours.memory >= 1024
         else "it needs no memory beyond inputs and results."
     )
     return compared + lines
+
+
+def _leads(result: Result) -> list[str]:
+    """Ours in each memory format against the best rival there, where there is more than one."""
+    rows = [row for row in result.rows if row.name == result.ours and row.timing]
+    leads = [(result.lead(row), row) for row in rows if result.lead(row)]
+    if len(leads) < 2:
+        return []
+    each = [
+        f"{lead:.2f} x {result.best_rival(row.entry.contender.memory_format).name} in "
+        f"{_LAYOUTS[row.entry.contender.memory_format]}"
+        for lead, row in leads
+    ]
+    return [
+        f"against the best rival in each format it is {', '.join(each)}: "
+        f"{min(leads, key=lambda pair: pair[0])[0]:.2f} x at the least."
+    ]
 
 
 def _remarks(result: Result) -> list[str]:
@@ -206,17 +224,18 @@ def _figures(row: Row, result: Result, roof: Roofline) -> list[str]:
     if entry.needs or entry.left_out:
         needs = f"needs {entry.needs / MIB:.0f}" if entry.needs else ""
         why = "no room" if entry.needs else "not run"
-        return [why, "", "", "", "", needs, "", "", "", ""]
+        return [why, "", "", "", "", "", needs, "", "", "", ""]
     error = "" if entry.error is None else f"{entry.error:.1e}"
     memory, flops = f"{row.memory / MIB:.1f}", _significant(entry.flops / 1e9, 3)
     if t is None:
-        return ["", "", "", "0", "", memory, flops, "", "", error]
+        return ["", "", "", "0", "", "", memory, flops, "", "", error]
     return [
         _significant(t.median * 1e3),
         _significant(t.p20 * 1e3),
         _significant(t.p80 * 1e3),
         str(len(t.samples)),
         f"{result.ratio(row):.2f} x",
+        f"{lead:.2f} x" if (lead := result.lead(row)) else "",
         memory,
         flops,
         _significant(row.bytes_per_second() / 1e9, 3),
@@ -303,6 +322,7 @@ def _row_record(row: Row, result: Result, roof: Roofline) -> dict[str, object]:
         "p80_ms": row.timing.p80 * 1e3,
         "samples_ms": [round(s * 1e3, 5) for s in row.timing.samples],
         "ratio": result.ratio(row),
+        "lead": result.lead(row),
         "memory_bytes": row.memory,
         "flops": entry.flops,
         "bytes": entry.traffic,

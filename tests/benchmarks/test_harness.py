@@ -354,12 +354,14 @@ class TestResult:
         )
         assert summarize(Result(case(), rows)) == [
             "ours is 4.00 x a, 1.50 x c.",
+            "against the best rival in each format it is 1.50 x c in NCHW, 2.00 x a in NHWC: "
+            "1.50 x at the least.",
             "its memory is 1/12.0 of a, 2.0 x that of c.",
             "b does not fit (needs 3.0 GiB).",
         ]
         entry = Entry(contender("a"), left_out="2 x as slow")
         lines = summarize(Result(case(), (*rows, Row(entry))))
-        assert lines[2] == "a NCHW is not measured: 2 x as slow."
+        assert lines[3] == "a NCHW is not measured: 2 x as slow."
 
     def test_summary_of_no_memory(self):
         rows = (row("a", 8.0, 60_000), row("ours", 2.0, 16, ours=True))
