@@ -119,8 +119,8 @@ def test_what_serves_on_the_cpu(name, grad, ran):
 @pytest.mark.parametrize("name", _operator.served)
 def test_what_serves_on_cuda(name, dtype, ran):
     _, cell, but = table()[name]
-    if dtype == torch.float64 and but.startswith("float64 on CUDA: "):
-        cell = but.removeprefix("float64 on CUDA: ")
+    if dtype == torch.float64 and "float64 on CUDA: " in but:
+        cell = but.partition("float64 on CUDA: ")[2]
     call(name, "cuda", dtype, grad=but != "with gradient: reference")
     assert ran == claimed(cell)
 
@@ -139,10 +139,25 @@ def test_the_exceptions(ran):
             call(name, features=[x] * levels, **replaced)
             assert ran == {served}
     del rows["gated_fusion"], rows["self_gated_fusion"]
+    x, wide, half = torch.ones(1, 4, 5, 6), torch.ones(1, 8, 5, 6), torch.bfloat16
+    maps = {"query": x, "key": x, "value": x}
+    name, in_blocks = "nonlocal_attention", "torch, in blocks"
+    assert rows.pop(name) == (
+        f"C != Cv on the CPU, half precision with gradient there, float64 on CUDA: {in_blocks}"
+    )
+    for options, served in (
+        (maps, "torch, fused"),
+        (maps | {"value": wide}, in_blocks),
+        (maps | {"dtype": half}, "torch, fused"),
+        (maps | {"dtype": half, "grad": True}, in_blocks),
+    ):
+        ran.clear()
+        call(name, **options)
+        assert ran == {served}, options
     # tested with a gradient above
     assert rows.pop("neighborhood_attention_weights") == "with gradient: reference"
     assert set(rows.values()) == {"float64 on CUDA: torch, in blocks"}
-    assert set(rows) == {"asymmetric_attention", "criss_cross_attention", "nonlocal_attention"}
+    assert set(rows) == {"asymmetric_attention", "criss_cross_attention"}
 
 
 @pytest.mark.parametrize("name", ["asymmetric_attention", "criss_cross_attention"])

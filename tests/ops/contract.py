@@ -602,8 +602,10 @@ class OperatorContract:
         assert all(g.dtype == torch.float32 for g in gradients)
         if self.autocast == "keep":
             assert_equal([*outputs, *gradients], plain)
-        else:
-            assert_close(list(outputs), low)
+        else:  # half precision may be computed in another way where a gradient is wanted
+            for i in self._variables(leaves):
+                halves[i].requires_grad_()
+            assert_close(outputs, as_tuple(operator(*halves)))
         with ctxops.use_reference():
             expected = operator(*(leaves if self.autocast == "keep" else halves))
             with torch.autocast(device, dtype=torch.bfloat16):

@@ -42,17 +42,18 @@ class TestNonlocalAttention(OperatorContract):
     cases = CASES
     native = False
     autocast = "down"
-    # It is scaled_dot_product_attention's.
-    second_derivative_error = (RuntimeError, "not implemented")
+    modes = ("equal", "wider")  # the value's channels: on the CPU fused, and in blocks
+    # The first is scaled_dot_product_attention's.
+    second_derivative_error = (RuntimeError, "not implemented|use_reference")
     drawn = st.tuples(
         st.tuples(
             st.tuples(*(st.integers(1, n) for n in (3, 20, 9, 9))),
             st.tuples(st.integers(2, 9), st.integers(1, 9)),
             st.integers(1, 40),
         ),
-        st.just("one"),
+        st.sampled_from(modes),
     )
-    valid = dict(zip(("query", "key", "value"), make((2, 4, 3, 3), (2, 5), 6), strict=True))
+    valid = dict(zip(("query", "key", "value"), make((2, 4, 3, 3), (2, 5), 4), strict=True))
     errors = (
         ({"query": torch.ones(4, 3, 3)}, ValueError, r"query must have shape \(B, C, H, W\)"),
         ({"key": torch.ones(2, 3, 2, 5)}, ValueError, r"key .* \(2, 4, any, any\), got"),
@@ -73,8 +74,9 @@ class TestNonlocalAttention(OperatorContract):
     def case(self, *shape):
         return shape, (shape[3], shape[2]), 5
 
-    def make(self, case, _, **options):
-        return make(*case, **options)
+    def make(self, case, mode, **options):
+        shape, size, value_channels = case
+        return make(shape, size, shape[1] if mode == "equal" else value_channels, **options)
 
     def functions(self, case, _):
         return attend, partial(reference, scale=0.3)
