@@ -48,6 +48,15 @@ CTXOPS_HD StepRange window_inside(const WindowAxis& axis, int64_t start, int64_t
   return {start < 0 ? 0 : start, end < steps ? end : steps};
 }
 
+// Where in the window of a position the neighbour so many steps from it lies; -1: the window does
+// not hold it, or it is outside the class.
+CTXOPS_HD int64_t neighbour_at(const WindowAxis& axis, int64_t position, int64_t steps_to) {
+  const int64_t query = position / axis.dilation, steps = class_steps(axis, position);
+  const int64_t start = window_start(axis, query, steps), neighbour = query + steps_to;
+  const StepRange inside = window_inside(axis, start, steps);
+  return neighbour >= inside.begin && neighbour < inside.end ? neighbour - start : -1;
+}
+
 // The steps whose windows hold step `key`: they are consecutive.
 CTXOPS_HD StepRange queries_of(const WindowAxis& axis, int64_t key, int64_t steps) {
   const int64_t before = axis.kernel / 2, after = axis.kernel - 1 - before;

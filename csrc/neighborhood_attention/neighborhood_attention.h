@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // neighborhood_attention: every position attends to a dilated window of kh x kw neighbours.
 //
-//   logits_n  = scale * <query, key_n>        weights = softmax over the window
+//   logits_n  = scale * <query, key_n> + bias of the steps from the query to n
+//   weights   = softmax over the window
 //   output    = sum_n weights_n value_n       n = i * kw + j, row i and column j of the window
 //
-// A neighbour outside the map has logit 0 and value 0 (zeros), or takes no part (mask); or the
-// window slides inside the map in steps of the dilation (shift). See common/window.h.
+// A neighbour outside the map has logit 0, without bias, and value 0 (zeros), or takes no part
+// (mask); or the window slides inside the map in steps of the dilation (shift). See
+// common/window.h.
 //
 //   B, H, W   the map                          C, Cv   channels of query and key, of value
 //   heads     the channels' equal groups       K       kh * kw
@@ -33,9 +35,11 @@ struct NeighborhoodAttentionForward {
   double scale;
   Border border;
   int64_t num_heads;
+  TensorView bias;  // (heads, 2 * kh - 1, 2 * kw - 1) accumulator, contiguous: by the steps to the
+                    // neighbour plus kh - 1 and kw - 1; without elements: none
 
   CTXOPS_MEMBERS(query, key, value, output, weights, kernel_size, dilation, scale, border,
-                 num_heads);
+                 num_heads, bias);
   CTXOPS_INLINE const TensorView& like() const { return query; }
   CTXOPS_INLINE bool empty() const { return element_count(query) == 0; }
   const char* check() const;
@@ -47,7 +51,7 @@ struct NeighborhoodAttentionBackward {
   TensorView key;
   TensorView value;
   TensorView weights;  // (B, heads, K, H, W) accumulator, any strides: as the forward saved them
-  TensorView grad_logits;  // like weights, with the same strides: workspace
+  TensorView grad_logits;  // like weights, with the same strides: workspace, of the logits
   TensorView grad_query;   // as query
   TensorView grad_key;     // as key
   TensorView grad_value;   // as value
@@ -56,9 +60,10 @@ struct NeighborhoodAttentionBackward {
   double scale;
   Border border;
   int64_t num_heads;
+  TensorView grad_bias;  // like bias; without elements: not wanted
 
   CTXOPS_MEMBERS(grad, query, key, value, weights, grad_logits, grad_query, grad_key, grad_value,
-                 kernel_size, dilation, scale, border, num_heads);
+                 kernel_size, dilation, scale, border, num_heads, grad_bias);
   CTXOPS_INLINE const TensorView& like() const { return query; }
   CTXOPS_INLINE bool empty() const { return element_count(query) == 0; }
   const char* check() const;
@@ -137,6 +142,11 @@ CTXOPS_INLINE const char* NeighborhoodAttentionForward::check() const {
   if (weighs && !is_weights(weights, query, num_heads, neighbours)) {
     return "weights must be (B, heads, kh * kw, H, W) in the accumulator's dtype";
   }
+  if (element_count(bias) > 0 &&
+      !is_dense(bias, query, accumulator_dtype(query.dtype), num_heads,
+                2 * kernel_size.value[0] - 1, 2 * kernel_size.value[1] - 1)) {
+    return "bias must be a dense (heads, 2 * kh - 1, 2 * kw - 1) in the accumulator's dtype";
+  }
   if (element_count(value) == 0) return weighs ? nullptr : "neither values nor weights";
   if (value.ndim != 4 || value.size[1] % num_heads != 0) {
     return "num_heads must divide the value's channels";
@@ -146,8 +156,8 @@ CTXOPS_INLINE const char* NeighborhoodAttentionForward::check() const {
 }
 
 CTXOPS_INLINE const char* NeighborhoodAttentionBackward::check() const {
-  const NeighborhoodAttentionForward forward{query,       key,      value, grad,   weights,
-                                             kernel_size, dilation, scale, border, num_heads};
+  const NeighborhoodAttentionForward forward{
+      query, key, value, grad, weights, kernel_size, dilation, scale, border, num_heads, grad_bias};
   if (const char* error = forward.check()) return error;
   if (element_count(value) == 0) return "value has no elements";
   const int64_t neighbours = kernel_size.value[0] * kernel_size.value[1];

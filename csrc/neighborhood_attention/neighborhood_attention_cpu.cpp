@@ -273,11 +273,30 @@ int64_t weights_of_row(const Block& block, int64_t r) {
   return r * (block.most_rows * block.length() * Q + kVectorBytes / 4);
 }
 
-// The products (rows_seen, length, Q) of every row of a block with what it sees; `outside` where
-// that is not in the map.
+// Adds the bias to the products of a block with keys.
+template <int Q, typename A>
+void add_bias(const Block& block, const TensorView& bias, A* out) {
+  const int64_t kw = block.column_class.axis.kernel, to_self = block.row_class.axis.kernel - 1;
+  // Neighbour j is as many steps away from each of the Q queries.
+  const int64_t left = block.columns.begin - block.column + kw - 1;
+  for (int64_t r = 0; r < block.row_count; ++r) {
+    const int64_t top = block.rows[r].begin - (block.row + r) + to_self;
+    const A* from = static_cast<const A*>(bias.data) + block.head * bias.stride[0] +
+                    top * bias.stride[1] + left;
+    A* row = out + weights_of_row<Q>(block, r);
+    for (int64_t i = 0; i < block.rows_seen(r); ++i) {
+      for (int64_t j = 0; j < kw; ++j, row += Q) {
+        for (int q = 0; q < Q; ++q) row[q] += from[i * bias.stride[1] + j];
+      }
+    }
+  }
+}
+
+// The products (rows_seen, length, Q) of every row of a block with what it sees, and the bias if
+// there is one; `outside` where that is not in the map.
 template <int Q, typename A>
 void products(const Block& block, const TensorView& own, const TensorView& seen, int64_t heads,
-              A factor, A outside, A* out) {
+              A factor, const TensorView* bias, A outside, A* out) {
   const int64_t channels = own.size[1] / heads, c = block.head * channels;
   const int64_t length = block.length(), stride = block.column_class.axis.dilation;
   int64_t offsets[2 * kMaxWindow + kQueries];
@@ -295,6 +314,7 @@ void products(const Block& block, const TensorView& own, const TensorView& seen,
                      offsets, length, channels, factor, to);
     }
   }
+  if (bias != nullptr) add_bias<Q>(block, *bias, out);
   const StepRange inside = block.seen(Q);
   for (int64_t u = 0; u < length + Q - 1; ++u) {
     if (u >= inside.begin && u < inside.end) continue;
@@ -353,10 +373,11 @@ void forward(const Forward& p) {
   const int64_t K = p.neighbours(), kernel = p.window.columns.kernel;
   const int64_t channels = p.query.size[1] + (mixes ? p.value.size[1] : 0);
   const A outside = zeros ? A(0) : -static_cast<A>(__builtin_inff());
+  const TensorView* bias = element_count(p.bias) > 0 ? &p.bias : nullptr;
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A logits[kMaxWeights], rest[Q];
-    products<Q>(block, p.query, p.key, p.num_heads, static_cast<A>(p.scale), outside, logits);
+    products<Q>(block, p.query, p.key, p.num_heads, static_cast<A>(p.scale), bias, outside, logits);
 
     for (int64_t r = 0; r < block.row_count; ++r) {
       A* row = logits + weights_of_row<Q>(block, r);
@@ -377,14 +398,14 @@ void forward(const Forward& p) {
              p.work(p.query), p.threads, &ClassAxis::keys, compute);
 }
 
-// d(logits) = scale * weights * (d(weights) - sum of weights * d(weights)), and d(query).
+// d(logits) = weights * (d(weights) - sum of weights * d(weights)), and d(query).
 template <typename A>
 void backward_queries(const Backward& p) {
   const int64_t channels = p.key.size[1] + p.value.size[1], kernel = p.window.columns.kernel;
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A grads[kMaxWeights];
-    products<Q>(block, p.grad, p.value, p.num_heads, A(1), A(0), grads);
+    products<Q>(block, p.grad, p.value, p.num_heads, A(1), nullptr, A(0), grads);
     for (int64_t r = 0; r < block.row_count; ++r) {
       A* row = grads + weights_of_row<Q>(block, r);
       const int64_t start = block.row_class.start(block.row + r);
@@ -397,8 +418,8 @@ void backward_queries(const Backward& p) {
         A mean = 0;
         for (int64_t n = 0; n < count; ++n) mean += weight[n] * row[n * Q + q];
         for (int64_t n = 0; n < count; ++n) {
-          to[n] = static_cast<A>(p.scale) * weight[n] * (row[n * Q + q] - mean);
-          row[n * Q + q] = to[n];
+          to[n] = weight[n] * (row[n * Q + q] - mean);
+          row[n * Q + q] = static_cast<A>(p.scale) * to[n];
         }
       }
     }
@@ -417,7 +438,7 @@ void backward_keys(const Backward& p) {
     A gathered[kMaxWeights];
     const int64_t length = block.length();
     const StepRange inside = block.seen(Q);
-    const auto gather = [&](const TensorView& from) {
+    const auto gather = [&](const TensorView& from, A factor) {
       for (int64_t r = 0; r < block.row_count; ++r) {
         A* row = gathered + weights_of_row<Q>(block, r);
         for (int64_t s = block.rows[r].begin; s < block.rows[r].end; ++s, row += length * Q) {
@@ -429,19 +450,51 @@ void backward_keys(const Backward& p) {
             const A* weight =
                 weights_at<A>(from, block.b, block.head, h, block.column_class.position(step));
             for (int64_t q = larger(0, u - length + 1); q < smaller(Q, u + 1); ++q) {
-              row[(u - q) * Q + q] = weight[i * kernel + j + q];
+              row[(u - q) * Q + q] = factor * weight[i * kernel + j + q];
             }
           }
         }
       }
     };
-    gather(p.weights);
+    gather(p.weights, A(1));
     sums<Q>(block, p.grad_value, p.grad, p.num_heads, gathered);
-    gather(p.grad_logits);
+    gather(p.grad_logits, static_cast<A>(p.scale));
     sums<Q>(block, p.grad_key, p.query, p.num_heads, gathered);
   };
   for_blocks(p.window, p.grad.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
              p.work(p.grad), p.threads, &ClassAxis::queries, compute);
+}
+
+// d(bias): the sum of d(logits) over the positions that see a neighbour so many steps away. An item
+// has the columns of one row of one head.
+template <typename A>
+void backward_bias(const Backward& p) {
+  const WindowAxis &rows = p.window.rows, &columns = p.window.columns;
+  const int64_t height = 2 * rows.kernel - 1, width = 2 * columns.kernel - 1;
+  const int64_t classes = smaller(columns.dilation, columns.extent);
+  parallel_for(p.num_heads * height, element_count(p.weights), p.threads, [&](int64_t item) {
+    const int64_t head = item / height, down = item % height - (rows.kernel - 1);
+    double sums[2 * kMaxWindow];
+    for (int64_t j = 0; j < width; ++j) sums[j] = 0;
+    for (int64_t b = 0; b < p.grad.size[0]; ++b) {
+      for (int64_t h = 0; h < rows.extent; ++h) {
+        const int64_t i = neighbour_at(rows, h, down);
+        for (int64_t residue = 0; i >= 0 && residue < classes; ++residue) {
+          const ClassAxis column_class(columns, residue);
+          for (int64_t column = 0; column < column_class.steps; ++column) {
+            const StepRange inside = column_class.inside(column_class.keys(column));
+            const int64_t w = column_class.position(column), start = column_class.start(column);
+            const A* grad = weights_at<A>(p.grad_logits, b, head, h, w) + i * columns.kernel;
+            for (int64_t s = inside.begin; s < inside.end; ++s) {
+              sums[s - column + columns.kernel - 1] += grad[s - start];
+            }
+          }
+        }
+      }
+    }
+    A* to = static_cast<A*>(p.grad_bias.data) + item * width;
+    for (int64_t j = 0; j < width; ++j) to[j] = static_cast<A>(sums[j]);
+  });
 }
 
 // f(problem, Tag<A>{}). The kernels are compiled for the accumulators only; half precision is
@@ -474,6 +527,7 @@ const char* neighborhood_attention_backward(const NeighborhoodAttentionBackward&
     using A = typename decltype(tag)::type;
     backward_queries<A>(p);
     backward_keys<A>(p);
+    if (element_count(p.grad_bias) > 0) backward_bias<A>(p);
   });
 }
 

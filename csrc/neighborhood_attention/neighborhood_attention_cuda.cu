@@ -4,7 +4,7 @@
 // with the keys around it, their softmax, and the sum of the values around it. The first pass of
 // the backward takes the products of the gradient with the values, the softmax's derivative, and
 // the sum of the keys: the same kernels. The second pass gathers for a key (a value) the queries
-// (gradients) whose windows hold it.
+// (gradients) whose windows hold it. The gradient of the bias is a sum over positions, by blocks.
 //
 // Tiled kernels serve square windows of 3, 5 and 7, general ones everything else, with a warp for
 // a position.
@@ -27,22 +27,31 @@ struct Attend {
   TensorView map;      // (B, E, H, W); without memory: only the weights are wanted
   TensorView sum;      // (B, E, H, W)
   TensorView weights;  // (B, heads, K, H, W), written by the forward; without memory: not wanted
-  TensorView grad_logits;  // (B, heads, K, H, W): gradient of <query, key_n>; no memory: forward
+  TensorView grad_logits;  // (B, heads, K, H, W), written by the backward; no memory: forward
   Window window;
   int64_t heads;
   double scale;
+  TensorView bias;  // (heads, 2 * kh - 1, 2 * kw - 1), of the forward; no memory: none
 
   __device__ bool backward() const { return grad_logits.data != nullptr; }
 };
 
 // The second pass of the backward: sum = grad_key (grad_value) from the queries (gradients) in
-// `map`, whose coefficients are grad_logits (weights).
+// `map`, whose coefficients are factor * grad_logits (weights).
 struct Gather {
   TensorView coefficients;  // (B, heads, K, H, W)
   TensorView map;           // (B, E, H, W)
   TensorView sum;           // (B, E, H, W)
   Window window;
   int64_t heads;
+  double factor;
+};
+
+// The gradient of the bias.
+struct SumBias {
+  TensorView grad_logits;  // (B, heads, K, H, W)
+  TensorView grad_bias;    // (heads, 2 * kh - 1, 2 * kw - 1)
+  Window window;
 };
 
 // A residue class of a batch element, named by its first position, and a head.
@@ -215,10 +224,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       mean = warp_sum(mean);
       for (int n = lane; n < K; n += kWarp) {
         const A weight = *weights.at(n, my.row, my.column);
-        mine[n] = inside(n) ? scale * weight * (mine[n] - mean) : A(0);
-        *grads.at(n, my.row, my.column) = mine[n];
+        const A grad = inside(n) ? weight * (mine[n] - mean) : A(0);
+        *grads.at(n, my.row, my.column) = grad;
+        mine[n] = scale * grad;
       }
     } else {
+      if (p.bias.data) {
+        const A* const bias =
+            static_cast<const A*>(p.bias.data) + my.place.head * p.bias.size[1] * p.bias.size[2];
+        const int64_t first_row = top - my.row + rows.kernel - 1;
+        const int64_t first_column = left - my.column + kw - 1;
+        for (int n = lane; n < K; n += kWarp) {
+          const int64_t row = first_row + n / kw, column = first_column + n % kw;
+          if (inside(n)) mine[n] += bias[row * p.bias.size[2] + column];
+        }
+      }
       A largest = -static_cast<A>(INFINITY), total = 0;
       for (int n = lane; n < K; n += kWarp) largest = fmax(largest, mine[n]);
       // What fmax does with a NaN does not matter: its exponential is a NaN still.
@@ -250,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     gather_kernel(const __grid_constant__ Gather p) {
   using A = Accumulator<T>;
   const WindowAxis &rows = p.window.rows, &columns = p.window.columns;
+  const A factor = static_cast<A>(p.factor);
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int64_t items = p.map.size[0] * p.heads * rows.extent * columns.extent;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * warps + warp; item < items;
@@ -262,15 +283,52 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Entries<A> coefficients = entries_of<A>(p.coefficients, my.place, p.window);
     const Grid<T> map = grid_of<T>(p.map, my.place, p.window, p.heads);
     T* const to = grid_of<T>(p.sum, my.place, p.window, p.heads).at(my.row, my.column);
-    sum_neighbours<V>(to, p.map.size[1] / p.heads, height * width,
-                      [&](int m, A* coefficient) -> const T* {
-                        const int64_t row = down.begin + m / width;
-                        const int64_t column = across.begin + m % width;
-                        const int64_t i = my.row - window_start(rows, row, my.rows);
-                        const int64_t j = my.column - window_start(columns, column, my.columns);
-                        *coefficient = *coefficients.at(i * columns.kernel + j, row, column);
-                        return map.at(row, column);
-                      });
+    sum_neighbours<V>(
+        to, p.map.size[1] / p.heads, height * width, [&](int m, A* coefficient) -> const T* {
+          const int64_t row = down.begin + m / width;
+          const int64_t column = across.begin + m % width;
+          const int64_t i = my.row - window_start(rows, row, my.rows);
+          const int64_t j = my.column - window_start(columns, column, my.columns);
+          *coefficient = factor * *coefficients.at(i * columns.kernel + j, row, column);
+          return map.at(row, column);
+        });
+  }
+}
+
+// A block for an entry of grad_bias: warps take rows of the maps, lanes their columns. Without
+// float atomics, and in double: there are as many terms as positions.
+template <typename A>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sum_bias_kernel(const __grid_constant__ SumBias p) {
+  CTXOPS_SHARED(double, of_warps, kThreads / kWarp);
+  const WindowAxis &rows = p.window.rows, &columns = p.window.columns;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int64_t height = p.grad_bias.size[1], width = p.grad_bias.size[2];
+  const int64_t* const stride = p.grad_logits.stride;
+  for (int64_t item = blockIdx.x; item < p.grad_bias.size[0] * height * width; item += gridDim.x) {
+    const int64_t head = item / width / height;
+    const int64_t down = item / width % height - (rows.kernel - 1);
+    const int64_t across = item % width - (columns.kernel - 1);
+    double sum = 0;
+    for (int64_t w = lane; w < columns.extent; w += kWarp) {
+      const int64_t j = neighbour_at(columns, w, across);
+      if (j < 0) continue;
+      const A* const grads = static_cast<const A*>(p.grad_logits.data) + head * stride[1] +
+                             j * stride[2] + w * stride[4];
+      for (int64_t row = warp; row < p.grad_logits.size[0] * rows.extent; row += warps) {
+        const int64_t b = row / rows.extent, h = row % rows.extent;
+        const int64_t i = neighbour_at(rows, h, down);
+        if (i >= 0) sum += grads[b * stride[0] + i * columns.kernel * stride[2] + h * stride[3]];
+      }
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) of_warps[warp] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 1; i < warps; ++i) sum += of_warps[i];
+      static_cast<A*>(p.grad_bias.data)[item] = static_cast<A>(sum);
+    }
+    __syncthreads();
   }
 }
 
@@ -499,20 +557,33 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
       float weight[k];
       load_entries(i, inside, weight);
 #pragma unroll
-      for (int j = 0; j < k; ++j) x[j] = inside[j] ? scale * weight[j] * (x[j] - total) : 0;
+      for (int j = 0; j < k; ++j) x[j] = inside[j] ? weight[j] * (x[j] - total) : 0;
 #pragma unroll
       for (int j = 0; j < k; ++j) *grads.at(i * k + j, row, column) = x[j];
+#pragma unroll
+      for (int j = 0; j < k; ++j) x[j] *= scale;
     });
   } else {
     const float outside = p.window.rows.border == Border::mask ? -INFINITY : 0.0f;
     float largest = -INFINITY;
-    each_row([&](int, float (&x)[k], const bool (&inside)[k]) {
+    const auto take = [&](const auto& logit) {
+      each_row([&](int i, float (&x)[k], const bool (&inside)[k]) {
 #pragma unroll
-      for (int j = 0; j < k; ++j) {
-        x[j] = inside[j] ? x[j] * scale : outside;
-        largest = fmaxf(largest, x[j]);
-      }
-    });
+        for (int j = 0; j < k; ++j) {
+          x[j] = inside[j] ? logit(x[j] * scale, i, j) : outside;
+          largest = fmaxf(largest, x[j]);
+        }
+      });
+    };
+    if (p.bias.data == nullptr) {
+      take([](float product, int, int) { return product; });
+    } else {
+      // Windows that do not shift have their first neighbour k / 2 steps up and left.
+      constexpr int kAcross = 2 * k - 1;
+      const float* const bias = static_cast<const float*>(p.bias.data) +
+                                tile.head * kAcross * kAcross + k / 2 * (kAcross + 1);
+      take([&](float product, int i, int j) { return product + bias[i * kAcross + j]; });
+    }
     each_row([&](int, float (&x)[k], const bool (&)[k]) {
 #pragma unroll
       for (int j = 0; j < k; ++j) total += x[j] = expf(x[j] - largest);
@@ -616,12 +687,14 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
     const Tile tile = tile_of(item, tiling, p.window, p.heads);
     if (tile.row >= tile.rows || tile.column >= tile.columns) continue;  // a shorter class
     const Entries<float> coefficients = entries_of<float>(p.coefficients, tile.place(), p.window);
+    const float factor = static_cast<float>(p.factor);
     for (int i = threadIdx.x; i < k * k * groups * kRows; i += blockDim.x) {
       const int q = i % kRows, group = i / kRows % groups, n = i / kRows / groups;
       const int row = tile.row + group / tiling.width * kRows + q + n / k - k / 2;
       const int column = tile.column + group % tiling.width + n % k - k / 2;
       const bool inside = row >= 0 && row < tile.rows && column >= 0 && column < tile.columns;
-      weights[n * groups + group].x[q] = inside ? *coefficients.at(k * k - 1 - n, row, column) : 0;
+      weights[n * groups + group].x[q] =
+          inside ? factor * *coefficients.at(k * k - 1 - n, row, column) : 0;
     }
     __syncthreads();
     add_up<T, k>(weights, tiling, tile, grid_of<T>(p.map, tile.place(), p.window, p.heads),
@@ -768,15 +841,11 @@ TensorView if_any(TensorView view) {
 const char* neighborhood_attention_forward(const NeighborhoodAttentionForward& params,
                                            Stream stream) {
   return dispatch(params, stream, [&](auto tag, cudaStream_t on) {
-    const Attend p{params.query,
-                   params.key,
-                   if_any(params.value),
-                   if_any(params.output),
-                   if_any(params.weights),
-                   {},
-                   window_of(params),
-                   params.num_heads,
-                   params.scale};
+    const Attend p{params.query,           params.key,
+                   if_any(params.value),   if_any(params.output),
+                   if_any(params.weights), {},
+                   window_of(params),      params.num_heads,
+                   params.scale,           if_any(params.bias)};
     return attend<typename decltype(tag)::type>(p, on);
   });
 }
@@ -787,15 +856,19 @@ const char* neighborhood_attention_backward(const NeighborhoodAttentionBackward&
     using T = typename decltype(tag)::type;
     const Window window = window_of(params);
     const int64_t heads = params.num_heads;
-    const Attend to_query{params.grad,    params.value,       params.key, params.grad_query,
-                          params.weights, params.grad_logits, window,     heads,
-                          params.scale};
-    const Gather to_key{params.grad_logits, params.query, params.grad_key, window, heads};
-    const Gather to_value{params.weights, params.grad, params.grad_value, window, heads};
+    const Attend to_query{
+        params.grad,        params.value, params.key, params.grad_query, params.weights,
+        params.grad_logits, window,       heads,      params.scale,      {}};
+    const Gather to_key{params.grad_logits, params.query, params.grad_key, window, heads,
+                        params.scale};
+    const Gather to_value{params.weights, params.grad, params.grad_value, window, heads, 1};
     const char* error = attend<T>(to_query, on);
     if (error == nullptr) error = gather<T>(to_key, on);
     if (error == nullptr) error = gather<T>(to_value, on);
-    return error;
+    const int64_t entries = element_count(params.grad_bias);
+    if (error != nullptr || entries == 0) return error;
+    return CTXOPS_LAUNCH((sum_bias_kernel<Accumulator<T>>), grid_size(entries), kThreads, 0, on,
+                         SumBias{params.grad_logits, params.grad_bias, window});
   });
 }
 

@@ -3,9 +3,9 @@
 
 Names, order of arguments and layouts are those of NATTEN 0.17, and the two names that it dropped
 are there. ``na1d`` and ``na2d`` are :func:`ctxops.neighborhood_attention` with ``border="shift"``:
-the window slides inside the map, so that every position has all of its neighbours. A bias, and the
-functions that give the logits (``*_qk``) or take the weights (``*_av``), are computed by torch from
-every position's window, which takes the memory of the window's length times the map.
+the window slides inside the map, so that every position has all of its neighbours. The functions
+that give the logits (``*_qk``) or take the weights (``*_av``) are computed by torch from every
+position's window, which takes the memory of the window's length times the map.
 
 Source: Hassani et al., Neighborhood Attention Transformer, CVPR 2023; Hassani and Shi, Dilated
 Neighborhood Attention Transformer, 2022.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ctxops._checks import check_shape
 from ctxops.ops.neighborhood_attention import check_pair, neighborhood_attention
-from ctxops.ops.neighborhood_attention.reference import neighbours
+from ctxops.ops.neighborhood_attention.reference import neighbours, relative_steps
 
 __all__ = [
     "na1d",
@@ -73,18 +73,14 @@ def na2d(
     check_shape("query", query, query, (None,) * 5, "(B, H, W, heads, D)")
     check_shape("key", key, query, query.shape, "(B, H, W, heads, D)")
     check_shape("value", value, query, (*query.shape[:4], None), "(B, H, W, heads, Dv)")
-    if rpb is not None:
-        query, key, value = (x.permute(0, 3, 1, 2, 4) for x in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        logits = na2d_qk(query * scale, key, kernel_size, dilation, rpb=rpb)
-        output = na2d_av(logits.softmax(-1), value, kernel_size, dilation)
-        return output.permute(0, 2, 3, 1, 4)
     heads = query.shape[3]
+    _check_rpb(rpb, query, heads, check_pair("kernel_size", kernel_size))
     # (B, heads * D, H, W) in channels_last: no copy.
     query, key, value = (x.flatten(3).permute(0, 3, 1, 2) for x in (query, key, value))
     output = neighborhood_attention(
-        query, key, value, kernel_size, dilation, scale=scale, border="shift", num_heads=heads
-    )
+        query, key, value, kernel_size, dilation, scale=scale, border="shift", num_heads=heads,
+        rel_pos_bias=rpb,
+    )  # fmt: skip
     return output.permute(0, 2, 3, 1).unflatten(3, (heads, -1))
 
 
@@ -113,11 +109,10 @@ def na2d_qk(
     check_shape("query", query, query, (None,) * 5, "(B, heads, H, W, D)")
     check_shape("key", key, query, query.shape, "(B, heads, H, W, D)")
     kernel = check_pair("kernel_size", kernel_size)
+    _check_rpb(rpb, query, query.shape[1], kernel)
     axes = _axes(query, kernel, check_pair("dilation", dilation))
     logits = torch.einsum("bmhwd,bmhiwjd->bmhwij", query, _windows(key, axes))
     if rpb is not None:
-        shape = (query.shape[1], 2 * kernel[0] - 1, 2 * kernel[1] - 1)
-        check_shape("rpb", rpb, query, shape, "(heads, 2 * kh - 1, 2 * kw - 1)")
         (_, rows), (_, columns) = axes
         logits = logits + rpb[:, rows[:, None, :, None], columns[:, None, :]]
     return logits.flatten(-2)
@@ -240,8 +235,7 @@ def _axes(x: Tensor, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[Ax
                 f"kernel_size {k} with dilation {d} needs {name} of at least {k * d}, got {extent}"
             )
         positions, _ = neighbours(extent, k, d, "shift", x.device)
-        own = torch.arange(extent, device=x.device)[:, None]
-        axes.append((positions, positions // d - own // d + k - 1))
+        axes.append((positions, relative_steps(positions, d)))
     return axes[0], axes[1]
 
 
@@ -262,6 +256,12 @@ def _one_row(name: str, size: Size) -> tuple[int, int]:
 def _check_causal(is_causal: bool | Sequence[bool]) -> None:
     if is_causal is not None and is_causal is not False:
         raise NotImplementedError(f"is_causal must be False, got {is_causal!r}")
+
+
+def _check_rpb(rpb: Tensor | None, query: Tensor, heads: int, kernel: Sequence[int]) -> None:
+    if rpb is not None:
+        shape = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+        check_shape("rpb", rpb, query, shape, "(heads, 2 * kh - 1, 2 * kw - 1)")
 
 
 def _check_none(name: str, value: object) -> None:

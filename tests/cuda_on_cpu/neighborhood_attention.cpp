@@ -15,6 +15,7 @@ struct Case {
   int64_t kh, kw, dh, dw;
   const char* layout;
   bool positions_inner = false;  // of the weights, as CUDA has them; else the neighbours are
+  bool biased = false;
 };
 
 // Square windows of 3, 5 and 7.
@@ -27,6 +28,9 @@ const std::vector<Case> kTiled = {
     {1, 16, 4, 3, 8, 1, 7, 7, 1, 1, "dense"},          // a window larger than the map
     {1, 12, 24, 7, 10, 3, 7, 7, 1, 2, "dense", true},  // heads of one and two packs
     {1, 8, 0, 6, 5, 2, 3, 3, 1, 1, "dense", true},     // only the weights
+    {2, 8, 4, 9, 7, 2, 3, 3, 2, 1, "dense", true, true},
+    {1, 4, 8, 6, 7, 1, 5, 5, 1, 2, "wide", false, true},
+    {1, 4, 4, 5, 9, 1, 7, 7, 1, 1, "dense", true, true},
 };
 // Everything else, and those windows where they shift.
 const std::vector<Case> kGeneral = {
@@ -40,6 +44,9 @@ const std::vector<Case> kGeneral = {
     {1, 300, 264, 2, 2, 1, 2, 2, 1, 1, "dense", true},  // more channels than a warp's packs
     {1, 2, 3, 3, 11, 1, 3, 11, 1, 1, "odd", true},      // more neighbours than a warp has lanes
     {1, 4, 0, 2, 5, 1, 2, 2, 2, 2, "odd"},
+    {2, 6, 4, 7, 8, 2, 2, 3, 1, 2, "dense", true, true},
+    {1, 3, 5, 6, 7, 1, 3, 3, 2, 1, "odd", false, true},
+    {1, 2, 3, 3, 40, 1, 3, 11, 1, 1, "dense", true, true},  // wider than a warp
 };
 const std::vector<Case> kBatch = {{100, 1, 1, 1, 1, 1, 1, 1, 1, 1, "dense"}};
 const std::vector<Case> kLarge = {{1, 1, 1, 2, 1, 1, 64, 64, 1, 1, "dense", true}};
@@ -60,6 +67,8 @@ struct Problem {
 
   DType accumulator() const { return ctxops::accumulator_dtype(dtype); }
   int64_t K() const { return shape.kh * shape.kw; }
+  int64_t biased_rows() const { return 2 * shape.kh - 1; }
+  int64_t biased_columns() const { return 2 * shape.kw - 1; }
 };
 
 // All but the tensors.
@@ -86,6 +95,11 @@ Tensor weights_of(const Problem& p, DType dtype) {
   Layout layout = row_major(5);
   if (!p.shape.positions_inner) layout = {{2, 1, 4, 3, 0}, {1, 0, 2, 0, 0}};
   return Tensor(dtype, {p.shape.B, p.shape.heads, p.K(), p.shape.H, p.shape.W}, layout);
+}
+
+Tensor bias_of(const Problem& p, DType dtype) {
+  if (!p.shape.biased) return Tensor(dtype, {0});
+  return Tensor(dtype, {p.shape.heads, p.biased_rows(), p.biased_columns()});
 }
 
 // Element (i0, i1, ...) of a tensor.
@@ -123,11 +137,11 @@ Elements map_elements(const Problem& p, Tensor& tensor) {
 }
 
 struct Inputs {
-  Tensor query, key, value, grad;
+  Tensor query, key, value, grad, bias;
 };
 
 struct Results {
-  Tensor output, weights, grad_logits, grad_query, grad_key, grad_value;
+  Tensor output, weights, grad_logits, grad_query, grad_key, grad_value, grad_bias;
 };
 
 Results new_results(const Problem& p) {
@@ -137,11 +151,12 @@ Results new_results(const Problem& p) {
           weights_of(p, p.accumulator()),
           map_of(p, s.C),
           map_of(p, s.C),
-          map_of(p, s.Cv)};
+          map_of(p, s.Cv),
+          bias_of(p, p.accumulator())};
 }
 
-// f(neighbour n of position (h, w), its row, its column, is it inside?), straight from the
-// definition.
+// f(neighbour n of position (h, w), its row, its column, is it inside?, its entry of a head's
+// bias), straight from the definition.
 template <typename F>
 void for_neighbours(const Problem& p, int64_t h, int64_t w, const F& f) {
   const Case& s = p.shape;
@@ -155,7 +170,8 @@ void for_neighbours(const Problem& p, int64_t h, int64_t w, const F& f) {
   const int64_t top = first(h, s.H, s.kh, s.dh), left = first(w, s.W, s.kw, s.dw);
   for (int64_t n = 0; n < p.K(); ++n) {
     const int64_t i = top + n / s.kw * s.dh, j = left + n % s.kw * s.dw;
-    f(n, i, j, i >= 0 && i < s.H && j >= 0 && j < s.W);
+    const int64_t down = (i - h) / s.dh + s.kh - 1, across = (j - w) / s.dw + s.kw - 1;
+    f(n, i, j, i >= 0 && i < s.H && j >= 0 && j < s.W, down * p.biased_columns() + across);
   }
 }
 
@@ -164,7 +180,7 @@ Results expected(Problem p, const Inputs& in) {
   p.dtype = DType::float64;
   const Case& s = p.shape;
   Tensor exact[] = {in.query.to(p.dtype), in.key.to(p.dtype), in.value.to(p.dtype),
-                    in.grad.to(p.dtype)};
+                    in.grad.to(p.dtype), in.bias.to(p.dtype)};
   const Elements query = map_elements(p, exact[0]), key = map_elements(p, exact[1]);
   const Elements value = map_elements(p, exact[2]), grad = map_elements(p, exact[3]);
   Results r = new_results(p);
@@ -172,6 +188,9 @@ Results expected(Problem p, const Inputs& in) {
   Elements grad_key = map_elements(p, r.grad_key), grad_value = map_elements(p, r.grad_value);
   Elements weights(r.weights, 0), grad_logits(r.grad_logits, 0);
   const int64_t D = s.C / s.heads, E = s.Cv / s.heads;
+  const Tensor& bias = exact[4];
+  const int64_t entries = p.biased_rows() * p.biased_columns();
+  for (int64_t n = 0; n < r.grad_bias.stored(); ++n) r.grad_bias.set(n, 0);
 
   const auto everywhere = [&](const auto& f) {
     for (int64_t b = 0; b < s.B; ++b) {
@@ -195,15 +214,16 @@ Results expected(Problem p, const Inputs& in) {
   everywhere([&](int64_t b, int64_t m, int64_t h, int64_t w) {
     std::vector<double> x(p.K()), dx(p.K(), 0.0);
     double largest = -INFINITY, total = 0, mean = 0;
-    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside) {
+    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside, int64_t entry) {
       x[n] = p.border == Border::mask && !inside ? -INFINITY : 0.0;
+      if (inside && s.biased) x[n] = bias.get(m * entries + entry);
       for (int64_t c = m * D; inside && c < (m + 1) * D; ++c) {
         x[n] += p.scale * query.get(b, c, h, w) * key.get(b, c, i, j);
       }
       largest = std::fmax(largest, x[n]);
     });
     for (double& e : x) total += e = std::exp(e - largest);
-    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside) {
+    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside, int64_t) {
       weights.set(x[n] /= total, b, m, n, h, w);
       for (int64_t c = m * E; inside && c < (m + 1) * E; ++c) {
         output.add(x[n] * value.get(b, c, i, j), b, c, h, w);
@@ -212,13 +232,15 @@ Results expected(Problem p, const Inputs& in) {
       }
       mean += x[n] * dx[n];
     });
-    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside) {
-      const double g = inside ? p.scale * x[n] * (dx[n] - mean) : 0;
+    for_neighbours(p, h, w, [&](int64_t n, int64_t i, int64_t j, bool inside, int64_t entry) {
+      const double g = inside ? x[n] * (dx[n] - mean) : 0;
       grad_logits.set(g, b, m, n, h, w);
       for (int64_t c = m * D; inside && c < (m + 1) * D; ++c) {
-        grad_query.add(g * key.get(b, c, i, j), b, c, h, w);
-        grad_key.add(g * query.get(b, c, h, w), b, c, i, j);
+        grad_query.add(p.scale * g * key.get(b, c, i, j), b, c, h, w);
+        grad_key.add(p.scale * g * query.get(b, c, h, w), b, c, i, j);
       }
+      if (!inside || !s.biased) return;
+      r.grad_bias.set(m * entries + entry, r.grad_bias.get(m * entries + entry) + g);
     });
   });
   return r;
@@ -234,6 +256,7 @@ Results run(const Problem& p, Inputs& in, bool save, int32_t device = 0, Stream 
   forward.value = view(in.value);
   forward.output = view(r.output);
   forward.weights = view(save ? r.weights : unwanted);
+  forward.bias = view(in.bias);
   const char* error = ctxops::cuda::neighborhood_attention_forward(forward, stream);
   expect_launched("forward", error, device, stream);
   if (!save || p.shape.Cv == 0) return r;
@@ -250,7 +273,8 @@ Results run(const Problem& p, Inputs& in, bool save, int32_t device = 0, Stream 
                                                          .dilation = forward.dilation,
                                                          .scale = forward.scale,
                                                          .border = forward.border,
-                                                         .num_heads = forward.num_heads},
+                                                         .num_heads = forward.num_heads,
+                                                         .grad_bias = view(r.grad_bias)},
                                                         stream);
   expect_launched("backward", error, device, stream);
   return r;
@@ -259,8 +283,8 @@ Results run(const Problem& p, Inputs& in, bool save, int32_t device = 0, Stream 
 Inputs random_inputs(const Problem& p, uint64_t seed) {
   Random random(seed);
   Inputs in = {map_of(p, p.shape.C), map_of(p, p.shape.C), map_of(p, p.shape.Cv),
-               map_of(p, p.shape.Cv)};
-  for (Tensor* tensor : {&in.query, &in.key, &in.value, &in.grad}) {
+               map_of(p, p.shape.Cv), bias_of(p, p.accumulator())};
+  for (Tensor* tensor : {&in.query, &in.key, &in.value, &in.grad, &in.bias}) {
     tensor->fill([&] { return random.in_unit(); });
   }
   return in;
@@ -290,6 +314,8 @@ void check(const Problem& p, Inputs& in) {
   expect_same_bits("grad_query", one.grad_query, other.grad_query);
   expect_same_bits("grad_key", one.grad_key, other.grad_key);
   expect_same_bits("grad_value", one.grad_value, other.grad_value);
+  expect_rounded("grad_bias", p, exact.grad_bias, one.grad_bias, backward);
+  expect_same_bits("grad_bias", one.grad_bias, other.grad_bias);
 
   Results without = run(p, in, false);
   expect_same_bits("output without weights", one.output, without.output);

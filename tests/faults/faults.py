@@ -66,6 +66,12 @@ _CPU = [
             "const int64_t centred = query - axis.kernel / 2;",
             "const int64_t centred = query - (axis.kernel - 1) / 2;",
         ),
+        (
+            "window-bias-outside",
+            "the bias's gradient takes in what stands outside the map",
+            "neighbour >= inside.begin && neighbour < inside.end",
+            "neighbour >= start && neighbour < start + axis.kernel",
+        ),
     ),
     *_in(
         "csrc/common/bilinear.h",
@@ -160,9 +166,21 @@ _CPU = [
         ),
         (
             "window-gradient-scale",
-            "the gradients of query and key lack the scale",
-            "to[n] = static_cast<A>(p.scale) * weight[n] * (row[n * Q + q] - mean);",
-            "to[n] = weight[n] * (row[n * Q + q] - mean);",
+            "the gradient of the query lacks the scale",
+            "row[n * Q + q] = static_cast<A>(p.scale) * to[n];",
+            "row[n * Q + q] = to[n];",
+        ),
+        (
+            "window-bias-heads",
+            "every head gets the bias of the first",
+            "block.head * bias.stride[0] +",
+            "0 * bias.stride[0] +",
+        ),
+        (
+            "window-bias-gradient",
+            "the rows of the bias's gradient stand upside down",
+            "down = item % height - (rows.kernel - 1);",
+            "down = rows.kernel - 1 - item % height;",
         ),
         (
             "window-zeros-share",
@@ -277,6 +295,24 @@ _CUDA = [
             "several heads read each other's channels",
             "at.b * map.stride[0] + at.head * (map.size[1] / heads) +",
             "at.b * map.stride[0] + at.head * heads +",
+        ),
+        (
+            "cuda-window-bias",
+            "tiled: a neighbour gets the bias of one k / 2 steps to the left",
+            "k / 2 * (kAcross + 1);",
+            "k / 2 * kAcross;",
+        ),
+        (
+            "cuda-window-bias-shift",
+            "not tiled: the bias is that of a window in whose middle the query stands",
+            "const int64_t first_column = left - my.column + kw - 1;",
+            "const int64_t first_column = kw - 1 - kw / 2;",
+        ),
+        (
+            "cuda-window-bias-gradient",
+            "the bias's gradient is the sum over the rows of one warp",
+            "for (int i = 1; i < warps; ++i) sum += of_warps[i];",
+            "",
         ),
     ),
     *_in(
@@ -526,13 +562,23 @@ _OPS = [
         ),
     ),
     *_in(
-        "ctxops/compat/natten.py",
+        "ctxops/ops/neighborhood_attention/reference.py",
         "tests/compat/test_natten.py",
         (
             "natten-dilated-bias",
             "the bias is taken by positions, not by steps of the dilation",
-            "positions // d - own // d + k - 1",
-            "positions - own + k - 1",
+            "positions // dilation - own // dilation + kernel - 1",
+            "positions - own + kernel - 1",
+        ),
+    ),
+    *_in(
+        "ctxops/compat/natten.py",
+        "tests/compat/test_natten.py",
+        (
+            "natten-bias",
+            "na2d leaves the bias out",
+            "rel_pos_bias=rpb,",
+            "rel_pos_bias=None,",
         ),
         (
             "natten-border",
@@ -555,6 +601,12 @@ _OPS = [
             "the error of a wrong dilation names kernel_size",
             'steps = check_pair("dilation", dilation)',
             'steps = check_pair("kernel_size", dilation)',
+        ),
+        (
+            "window-bias-recomputed",
+            "weights that the backward takes anew lack the bias",
+            "*ctx.options, True, bias)[1]",
+            "*ctx.options, True)[1]",
         ),
         (
             "window-half-output",

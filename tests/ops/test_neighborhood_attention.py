@@ -14,6 +14,8 @@ from numerics import LAYOUTS, check_operator, random_like
 from ops.contract import OF_GRADIENTS, OperatorContract, each_value_once
 
 BORDERS = ["zeros", "mask", "shift"]
+# The border, and is there a bias? test_bias has the others.
+MODES = {border: (border, False) for border in BORDERS} | {"shift-biased": ("shift", True)}
 
 # (B, C, H, W), channels of the value, heads, kernel_size, dilation
 CASES = [
@@ -38,7 +40,7 @@ WIDE = [
 
 def operator_and_reference(heads, kernel_size, dilation, border, scale=0.3):
     options = (kernel_size, dilation, scale, border, heads)
-    ours = partial(
+    attend = partial(
         ctxops.neighborhood_attention,
         kernel_size=kernel_size,
         dilation=dilation,
@@ -46,7 +48,10 @@ def operator_and_reference(heads, kernel_size, dilation, border, scale=0.3):
         border=border,
         num_heads=heads,
     )
-    return ours, lambda q, k, v: reference(q, k, v, *options)
+    return (
+        lambda q, k, v, bias=None: attend(q, k, v, rel_pos_bias=bias),
+        lambda q, k, v, bias=None: reference(q, k, v, *options, bias),
+    )
 
 
 def fits(shape, kernel_size, dilation):
@@ -64,10 +69,15 @@ def inputs(shape, value_channels, layout="contiguous", **options):
     return [LAYOUTS[layout](torch.randn(s, **options)) for s in shapes]
 
 
-def check(case, border, layout="contiguous", **options):
+def bias_of(heads, kernel_size, **options):
+    return torch.randn(heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1, **options)
+
+
+def check(case, border, layout="contiguous", biased=False, scale=0.3, **options):
     shape, value_channels, heads, kernel_size, dilation = case
-    ours, plain = operator_and_reference(heads, kernel_size, dilation, border)
-    check_operator(ours, plain, inputs(shape, value_channels, layout, **options))
+    ours, plain = operator_and_reference(heads, kernel_size, dilation, border, scale)
+    bias = [bias_of(heads, kernel_size, **options)] if biased else []
+    check_operator(ours, plain, [*inputs(shape, value_channels, layout, **options), *bias])
 
 
 @st.composite
@@ -79,7 +89,8 @@ def _drawn(draw):
     border = draw(st.sampled_from(BORDERS))
     assume(border != "shift" or fits(shape, kernel_size, dilation))
     shape = (shape[0], shape[1] * heads, *shape[2:])
-    return (shape, value_channels * heads, heads, kernel_size, dilation), border
+    biased = draw(st.booleans())
+    return (shape, value_channels * heads, heads, kernel_size, dilation), (border, biased)
 
 
 ONES = torch.ones(1, 4, 5, 6)
@@ -113,6 +124,12 @@ ERRORS = [
         "border='shift' needs .*: W of at least 7 for kernel_size 7 and dilation 1, got 6; use",
     ),
     ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
+    (
+        {"rel_pos_bias": torch.ones(1, 3, 3)},
+        ValueError,
+        r"rel_pos_bias must have shape .* = \(1, 5, 5\), got \(1, 3, 3\)",
+    ),
+    ({"rel_pos_bias": torch.ones(1, 5, 5).half()}, TypeError, "rel_pos_bias must have the dtype"),
 ]
 ERRORS_OF_VALUES = [
     ({"value": None}, TypeError, "value must be .* got NoneType"),
@@ -138,17 +155,18 @@ ERRORS_OF_VALUES = [
 class TestNeighborhoodAttention(OperatorContract):
     name = "neighborhood_attention"
     cases = CASES
-    modes = BORDERS
+    modes = MODES
     autocast = "down"
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "value": ONES, "kernel_size": 3}
-    # 30 positions, 6 in a window, 4 and 6 channels; backward both twice; heads change nothing
+    # 30 positions, 6 in a window, 4 and 6 channels; backward both twice; heads and a bias change
+    # nothing
     products = tuple(
         (
-            {"value": torch.ones(1, 6, 5, 6), "kernel_size": (3, 2), "num_heads": heads},
+            {"value": torch.ones(1, 6, 5, 6), "kernel_size": (3, 2), "num_heads": heads} | bias,
             {"neighborhood_attention": 3600, "neighborhood_attention_backward": 7200},
         )
-        for heads in (1, 2)
+        for heads, bias in ((1, {}), (2, {}), (2, {"rel_pos_bias": torch.ones(2, 5, 3)}))
     )
     errors = ERRORS + ERRORS_OF_VALUES
 
@@ -157,30 +175,35 @@ class TestNeighborhoodAttention(OperatorContract):
         window, dilation = ((3, 2), (1, 1)) if width < 6 else ((4, 3), (1, 2))
         return (batch, channels, height, width), channels + 2, 2, window, dilation
 
-    def make(self, case, border, **options):
-        shape, value_channels, *_ = case
+    def make(self, case, mode, **options):
+        shape, value_channels, heads, kernel_size, _ = case
         batch, _, *size = shape
-        return [torch.randn(s, **options) for s in (shape, shape, (batch, value_channels, *size))]
+        maps = [torch.randn(s, **options) for s in (shape, shape, (batch, value_channels, *size))]
+        return [*maps, bias_of(heads, kernel_size, **options)] if mode[1] else maps
 
-    def functions(self, case, border):
-        return operator_and_reference(*case[2:], border)
+    def functions(self, case, mode):
+        return operator_and_reference(*case[2:], mode[0])
 
-    def opchecks(self, inputs, case, border):
-        options = ([3, 2], [1, 2], 0.3, border, 2)
+    def opchecks(self, inputs, case, mode):
+        (border, biased), (*_, heads, kernel_size, dilation) = mode, case
+        options = (list(kernel_size), list(dilation), 0.3, border, heads)
+        maps, bias = inputs[:3], inputs[3:]
         forward = "neighborhood_attention"
+        leaves = [x.clone().requires_grad_() for x in inputs]
         for save in (True, False):
-            yield forward, (*inputs, *options, save)
-            yield forward, (*(x.clone().requires_grad_() for x in inputs), *options, save)
-        yield forward, (*inputs[:2], None, *options, True)
-        y, weights = torch.ops.ctxops.neighborhood_attention(*inputs, *options, True)
-        yield "neighborhood_attention_backward", (random_like(y), *inputs, weights, *options)
+            yield forward, (*maps, *options, save, *bias)
+            yield forward, (*leaves[:3], *options, save, *leaves[3:])
+        yield forward, (*maps[:2], None, *options, True, *bias)
+        y, weights = torch.ops.ctxops.neighborhood_attention(*maps, *options, True, *bias)
+        backward = (random_like(y), *maps, weights, *options, biased)
+        yield "neighborhood_attention_backward", backward
 
 
 class TestNeighborhoodAttentionWeights(TestNeighborhoodAttention):
     name = "neighborhood_attention_weights"
     stem = "neighborhood_attention"
     # Where a gradient is wanted the reference serves: test_weights_have_gradients.
-    constants = (0, 1)
+    constants = (0, 1, 2)
     drawn = _drawn()
     valid = {"query": ONES, "key": ONES, "kernel_size": 3}
     products = (({}, {"neighborhood_attention": 2160}),)  # 30 positions, 9 in a window, 4 channels
@@ -190,15 +213,22 @@ class TestNeighborhoodAttentionWeights(TestNeighborhoodAttention):
         "test_the_first_map_decides_on_the_memory_format": "it gives no map",
     }
 
-    def make(self, case, border, **options):
-        return super().make(case, border, **options)[:2]
+    def make(self, case, mode, **options):
+        query, key, _, *bias = super().make(case, mode, **options)
+        return [query, key, *bias]
 
-    def functions(self, case, border):
+    def functions(self, case, mode):
         _, _, heads, kernel_size, dilation = case
-        options = {"kernel_size": kernel_size, "dilation": dilation, "scale": 0.3, "border": border}
-        weigh = partial(ctxops.neighborhood_attention_weights, num_heads=heads, **options)
-        plain = partial(reference_weights, num_heads=heads, **options)
-        return weigh, lambda *x: plain(*x).flatten(2, 3)
+        options = {
+            "kernel_size": kernel_size, "dilation": dilation, "scale": 0.3, "border": mode[0],
+            "num_heads": heads,
+        }  # fmt: skip
+        weigh = partial(ctxops.neighborhood_attention_weights, **options)
+        plain = partial(reference_weights, **options)
+        return (
+            lambda q, k, bias=None: weigh(q, k, rel_pos_bias=bias),
+            lambda q, k, bias=None: plain(q, k, rel_pos_bias=bias).flatten(2, 3),
+        )
 
 
 def unfolded(query, key, value, kernel, dilation):
@@ -244,6 +274,30 @@ def test_reference_of_a_window_that_slides_by_hand():
     torch.testing.assert_close(even, torch.tensor([0.0, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5]))
 
 
+@pytest.mark.parametrize("border", BORDERS)
+def test_reference_of_a_bias_by_hand(border):
+    value, bias = torch.randn(7), torch.randn(5)
+    expected = []
+    for position in range(7):
+        first = position - 2
+        while border == "shift" and first < 0:
+            first += 2
+        while border == "shift" and first + 4 >= 7:
+            first -= 2
+        logits, values = [], []
+        for neighbour in (first, first + 2, first + 4):
+            if 0 <= neighbour < 7:
+                logits.append(bias[(neighbour - position) // 2 + 2])
+                values.append(value[neighbour])
+            elif border == "zeros":
+                logits.append(torch.zeros(()))
+                values.append(torch.zeros(()))
+        expected.append((torch.stack(logits).softmax(0) * torch.stack(values)).sum())
+    row = value.view(1, 1, 1, 7)
+    ours = reference(row, row, row, (1, 3), (1, 2), 0.0, border, 1, bias.view(1, 1, 5))
+    torch.testing.assert_close(ours.flatten(), torch.stack(expected))
+
+
 def test_reference_of_heads_is_one_call_each():
     query, key, value = inputs((2, 6, 5, 7), 4)
     options = ((3, 3), (1, 2), 0.3, "mask")
@@ -271,6 +325,25 @@ def test_windows_larger_than_the_map(case, border, device):
 def test_more_than_a_tile_holds(case, border):
     """Of columns, of rows, and of the weights of several queries."""
     check(case, border, "channels_last")
+
+
+@each_value_once(case=[*WIDE[:2], *CASES[1:]], border=BORDERS, scale=[0.3, 0.0])
+def test_bias(case, border, scale, device):
+    if border != "shift" or fits(case[0], *case[3:]):
+        check(case, border, "channels_last", biased=True, scale=scale, device=device)
+
+
+@pytest.mark.parametrize("border", ["zeros", "mask"])
+def test_entries_of_a_bias_that_no_window_reaches(border, device):
+    tensors = inputs((1, 4, 9, 10), 4, device=device)
+    bias = torch.full((2, 7, 5), torch.nan, device=device)
+    bias[:, 1:5, 1:4] = 0  # an even window reaches further up
+    bias.requires_grad_()
+    ours, _ = operator_and_reference(2, (4, 3), (1, 2), border)
+    output = ours(*tensors, bias)
+    torch.testing.assert_close(output, ours(*tensors))
+    (gradient,) = torch.autograd.grad(output, bias, torch.randn_like(output))
+    assert torch.equal(gradient != 0, ~bias.isnan())
 
 
 @pytest.mark.slow
@@ -364,6 +437,12 @@ def test_a_backward_without_values_is_refused():
         torch.ops.ctxops.neighborhood_attention_backward(
             query, query, key, value, weights, *options
         )
+
+
+def test_a_bias_of_another_window_is_refused():
+    options = ([3, 3], [1, 1], 0.3, "mask", 1, True)
+    with pytest.raises(ValueError, match=r"bias must be a dense \(heads, 2 \* kh - 1"):
+        torch.ops.ctxops.neighborhood_attention(ONES, ONES, None, *options, torch.ones(1, 3, 3))
 
 
 def test_compiled_shift_on_a_map_that_is_too_small():

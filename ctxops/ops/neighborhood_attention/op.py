@@ -35,12 +35,13 @@ def neighborhood_attention(
     scale: float | None = None,
     border: Border = "zeros",
     num_heads: int = 1,
+    rel_pos_bias: Tensor | None = None,
 ) -> Tensor:
     r"""Attention of every position to a dilated window of kh x kw neighbours around it.
 
     .. math::
-        y_p = \sum_{n} \operatorname{softmax}_n(s \, \langle q_p, k_{p + \Delta_n} \rangle)
-              \; v_{p + \Delta_n}
+        y_p = \sum_{n} \operatorname{softmax}_n(s \, \langle q_p, k_{p + \Delta_n} \rangle
+              + b_{\Delta_n}) \; v_{p + \Delta_n}
 
     Neighbour ``n = i * kw + j`` stands in row i and column j of the window, at
     :math:`\Delta_n = ((i - \lfloor kh/2 \rfloor)\, d_h, (j - \lfloor kw/2 \rfloor)\, d_w)`: an even
@@ -58,6 +59,11 @@ def neighborhood_attention(
             softmax is over the neighbours inside. ``"shift"``: the window slides inside the map, in
             steps of the dilation, as in NATTEN.
         num_heads: the channels are split into so many equal groups, each with its own weights.
+        rel_pos_bias: the relative position bias b, of shape ``(num_heads, 2 * kh - 1,
+            2 * kw - 1)``; None: 0. Entry ``[m, kh - 1 + i, kw - 1 + j]`` belongs to the neighbours
+            that stand i steps of the dilation down and j to the right. With ``"shift"`` there are
+            neighbours at all of these steps, with the other borders at kh x kw of them. What stands
+            outside the map has no bias: with ``"zeros"`` its logit stays 0.
 
     Returns:
         ``(B, Cv, H, W)`` in the query's memory format.
@@ -69,11 +75,12 @@ def neighborhood_attention(
         NotImplementedError: forward-mode or second derivatives (use :func:`ctxops.use_reference`).
 
     Source: Li et al., Global Aggregation then Local Distribution for Scene Parsing, TIP 2021,
-    eq. 7 and 8 (LDv2), whose s is 1.
+    eq. 7 and 8 (LDv2), whose s is 1. The bias: Hassani et al., Neighborhood Attention Transformer,
+    CVPR 2023, eq. 2.
 
     Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Autocast casts down. On
         the CPU a weight below exp(-87) is 0, unless in float64.
-    Gradients: query, key, value.
+    Gradients: query, key, value, rel_pos_bias.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: with gradient, B * num_heads * kh * kw * H * W values of 4 bytes (8 for float64) are
         kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
@@ -81,17 +88,17 @@ def neighborhood_attention(
     """
     check_dtype("value", value)
     kernel, steps, scale = _check(
-        query, key, value, kernel_size, dilation, scale, border, num_heads
+        query, key, value, kernel_size, dilation, scale, border, num_heads, rel_pos_bias
     )
-    query, key, value = _autocast.cast(query, key, value)
-    check_same_dtype(query=query, key=key, value=value)
-    if not _FORWARD.serves(query):
-        output = reference(query, key, value, kernel, steps, scale, border, num_heads)
-        return output.contiguous(memory_format=_layout.memory_format(query))
-    check_forward_mode("neighborhood_attention", query, key, value)
-    grad = _operator.needs_grad(query, key, value)
+    query, key, value, bias = _autocast.cast(query, key, value, rel_pos_bias)
+    check_same_dtype(query=query, key=key, value=value, rel_pos_bias=bias)
     options = (kernel, steps, scale, border, num_heads)
-    return _FORWARD(query, key, value, *options, grad)[0]
+    if not _FORWARD.serves(query):
+        output = reference(query, key, value, *options, bias)
+        return output.contiguous(memory_format=_layout.memory_format(query))
+    check_forward_mode("neighborhood_attention", query, key, value, bias)
+    grad = _operator.needs_grad(query, key, value, bias)
+    return _FORWARD(query, key, value, *options, grad, bias)[0]
 
 
 @_operator.served_by(cpu="C++", cuda="C++", but="with gradient: reference")
@@ -104,6 +111,7 @@ def neighborhood_attention_weights(
     scale: float | None = None,
     border: Border = "zeros",
     num_heads: int = 1,
+    rel_pos_bias: Tensor | None = None,
 ) -> Tensor:
     """The softmax weights of :func:`neighborhood_attention`, to look at.
 
@@ -116,20 +124,22 @@ def neighborhood_attention_weights(
 
     Source: Li et al., TIP 2021, Fig. 9.
 
-    Gradients: query and key, through the reference: with them, every position's window of keys is
-        stored.
+    Gradients: query, key and rel_pos_bias, through the reference: with them, every position's
+        window of keys is stored.
     Deterministic: yes.
     Memory: one channels_last copy (float32 for half precision on the CPU) of each map that is not
         so; for half precision the weights in float32.
     """
-    kernel, steps, scale = _check(query, key, None, kernel_size, dilation, scale, border, num_heads)
-    query, key = _autocast.cast(query, key)
-    check_same_dtype(query=query, key=key)
+    kernel, steps, scale = _check(
+        query, key, None, kernel_size, dilation, scale, border, num_heads, rel_pos_bias
+    )
+    query, key, bias = _autocast.cast(query, key, rel_pos_bias)
+    check_same_dtype(query=query, key=key, rel_pos_bias=bias)
     options = (kernel, steps, scale, border, num_heads)
-    if _operator.needs_grad(query, key) or not _FORWARD.serves(query):
-        return reference_weights(query, key, *options).flatten(2, 3)
-    check_forward_mode("neighborhood_attention_weights", query, key)
-    weights = _FORWARD(query, key, None, *options, True)[1]
+    if _operator.needs_grad(query, key, bias) or not _FORWARD.serves(query):
+        return reference_weights(query, key, *options, bias).flatten(2, 3)
+    check_forward_mode("neighborhood_attention_weights", query, key, bias)
+    weights = _FORWARD(query, key, None, *options, True, bias)[1]
     return weights.to(query.dtype)
 
 
@@ -142,6 +152,7 @@ def _check(
     scale: float | None,
     border: Border,
     num_heads: int,
+    rel_pos_bias: Tensor | None,
 ) -> tuple[tuple[int, int], tuple[int, int], float]:
     check_map("query", query)
     batch, channels, height, width = query.shape
@@ -163,6 +174,10 @@ def _check(
         raise ValueError(
             f"kernel_size must have at most {_MAX_WINDOW} positions, got {kernel[0]} x {kernel[1]}"
         )
+    if rel_pos_bias is not None:
+        shape = _bias_shape(kernel, num_heads)
+        meaning = "(num_heads, 2 * kh - 1, 2 * kw - 1)"
+        check_shape("rel_pos_bias", rel_pos_bias, query, shape, meaning)
     if border not in _BORDERS:
         raise ValueError(f"border must be one of {_BORDERS}, got {border!r}")
     # A tracer must not learn the map's size; the kernel finds the same fault when it runs.
@@ -188,6 +203,10 @@ def check_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
         if not 1 <= size < 2**31:
             raise ValueError(f"{name} must be at least 1 and below 2147483648, got {size}")
     return pair[0], pair[1]
+
+
+def _bias_shape(kernel_size: Sequence[int], num_heads: int) -> tuple[int, int, int]:
+    return num_heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1
 
 
 def _new_weights(
@@ -236,6 +255,7 @@ def _forward(
     border: Border,
     num_heads: int,
     save: bool,
+    rel_pos_bias: Tensor | None = None,
     *,
     fake: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -246,12 +266,14 @@ def _forward(
     if fake or query.numel() == 0:
         return output, weights
     target = output if value is None else _empty_kernel_map(output)
+    dtype = _operator.accumulator(query.dtype)
+    bias = query.new_empty((0,)) if rel_pos_bias is None else rel_pos_bias.to(dtype).contiguous()
     _operator.launch(
         "neighborhood_attention_forward", query,
         query=_kernel_map(query), key=_kernel_map(key),
         value=target if value is None else _kernel_map(value), output=target, weights=weights,
         kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
-        num_heads=num_heads,
+        num_heads=num_heads, bias=bias,
     )  # fmt: skip
     if target is not output:
         output.copy_(target)
@@ -269,12 +291,15 @@ def _backward(
     scale: float,
     border: Border,
     num_heads: int,
+    wants_bias: bool = False,
     *,
     fake: bool = False,
 ) -> tuple[Tensor, ...]:
     grads = tuple(_layout.empty_map(x.shape, x) for x in (query, key, value))
+    shape = _bias_shape(kernel_size, num_heads) if wants_bias else (0,)
+    grad_bias = query.new_zeros(shape, dtype=_operator.accumulator(query.dtype))
     if fake or query.numel() == 0:
-        return grads
+        return *grads, grad_bias.to(query.dtype)
     targets = [_empty_kernel_map(g) for g in grads]
     grad_logits = _new_weights(query, kernel_size, border, num_heads)
     if weights.stride() != grad_logits.stride():  # hooks on saved tensors may have moved them
@@ -285,30 +310,32 @@ def _backward(
         value=_kernel_map(value), weights=weights, grad_logits=grad_logits,
         grad_query=targets[0], grad_key=targets[1], grad_value=targets[2],
         kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
-        num_heads=num_heads,
+        num_heads=num_heads, grad_bias=grad_bias,
     )  # fmt: skip
     for gradient, target in zip(grads, targets, strict=True):
         if target is not gradient:
             gradient.copy_(target)
-    return grads
+    return *grads, grad_bias.to(query.dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, *ctx.options, saved = inputs
+    query, key, value, *ctx.options, saved, bias = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     # A graph that was exported without gradients has no weights: the backward takes them anew.
-    ctx.save_for_backward(query, key, value, output[1] if saved else None)
+    ctx.save_for_backward(query, key, value, output[1] if saved else None, bias)
 
 
 def _autograd(ctx, grad, _):
-    no_gradients = (None,) * 9
+    no_gradients = (None,) * 10
     if grad is None:
         return no_gradients
-    query, key, value, weights = ctx.saved_tensors
+    query, key, value, weights, bias = ctx.saved_tensors
     if weights is None:
-        weights = _FORWARD(query, key, None, *ctx.options, True)[1]
-    return *_BACKWARD(grad, query, key, value, weights, *ctx.options), *no_gradients[3:]
+        weights = _FORWARD(query, key, None, *ctx.options, True, bias)[1]
+    wants_bias = ctx.needs_input_grad[-1]
+    *grads, grad_bias = _BACKWARD(grad, query, key, value, weights, *ctx.options, wants_bias)
+    return *grads, *no_gradients[3:-1], grad_bias if wants_bias else None
 
 
 def _flops(
@@ -339,8 +366,8 @@ def _flops_backward(
 
 _OPTIONS = "int[] kernel_size, int[] dilation, float scale, str border, int num_heads"
 _FORWARD = _operator.Operator(
-    f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save) "
-    "-> (Tensor, Tensor)",
+    f"neighborhood_attention(Tensor query, Tensor key, Tensor? value, {_OPTIONS}, bool save, "
+    "Tensor? rel_pos_bias=None) -> (Tensor, Tensor)",
     fake=functools.partial(_forward, fake=True),
     kernels=_operator.native_devices(_forward),
     setup_context=_setup_context,
@@ -349,7 +376,7 @@ _FORWARD = _operator.Operator(
 )
 _BACKWARD = _operator.Operator(
     "neighborhood_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
-    f"Tensor weights, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor weights, {_OPTIONS}, bool wants_bias=False) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=functools.partial(_backward, fake=True),
     kernels=_operator.native_devices(_backward),
     backward=_operator.no_second_derivative("neighborhood_attention"),

@@ -20,6 +20,13 @@ def neighbours(
     return neighbour.clamp(0, extent - 1), inside
 
 
+def relative_steps(positions: Tensor, dilation: int) -> Tensor:
+    """Along one axis: the steps to each position's neighbours plus kernel - 1, (extent, kernel)."""
+    extent, kernel = positions.shape
+    own = torch.arange(extent, device=positions.device)[:, None]
+    return positions // dilation - own // dilation + kernel - 1
+
+
 def _windows(
     x: Tensor, kernel_size: tuple[int, int], dilation: tuple[int, int], border: str, num_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -39,11 +46,18 @@ def reference_weights(
     scale: float,
     border: str,
     num_heads: int,
+    rel_pos_bias: Tensor | None = None,
 ) -> Tensor:
     """The softmax weights (B, heads, kh, kw, H, W)."""
     windows, inside = _windows(key, kernel_size, dilation, border, num_heads)
     query = query.unflatten(1, (num_heads, -1))
     logits = (query[:, :, :, :, None, :, None] * windows).sum(2) * scale
+    if rel_pos_bias is not None:
+        rows, columns = (
+            relative_steps(neighbours(*axis, border, query.device)[0], axis[2])
+            for axis in zip(query.shape[-2:], kernel_size, dilation, strict=True)
+        )
+        logits = logits + rel_pos_bias[:, rows[:, :, None, None], columns]
     logits = logits.masked_fill(~inside, -torch.inf if border == "mask" else 0)
     # (B, heads, kh, kw, H, W)
     logits = logits.permute(0, 1, 3, 5, 2, 4)
@@ -59,8 +73,11 @@ def reference(
     scale: float,
     border: str,
     num_heads: int,
+    rel_pos_bias: Tensor | None = None,
 ) -> Tensor:
-    weights = reference_weights(query, key, kernel_size, dilation, scale, border, num_heads)
+    weights = reference_weights(
+        query, key, kernel_size, dilation, scale, border, num_heads, rel_pos_bias
+    )
     windows, inside = _windows(value, kernel_size, dilation, border, num_heads)
     windows = windows.masked_fill(~inside, 0).permute(0, 1, 2, 4, 6, 3, 5)
     return (weights[:, :, None] * windows).sum((3, 4)).flatten(1, 2)
