@@ -20,14 +20,17 @@
 
 CTXOPS_DECLARE_KERNEL(neighborhood_attention_forward, NeighborhoodAttentionForward)
 CTXOPS_DECLARE_KERNEL(neighborhood_attention_backward, NeighborhoodAttentionBackward)
+// What these two call on the CPU where inner_dimension() is W.
+CTXOPS_DECLARE_KERNEL(neighborhood_attention_forward_along_columns, NeighborhoodAttentionForward)
+CTXOPS_DECLARE_KERNEL(neighborhood_attention_backward_along_columns, NeighborhoodAttentionBackward)
 
 namespace ctxops {
 
 struct NeighborhoodAttentionForward {
-  TensorView query;    // (B, C, H, W), unit stride along C
+  TensorView query;    // (B, C, H, W), unit stride along C, and so all maps; or all along W, as
+                       // inner_dimension() says
   TensorView key;      // likewise
-  TensorView value;    // (B, Cv, H, W), unit stride along C; without elements: only the weights
-                       // are wanted
+  TensorView value;    // (B, Cv, H, W), likewise; without elements: only the weights are wanted
   TensorView output;   // as value
   TensorView weights;  // (B, heads, K, H, W) accumulator, any strides; without elements: not wanted
   IntList kernel_size;  // kh, kw
@@ -46,7 +49,7 @@ struct NeighborhoodAttentionForward {
 };
 
 struct NeighborhoodAttentionBackward {
-  TensorView grad;   // (B, Cv, H, W), unit stride along C: of the output
+  TensorView grad;   // (B, Cv, H, W), of the output: unit stride as in the forward
   TensorView query;  // as the forward took it, and so key and value
   TensorView key;
   TensorView value;
@@ -74,6 +77,9 @@ namespace {
 // The most neighbours of a window: a thread keeps the logits of a few queries.
 constexpr int64_t kMaxWindow = 4096;
 
+// And where the CPU's vectors run along the columns: a thread keeps those of a vector of queries.
+constexpr int64_t kMaxWindowAlongColumns = 2048;
+
 struct Window {
   WindowAxis rows, columns;
 };
@@ -91,11 +97,19 @@ inline bool fits(const WindowAxis& axis) {
   return class_steps(axis, last) >= axis.kernel;
 }
 
-// Is `view` a map (B, channels, H, W) like `map`, with unit stride along C?
-inline bool is_map(const TensorView& view, const TensorView& map, int64_t channels) {
+// The dimension along which all maps need unit stride. The CPU has two bodies: where the query's
+// channels do not lie side by side, as in contiguous maps, vectors run along the columns.
+template <typename Params>
+int inner_dimension(const Params& p) {
+  const bool fits = p.kernel_size.value[0] * p.kernel_size.value[1] <= kMaxWindowAlongColumns;
+  return p.query.cuda_device < 0 && !unit_stride(p.query, 1) && fits ? 3 : 1;
+}
+
+// Is `view` a map (B, channels, H, W) like `map`, with unit stride along dimension `inner`?
+inline bool is_map(const TensorView& view, const TensorView& map, int64_t channels, int inner) {
   return view.ndim == 4 && view.dtype == map.dtype && view.size[0] == map.size[0] &&
          view.size[1] == channels && view.size[2] == map.size[2] && view.size[3] == map.size[3] &&
-         view.cuda_device == map.cuda_device && unit_stride(view, 1);
+         view.cuda_device == map.cuda_device && unit_stride(view, inner);
 }
 
 inline bool is_weights(const TensorView& view, const TensorView& map, int64_t heads, int64_t K) {
@@ -135,8 +149,9 @@ inline const char* check_window(const NeighborhoodAttentionForward& p) {
 
 CTXOPS_INLINE const char* NeighborhoodAttentionForward::check() const {
   if (const char* error = check_window(*this)) return error;
-  if (!is_map(query, query, query.size[1])) return "query needs unit stride along C";
-  if (!is_map(key, query, query.size[1])) return "key must be a map like query";
+  const int inner = inner_dimension(*this);
+  if (!is_map(query, query, query.size[1], inner)) return "query needs unit stride along C or W";
+  if (!is_map(key, query, query.size[1], inner)) return "key must be a map like query";
   const bool weighs = element_count(weights) > 0;
   const int64_t neighbours = kernel_size.value[0] * kernel_size.value[1];
   if (weighs && !is_weights(weights, query, num_heads, neighbours)) {
@@ -151,8 +166,9 @@ CTXOPS_INLINE const char* NeighborhoodAttentionForward::check() const {
   if (value.ndim != 4 || value.size[1] % num_heads != 0) {
     return "num_heads must divide the value's channels";
   }
-  if (!is_map(value, query, value.size[1])) return "value must be a map like query";
-  return is_map(output, query, value.size[1]) ? nullptr : "output must be a map like value";
+  if (!is_map(value, query, value.size[1], inner)) return "value must be a map like query";
+  const bool good = is_map(output, query, value.size[1], inner);
+  return good ? nullptr : "output must be a map like value";
 }
 
 CTXOPS_INLINE const char* NeighborhoodAttentionBackward::check() const {
@@ -170,9 +186,10 @@ CTXOPS_INLINE const char* NeighborhoodAttentionBackward::check() const {
   if (!is_weights(weights, query, num_heads, neighbours)) {
     return "weights must be (B, heads, kh * kw, H, W) in the accumulator's dtype";
   }
-  const bool good = is_map(grad_query, query, query.size[1]) &&
-                    is_map(grad_key, query, query.size[1]) &&
-                    is_map(grad_value, query, value.size[1]);
+  const int inner = inner_dimension(*this);
+  const bool good = is_map(grad_query, query, query.size[1], inner) &&
+                    is_map(grad_key, query, query.size[1], inner) &&
+                    is_map(grad_value, query, value.size[1], inner);
   return good ? nullptr : "the gradients must be maps like query, key and value";
 }
 

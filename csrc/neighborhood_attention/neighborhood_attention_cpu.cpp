@@ -465,14 +465,15 @@ void backward_keys(const Backward& p) {
              p.work(p.grad), p.threads, &ClassAxis::queries, compute);
 }
 
-// d(bias): the sum of d(logits) over the positions that see a neighbour so many steps away. An item
-// has the columns of one row of one head.
+// d(bias): the sum of d(logits), of either body, over the positions that see a neighbour so many
+// steps away. An item has the columns of one row of one head.
 template <typename A>
-void backward_bias(const Backward& p) {
-  const WindowAxis &rows = p.window.rows, &columns = p.window.columns;
+void backward_bias(const NeighborhoodAttentionBackward& p, Threads threads) {
+  const Window window = window_of(p);
+  const WindowAxis &rows = window.rows, &columns = window.columns;
   const int64_t height = 2 * rows.kernel - 1, width = 2 * columns.kernel - 1;
   const int64_t classes = smaller(columns.dilation, columns.extent);
-  parallel_for(p.num_heads * height, element_count(p.weights), p.threads, [&](int64_t item) {
+  parallel_for(p.num_heads * height, element_count(p.weights), threads, [&](int64_t item) {
     const int64_t head = item / height, down = item % height - (rows.kernel - 1);
     double sums[2 * kMaxWindow];
     for (int64_t j = 0; j < width; ++j) sums[j] = 0;
@@ -484,9 +485,10 @@ void backward_bias(const Backward& p) {
           for (int64_t column = 0; column < column_class.steps; ++column) {
             const StepRange inside = column_class.inside(column_class.keys(column));
             const int64_t w = column_class.position(column), start = column_class.start(column);
-            const A* grad = weights_at<A>(p.grad_logits, b, head, h, w) + i * columns.kernel;
+            const A* grad = weights_at<A>(p.grad_logits, b, head, h, w);
             for (int64_t s = inside.begin; s < inside.end; ++s) {
-              sums[s - column + columns.kernel - 1] += grad[s - start];
+              const int64_t n = i * columns.kernel + s - start;
+              sums[s - column + columns.kernel - 1] += grad[n * p.grad_logits.stride[2]];
             }
           }
         }
@@ -517,17 +519,26 @@ const char* with_problem(const Params& params, Threads threads, const F& f) {
 
 const char* neighborhood_attention_forward(const NeighborhoodAttentionForward& params,
                                            Threads threads) {
+  if (inner_dimension(params) == 3) {
+    return neighborhood_attention_forward_along_columns(params, threads);
+  }
   return with_problem(params, threads,
                       [](const Forward& p, auto tag) { forward<typename decltype(tag)::type>(p); });
 }
 
 const char* neighborhood_attention_backward(const NeighborhoodAttentionBackward& params,
                                             Threads threads) {
-  return with_problem(params, threads, [](const Backward& p, auto tag) {
-    using A = typename decltype(tag)::type;
-    backward_queries<A>(p);
-    backward_keys<A>(p);
-    if (element_count(p.grad_bias) > 0) backward_bias<A>(p);
+  const char* error = inner_dimension(params) == 3
+                          ? neighborhood_attention_backward_along_columns(params, threads)
+                          : with_problem(params, threads, [](const Backward& p, auto tag) {
+                              using A = typename decltype(tag)::type;
+                              backward_queries<A>(p);
+                              backward_keys<A>(p);
+                            });
+  if (error != nullptr || element_count(params.grad_bias) == 0) return error;
+  return dispatch(params, [&](auto tag) -> const char* {
+    backward_bias<Accumulator<typename decltype(tag)::type>>(params, threads);
+    return nullptr;
   });
 }
 

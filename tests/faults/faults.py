@@ -190,6 +190,34 @@ _CPU = [
         ),
     ),
     *_in(
+        "csrc/neighborhood_attention/neighborhood_attention_columns_cpu.cpp",
+        "tests/ops/test_neighborhood_attention.py",
+        (
+            "window-columns-last-vector",
+            "contiguous maps with an odd number of vectors to a row: the last one is not computed",
+            "for (; t < tile.lanes; t += kLanes<A>) f(",
+            "for (; t > tile.lanes; t += kLanes<A>) f(",
+        ),
+        (
+            "window-columns-many-channels",
+            "contiguous maps of more than 64 channels: the logits are of the last ones alone",
+            "now, c > 0, c + now",
+            "now, c < 0, c + now",
+        ),
+        (
+            "window-columns-sliding-keys",
+            "contiguous maps, border=shift: keys near the border miss some of their queries",
+            "const bool sees = j < tile.count[t];",
+            "const bool sees = j < smaller(kernel, tile.count[t]);",
+        ),
+        (
+            "window-columns-sliding-bias",
+            "contiguous maps, border=shift: positions near the border get the bias of other steps",
+            "const int64_t left = (tile.first[t] - tile.left - t) / columns.dilation;",
+            "const int64_t left = (tile.first[t] - tile.left - t) / columns.kernel;",
+        ),
+    ),
+    *_in(
         "csrc/gated_fusion/gated_fusion_cpu.cpp",
         "tests/ops/test_gated_fusion.py",
         (

@@ -90,9 +90,10 @@ def test_neighborhood_attention(layout, dtype, device):
         LAYOUTS[layout](torch.randn(2, 32, 48, 40, device=device).to(dtype)) for _ in range(3)
     )
     weights = 2 * 2 * 15 * 48 * 40 * 4
-    widened = dtype != torch.float32 and device == "cpu"
-    copy = 2 * 32 * 48 * 40 * (4 if widened else dtype.itemsize)
-    copies = 0 if layout == "channels_last" and not widened else copy
+    copy = 2 * 32 * 48 * 40 * (4 if device == "cpu" else dtype.itemsize)
+    half = dtype != torch.float32
+    copied = half and layout == "channels_last" if device == "cpu" else layout == "contiguous"
+    copies = copy if copied else 0
 
     def attend(query, key, value):
         return ctxops.neighborhood_attention(query, key, value, (3, 5), 2, num_heads=2)

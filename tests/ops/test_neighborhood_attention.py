@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import ctxops
 from ctxops.ops.neighborhood_attention.reference import reference, reference_weights
 from numerics import LAYOUTS, check_operator, random_like
-from ops.contract import OF_GRADIENTS, OperatorContract, each_value_once
+from ops.contract import FORMATS, OF_GRADIENTS, OperatorContract, each_value_once
 
 BORDERS = ["zeros", "mask", "shift"]
 # The border, and is there a bias? test_bias has the others.
@@ -324,13 +324,15 @@ def test_windows_larger_than_the_map(case, border, device):
 )
 def test_more_than_a_tile_holds(case, border):
     """Of columns, of rows, and of the weights of several queries."""
-    check(case, border, "channels_last")
+    for layout in FORMATS:
+        check(case, border, layout)
 
 
 @each_value_once(case=[*WIDE[:2], *CASES[1:]], border=BORDERS, scale=[0.3, 0.0])
 def test_bias(case, border, scale, device):
     if border != "shift" or fits(case[0], *case[3:]):
-        check(case, border, "channels_last", biased=True, scale=scale, device=device)
+        for layout in FORMATS:
+            check(case, border, layout, biased=True, scale=scale, device=device)
 
 
 @pytest.mark.parametrize("border", ["zeros", "mask"])
@@ -347,9 +349,11 @@ def test_entries_of_a_bias_that_no_window_reaches(border, device):
 
 
 @pytest.mark.slow
-def test_more_weights_of_a_window_than_a_tile_holds():
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("kernel", [45, 64])
+def test_more_weights_of_a_window_than_a_tile_holds(kernel, layout):
     """With the other borders its reference takes long; test_windows_larger_than_the_map has it."""
-    check(((1, 2, 66, 71), 1, 1, (64, 64), (1, 1)), "shift", "channels_last")
+    check(((1, 2, 66, 71), 1, 1, (kernel, kernel), (1, 1)), "shift", layout)
 
 
 @pytest.mark.slow
@@ -415,15 +419,19 @@ def test_weights_have_gradients():
     assert torch.autograd.gradcheck(weigh, (query, key))
 
 
-def test_saved_channels_last_tensors_that_come_back_contiguous(device):
+def test_saved_channels_last_weights_that_come_back_contiguous(device):
+    """To the last bit. The contract lets maps come back so too: they have sums in another order."""
     leaves = [x.requires_grad_() for x in inputs((2, 4, 5, 6), 4, "channels_last", device=device)]
     upstream = torch.randn(2, 4, 5, 6, device=device)
 
     def run():
         return ctxops.neighborhood_attention(*leaves, 3, num_heads=2)
 
+    def contiguous_weights(x):
+        return x.contiguous() if x.dim() == 5 else x
+
     expected = torch.autograd.grad(run(), leaves, upstream)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(contiguous_weights, lambda x: x):
         output = run()
     assert all(map(torch.equal, torch.autograd.grad(output, leaves, upstream), expected))
 

@@ -22,6 +22,7 @@ from ctxops.ops.neighborhood_attention.reference import reference, reference_wei
 Border = Literal["zeros", "mask", "shift"]
 _BORDERS = get_args(Border)  # outside of what a tracer sees
 _MAX_WINDOW = _native.limit("neighborhood_attention_max_window")
+_MAX_WINDOW_ALONG_COLUMNS = _native.limit("neighborhood_attention_max_window_along_columns")
 
 
 @_operator.served_by(cpu="C++", cuda="C++")
@@ -83,8 +84,10 @@ def neighborhood_attention(
     Gradients: query, key, value, rel_pos_bias.
     Deterministic: yes, forward and backward, for any number of threads.
     Memory: with gradient, B * num_heads * kh * kw * H * W values of 4 bytes (8 for float64) are
-        kept. Backward: as many again. Besides, one channels_last copy (float32 for half precision
-        on the CPU) of every map that is not so.
+        kept. Backward: as many again. Besides, on CUDA one channels_last copy of every map that is
+        not so. On the CPU a copy of every map that is not in the query's memory format; where that
+        is channels_last, or a window has more than 2048 neighbours, also a float32 copy of every
+        map in half precision.
     """
     check_dtype("value", value)
     kernel, steps, scale = _check(
@@ -127,8 +130,8 @@ def neighborhood_attention_weights(
     Gradients: query, key and rel_pos_bias, through the reference: with them, every position's
         window of keys is stored.
     Deterministic: yes.
-    Memory: one channels_last copy (float32 for half precision on the CPU) of each map that is not
-        so; for half precision the weights in float32.
+    Memory: copies of query and key as in :func:`neighborhood_attention`; for half precision the
+        weights in float32.
     """
     kernel, steps, scale = _check(
         query, key, None, kernel_size, dilation, scale, border, num_heads, rel_pos_bias
@@ -214,35 +217,43 @@ def _new_weights(
 ) -> Tensor:
     """Uninitialised weights (B, heads, kh * kw, H, W) in the accumulator's dtype.
 
-    In memory the weights of a position stand side by side; where CUDA's tiles write them, as they
-    do for the usual windows, the positions of a weight.
+    In memory the weights of a position stand side by side; the positions of a weight do where
+    vectors run along the columns, and where CUDA's tiles write them, as they do for the usual
+    windows.
     """
     batch, _, height, width = query.shape
     count = kernel_size[0] * kernel_size[1]
     dtype = _operator.accumulator(query.dtype)
     square = kernel_size[0] == kernel_size[1] and kernel_size[0] in (3, 5, 7)
-    if query.is_cuda and square and border != "shift" and dtype == torch.float32:
+    tiles = query.is_cuda and square and border != "shift" and dtype == torch.float32
+    if tiles or _inner_dimension(query, kernel_size) == 3:
         return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)
     weights = query.new_empty((batch, height, width, num_heads, count), dtype=dtype)
     return weights.permute(0, 3, 4, 1, 2)
 
 
-def _kernel_map(x: Tensor) -> Tensor:
-    """The map as the kernels take it: channels side by side, on the CPU no half precision."""
-    if not x.is_cuda and x.dtype.itemsize == 2:
-        return x.to(torch.float32, memory_format=torch.channels_last)
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+def _inner_dimension(query: Tensor, kernel_size: Sequence[int]) -> int:
+    """The dimension along which the kernels need unit stride of all maps, as in their header."""
+    fits = kernel_size[0] * kernel_size[1] <= _MAX_WINDOW_ALONG_COLUMNS
+    unit_stride = query.shape[1] == 1 or query.stride(1) == 1
+    return 3 if not query.is_cuda and not unit_stride and fits else 1
 
 
-def _empty_kernel_map(x: Tensor) -> Tensor:
-    """``x`` itself where the kernels can write to it, else a map to be copied from afterwards."""
-    half_on_cpu = not x.is_cuda and x.dtype.itemsize == 2
-    if not half_on_cpu and (x.stride(1) == 1 or x.shape[1] == 1):
+def _empty_kernel_map(x: Tensor, inner: int) -> Tensor:
+    """``x`` itself where the kernels take it, else an uninitialised map that they take."""
+    # Along the channels the CPU's kernels know no half precision.
+    narrow = inner == 1 and not x.is_cuda and x.dtype.itemsize == 2
+    if not narrow and (x.stride(inner) == 1 or x.shape[inner] == 1):
         return x
-    dtype = torch.float32 if half_on_cpu else x.dtype
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    dtype = torch.float32 if narrow else x.dtype
+    layout = torch.channels_last if inner == 1 else torch.contiguous_format
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+def _kernel_map(x: Tensor, inner: int) -> Tensor:
+    """The map as the kernels take it."""
+    taken = _empty_kernel_map(x, inner)
+    return x if taken is x else taken.copy_(x)
 
 
 def _forward(
@@ -265,13 +276,15 @@ def _forward(
         weights = _new_weights(query, kernel_size, border, num_heads)
     if fake or query.numel() == 0:
         return output, weights
-    target = output if value is None else _empty_kernel_map(output)
+    inner = _inner_dimension(query, kernel_size)
+    target = output if value is None else _empty_kernel_map(output, inner)
     dtype = _operator.accumulator(query.dtype)
     bias = query.new_empty((0,)) if rel_pos_bias is None else rel_pos_bias.to(dtype).contiguous()
     _operator.launch(
         "neighborhood_attention_forward", query,
-        query=_kernel_map(query), key=_kernel_map(key),
-        value=target if value is None else _kernel_map(value), output=target, weights=weights,
+        query=_kernel_map(query, inner), key=_kernel_map(key, inner),
+        value=target if value is None else _kernel_map(value, inner), output=target,
+        weights=weights,
         kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
         num_heads=num_heads, bias=bias,
     )  # fmt: skip
@@ -300,14 +313,16 @@ def _backward(
     grad_bias = query.new_zeros(shape, dtype=_operator.accumulator(query.dtype))
     if fake or query.numel() == 0:
         return *grads, grad_bias.to(query.dtype)
-    targets = [_empty_kernel_map(g) for g in grads]
+    inner = _inner_dimension(query, kernel_size)
+    targets = [_empty_kernel_map(g, inner) for g in grads]
     grad_logits = _new_weights(query, kernel_size, border, num_heads)
     if weights.stride() != grad_logits.stride():  # hooks on saved tensors may have moved them
         weights = _new_weights(query, kernel_size, border, num_heads).copy_(weights)
     _operator.launch(
         "neighborhood_attention_backward", query,
-        grad=_kernel_map(grad), query=_kernel_map(query), key=_kernel_map(key),
-        value=_kernel_map(value), weights=weights, grad_logits=grad_logits,
+        grad=_kernel_map(grad, inner), query=_kernel_map(query, inner),
+        key=_kernel_map(key, inner), value=_kernel_map(value, inner), weights=weights,
+        grad_logits=grad_logits,
         grad_query=targets[0], grad_key=targets[1], grad_value=targets[2],
         kernel_size=kernel_size, dilation=dilation, scale=scale, border=border,
         num_heads=num_heads, grad_bias=grad_bias,
