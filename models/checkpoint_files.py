@@ -21,10 +21,17 @@ _MAPPINGS: dict[str, Callable] = {"collections.defaultdict": lambda *arguments: 
 # A file of torch before 1.6 begins with so many pickles; the last one holds the objects.
 _LEGACY_PICKLES = 4
 
+# Of pickle, which torch reads without running anything: that of torch.save, and the next.
+_PROTOCOLS = (2, 3)
+
 _STARTS = (
     (b"<", "is a web page and no checkpoint: the download failed"),
     (b"version https://git-lfs", "is a pointer of Git LFS: `git lfs pull` gets the file itself"),
 )
+
+
+class _ProtocolError(Exception):
+    """Objects pickled by a protocol that torch does not read."""
 
 
 class StandIn:
@@ -64,6 +71,8 @@ def read(path: str | os.PathLike) -> Any:
             if name.endswith(".safetensors"):
                 return _read_safetensors(file)
             names = _names(file)
+        except _ProtocolError as error:
+            raise ValueError(f"{name!r} {error}") from None
         # Bytes can be wrong in many ways, and the libraries have an error for each.
         except Exception as error:
             raise ValueError(f"{name!r} {_kind(start)}") from error
@@ -111,8 +120,12 @@ def _names(file: IO[bytes]) -> list[str]:
 
 
 def _globals(pickled: IO[bytes]) -> list[str]:
-    found = (arg for opcode, arg, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL")
-    names = {tuple(arg.split(" ")) for arg in found}
+    opcodes = [(opcode.name, arg) for opcode, arg, _ in pickletools.genops(pickled)]
+    if opcodes[0] not in [("PROTO", protocol) for protocol in _PROTOCOLS]:
+        raise _ProtocolError(
+            "is pickled by another protocol than torch.save's own: save it without pickle_protocol"
+        )
+    names = {tuple(arg.split(" ")) for opcode, arg in opcodes if opcode == "GLOBAL"}
     # As unpickling does: these pickles have the names of Python 2.
     names = {NAME_MAPPING.get((m, n), (IMPORT_MAPPING.get(m, m), n)) for m, n in names}
     return sorted(".".join(name) for name in names)

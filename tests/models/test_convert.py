@@ -5,6 +5,8 @@ The other code's networks are written out from their checkpoints' names, which a
 """
 
 import collections
+import contextlib
+import functools
 import os
 import re
 import shlex
@@ -1163,6 +1165,9 @@ class _Reduced:
     def __reduce__(self):
         return self.call
 
+    def __call__(self):
+        """For pickle calls what ``function`` is made of, if that is one of these too."""
+
 
 class _Mapping(dict):
     """A mapping that torch fills only where it is its own."""
@@ -1187,6 +1192,87 @@ def test_objects_in_a_file_stay_inert(kind, new_format, tmp_path):
     content = {"state_dict": {"a": torch.ones(2)}, "hook": _FOREIGN[kind](trace), "epoch": 3}
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
     assert load_checkpoint(path).keys() == {"a"}
+    assert not trace.exists()
+
+
+_TENSOR = torch._utils._rebuild_tensor_v2
+_TYPED = torch._tensor._rebuild_from_type_v2
+_PARAMETER = torch._utils._rebuild_parameter
+# A call of ``eval`` in a place where torch's reader works on what the file tells.
+_NESTED = {
+    "meta": lambda call, x: {"meta": {"hooks": [{"log": [call]}]}, "state_dict": {"a": x}},
+    "value": lambda call, x: collections.OrderedDict(a=x, b=call),
+    "pairs": lambda call, x: {"a": x, "b": _Reduced(collections.OrderedDict, [("b", call)])},
+    "partial": lambda call, x: {"a": x, "b": functools.partial(print, call)},
+    "call-of-partial": lambda call, x: {
+        "a": x,
+        "b": _Reduced(_Reduced(functools.partial, eval, *call.call[1])),
+    },
+    "typed": lambda call, x: {"a": x, "b": _Reduced(_TYPED, eval, eval, call.call[1], {})},
+    "typed-state": lambda call, x: {"a": _Reduced(_TYPED, _Reduced, torch.Tensor, (x,), call)},
+    "subclass": lambda call, x: {"a": _Reduced(_TYPED, eval, torch.Tensor, call.call[1], {})},
+    "class": lambda call, x: {"a": _Reduced(_TYPED, _TENSOR, _Anything, (call,), {})},
+    "hooks": lambda call, x: {"a": _Reduced(_PARAMETER, x, True, {0: call})},
+    "call-of-hooks": lambda call, x: {"a": _Reduced(_PARAMETER, x, True, call)},
+    "parameter": lambda call, x: {"a": _Reduced(_PARAMETER, call, True, {})},
+    "state": lambda call, x: {
+        "a": _Reduced(torch._utils._rebuild_parameter_with_state, x, True, {}, {"b": call})
+    },
+    "storage": lambda call, x: {"a": _Reduced(_TENSOR, call, 0, (2,), (1,), False, {})},
+    "size": lambda call, x: {"a": _Reduced(_TENSOR, x.storage(), 0, (call,), (1,), False, {})},
+    "metadata": lambda call, x: {
+        "a": _Reduced(_TENSOR, x.storage(), 0, (2,), (1,), False, {0: call}, call)
+    },
+    "sparse": lambda call, x: {
+        "a": _Reduced(torch._utils._rebuild_sparse_tensor, torch.sparse_coo, (call, x, (2,)))
+    },
+    "wrapper": lambda call, x: {
+        "a": _Reduced(
+            torch._utils._rebuild_wrapper_subclass,
+            *(_Anything, torch.float32, (2,), (1,), 0, torch.strided, call, False),
+        )
+    },
+    "array": lambda call, x: {
+        "a": _Reduced(
+            torch._utils._rebuild_device_tensor_from_numpy, call, torch.float32, "cpu", False
+        )
+    },
+}
+# Those of them whose tensor is there all the same.
+_READ = {"meta", "value", "pairs", "partial", "typed"}
+_READ |= {"hooks", "call-of-hooks", "state"}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("place", _NESTED)
+def test_calls_in_nested_places_stay_inert(place, new_format, tmp_path):
+    """The file is read without them, or not at all: nothing ran."""
+    path, trace = tmp_path / "checkpoint.pth", tmp_path / "trace"
+    call = _Reduced(eval, f"open({str(trace)!r}, 'w')")
+    content = _NESTED[place](call, torch.ones(2))
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    if place in _READ:
+        assert torch.equal(load_checkpoint(path)["a"], torch.ones(2))
+    else:
+        with pytest.raises(ValueError, match=r"checkpoint\.pth' (is damaged|holds)"):
+            load_checkpoint(path)
+    assert not trace.exists()
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+def test_other_protocols_of_pickle(protocol, new_format, tmp_path):
+    """Which name functions in another way."""
+    path, trace = tmp_path / "checkpoint.pth", tmp_path / "trace"
+    content = {"a": torch.ones(2), "b": _Reduced(eval, f"open({str(trace)!r}, 'w')")}
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": new_format}
+    torch.save(content, path, **options)
+    with pytest.raises(ValueError, match=r"another protocol than torch\.save's own: save it"):
+        load_checkpoint(path)
     assert not trace.exists()
 
 
