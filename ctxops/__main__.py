@@ -111,6 +111,9 @@ def _convert(arguments: argparse.Namespace) -> str:
     # The networks need more than torch, which the other commands do without.
     from ctxops.models import convert_checkpoint
 
+    if arguments.check is not None:
+        checksum = _import("checksum", "models")
+        image = checksum.check_image(arguments.check)  # what cannot be read is said at once
     imported = convert_checkpoint(
         arguments.checkpoint,
         arguments.converted,
@@ -139,6 +142,9 @@ def _convert(arguments: argparse.Namespace) -> str:
         )
     if imported.zeros:
         lines.append(f"zero, for the checkpoint has none: {', '.join(imported.zeros)}")
+    if arguments.check is not None:
+        numbers = checksum.checksum(imported.build(), image)
+        lines.append(f"check of {arguments.check}: {numbers}")
     return "\n".join(lines)
 
 
@@ -228,6 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument(
         "--ema", action="store_true", help="take the averaged weights, not the last ones"
+    )
+    convert.add_argument(
+        "--check",
+        metavar="IMAGE",
+        help="print numbers of the logits of an image, to compare with the original's: "
+        "docs/checkpoints.md has the script",
     )
     for command, text in _TRAINING.items():
         commands.add_parser(command, help=text, add_help=False)

@@ -1244,6 +1244,22 @@ _IMPORTERS = [
         ),
     ),
     *_in(
+        "models/checksum.py",
+        _IMPORT,
+        (
+            "check-range",
+            "the image of a check is not divided by 255",
+            "pixels / 255 - mean",
+            "pixels - mean",
+        ),
+        (
+            "check-classes",
+            "a check counts the least likely class of each pixel",
+            "logits.argmax(1)",
+            "logits.argmin(1)",
+        ),
+    ),
+    *_in(
         "models/checkpoint_files.py",
         _IMPORT,
         (
@@ -1251,6 +1267,12 @@ _IMPORTERS = [
             "a checkpoint may run code",
             "weights_only=True",
             "weights_only=False",
+        ),
+        (
+            "convert-protocol",
+            "a file of a newer protocol of pickle is refused for the wrong reason",
+            "_PROTOCOLS = (2, 3)",
+            "_PROTOCOLS = (2, 3, 4)",
         ),
         (
             "convert-legacy-objects",

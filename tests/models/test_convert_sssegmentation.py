@@ -3,18 +3,24 @@
 ``sssegmentation_r18.txt`` has the names of their checkpoints.
 """
 
+import ast
 import re
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from checkpoints import Original, anchors, attention, random_state_dict, read_listings
 from modules import mostly_slow
 
 pytest.importorskip("timm")
 
+from ctxops.__main__ import main
 from ctxops.models import import_checkpoint
 from ctxops.nn import FeatureMemory
 
@@ -354,6 +360,52 @@ def test_step_of_the_memory(ignored):
                 memory[k] = (1 - momentum) * memory[k] + momentum * mean
         torch.testing.assert_close(bank.memory, memory, rtol=1e-5, atol=1e-6)
     assert bank.initialized.all()
+
+
+@pytest.mark.slow
+def test_check(tmp_path, monkeypatch, capsys):
+    """The command prints what the page's script prints of the original; an option changes it."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((90, 60)).save("street.png")
+    state_dict = checkpoint("fcn1")
+    torch.save(state_dict, "theirs.pth")
+    command = ["convert", "theirs.pth", "ours.pt", "--check", "street.png"]
+    command += ["--option", "output_stride=32"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert main([*command, "--option", "align_corners=True"]) == 0
+    other = capsys.readouterr().out.splitlines()[-1]
+
+    class TheirNetwork:
+        def encode_decode(self, image, metas):
+            o = Original(state_dict, conv="{}.0", norm="{}.1")
+            logits = fcn1(o, resnet18(o, image, output_stride=32))
+            return o.resize(logits, metas[0]["img_shape"])
+
+    apis = types.SimpleNamespace(init_model=lambda *args, device: TheirNetwork())
+    monkeypatch.setitem(sys.modules, "mmseg", types.SimpleNamespace(apis=apis))
+    monkeypatch.setitem(sys.modules, "mmseg.apis", apis)
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    (script,) = re.findall(r"```python\n([^`]*mmseg[^`]*)```", page)
+    exec(script, {})
+    numbers, counts = capsys.readouterr().out.splitlines()
+    shape, (mean, deviation) = numbers[: numbers.index(")") + 1], numbers.split()[-2:]
+    expected = f"check of street.png: logits {shape}, mean {float(mean):.5g}, "
+    expected += f"deviation {float(deviation):.5g}, pixels of each class "
+    assert (printed, shape) == (expected + counts, "(1, 7, 512, 512)")
+    counts, others = (ast.literal_eval(x.partition("class ")[2]) for x in (printed, other))
+    assert sum(counts) == sum(others) == 512 * 512
+    assert sum(abs(a - b) for a, b in zip(counts, others, strict=True)) > 512 * 512 / 1000
+
+
+def test_check_of_no_image(tmp_path, capsys):
+    """Nothing is converted."""
+    theirs, ours = tmp_path / "theirs.pth", tmp_path / "ours.pt"
+    torch.save(checkpoint("fcn1"), theirs)
+    assert main(["convert", str(theirs), str(ours), "--check", str(theirs)]) == 1
+    assert "theirs.pth is no image that can be read" in capsys.readouterr().err
+    assert not ours.exists()
 
 
 def test_several_representatives_of_a_category():
