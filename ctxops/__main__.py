@@ -110,6 +110,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     """Converts a checkpoint; what became of it."""
     # The networks need more than torch, which the other commands do without.
     from ctxops.models import convert_checkpoint
+    from ctxops.models.convert import spell
 
     if arguments.check is not None:
         checksum = _import("checksum", "models")
@@ -132,7 +133,7 @@ def _convert(arguments: argparse.Namespace) -> str:
     if imported.left_out:
         lines[1:] = [
             f"{len(imported.state_dict)} tensors are written to {arguments.converted}",
-            f"left out, for they belong to training: {', '.join(imported.left_out)}",
+            f"left out, for the logits do not depend on them: {spell(imported.left_out)}",
         ]
     if imported.assumed:
         assumed = (f"--option {shlex.quote(f'{n}={x!r}')}" for n, x in imported.assumed.items())

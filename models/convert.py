@@ -57,8 +57,8 @@ class ImportedModel:
         zeros: its names that the checkpoint has no counterpart of, and that are zero without a
             change to what is computed: biases before a norm, counts of batches and of a memory's
             steps.
-        left_out: names of the checkpoint that belong to its training: averaged copies, and what
-            normalises images.
+        left_out: names of the checkpoint that the logits do not depend on: averaged copies, what
+            normalises images, layers that the original holds and does not call.
         assumed: those of the arguments that neither shapes nor a configuration told, nor the
             caller: the source's usual ones.
     """
@@ -148,7 +148,9 @@ def import_checkpoint(
     ]
     renamed |= {name: torch.zeros_like(expected[name], device="cpu") for name in zeros}
     extra = renamed.keys() - expected.keys()
-    unexpected += [theirs for theirs, ours in _renamings(state_dict, importer) if ours in extra]
+    for theirs, ours in _renamings(state_dict, importer):
+        if ours in extra:
+            (left_out if theirs.startswith(importer.spare) else unexpected).append(theirs)
     missing = [name for name in expected if name not in renamed]
     misshapen = [
         f"{name} {tuple(renamed[name].shape)} instead of {tuple(tensor.shape)}"
@@ -397,7 +399,7 @@ def _choose(state_dict: Mapping[str, Tensor], source: str | None, model: str | N
             return found[0]
     known = ", ".join(dict.fromkeys(f"{each.source} {each.model}" for each in importers))
     raise ValueError(
-        f"the checkpoint is of no known architecture ({known}): it has {_spell(list(state_dict))}"
+        f"the checkpoint is of no known architecture ({known}): it has {spell(list(state_dict))}"
     )
 
 
@@ -470,9 +472,10 @@ def _misfit(
 
 def _differences(missing: list[str], unexpected: list[str], shapes: Sequence[str]) -> str:
     parts = {"missing": missing, "unexpected": unexpected, "shapes": shapes}
-    return "; ".join(f"{what} {_spell(names)}" for what, names in parts.items() if names)
+    return "; ".join(f"{what} {spell(names)}" for what, names in parts.items() if names)
 
 
-def _spell(names: Sequence[str]) -> str:
+def spell(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _SPELLED} more" if len(names) > _SPELLED else ""
     return ", ".join(names[:_SPELLED]) + more

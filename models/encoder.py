@@ -68,6 +68,9 @@ class Encoder(nn.Module):
             all of it, as in the code released with GALD. ResNets alone.
         dilate_both: both 3 x 3 convolutions of a basic block are dilated. False: the first alone,
             as in mmsegmentation. ResNets of basic blocks alone.
+        shortcut_pools: the shortcut of a dilated stage's first block averages windows of 2 x 2.
+            False: it does not, as in mmsegmentation. ResNets whose shortcuts have average pooling
+            alone: ``"resnet50d"``, ``"resnest50d"``.
         bilinear_branches: an HRNet's branches are resized bilinearly where they are added up, to
             the finer one's size, as the HRNets of mmsegmentation. False: to the nearest, by
             factors, as timm's classifiers. HRNets alone.
@@ -109,6 +112,7 @@ class Encoder(nn.Module):
         ceil_mode: bool = False,
         contract_dilation: bool = True,
         dilate_both: bool = True,
+        shortcut_pools: bool = True,
         bilinear_branches: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -121,6 +125,7 @@ class Encoder(nn.Module):
             ceil_mode=ceil_mode,
             contract_dilation=contract_dilation,
             dilate_both=dilate_both,
+            shortcut_pools=shortcut_pools,
             bilinear_branches=bilinear_branches,
         )
         self.name, self.in_channels = name, in_channels
@@ -174,6 +179,8 @@ class Encoder(nn.Module):
                         f"dilate_both is for basic blocks: backbone {name!r} has bottlenecks"
                     )
                 _dilate(block[1], 1)
+        if not shortcut_pools:
+            self._drop_shortcut_pools()
         if ceil_mode:
             pool = self.part("maxpool", "ceil_mode")
             if not hasattr(pool, "ceil_mode"):
@@ -269,6 +276,18 @@ class Encoder(nn.Module):
             for convolution in itertools.chain(*blocks):
                 _dilate(convolution, dilation)
             _dilate(blocks[0][0], max(1, dilation // 2))
+
+    def _drop_shortcut_pools(self) -> None:
+        """Those that keep the size: a dilated stage's."""
+        for stage in _STAGES[1:]:
+            shortcut = self.part(stage, "shortcut_pools")[0].downsample
+            if not isinstance(shortcut[0], (nn.AvgPool2d, nn.Identity)):
+                raise ValueError(
+                    f"shortcut_pools is for average pooling on shortcuts: backbone {self.name!r} "
+                    f"has none"
+                )
+            if getattr(shortcut[0], "stride", 2) in (1, (1, 1)):
+                shortcut[0] = nn.Identity()
 
     def part(self, part: str, argument: str) -> Any:
         """A part that ResNets have, for the sake of an argument that others refuse."""

@@ -113,6 +113,7 @@ def create_model(
     ceil_mode: bool = False,
     contract_dilation: bool = True,
     dilate_both: bool = True,
+    shortcut_pools: bool = True,
     bilinear_branches: bool = False,
     backbone_options: Mapping[str, Any] | None = None,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
@@ -129,7 +130,7 @@ def create_model(
         output_stride: of the backbone's last map; None: the network's own.
         pretrained: loads timm's weights into the backbone.
         in_channels, stage_dilations, multi_grid, ceil_mode, contract_dilation, dilate_both,
-            bilinear_branches: as in :class:`Encoder`.
+            shortcut_pools, bilinear_branches: as in :class:`Encoder`.
         backbone_options: further arguments of ``timm.create_model``.
         norm_layer: makes the norms of everything behind the backbone from a number of channels.
         sync_batchnorm: replaces every batch norm, the backbone's too, by an ``nn.SyncBatchNorm``.
@@ -168,6 +169,7 @@ def create_model(
         ceil_mode=ceil_mode,
         contract_dilation=contract_dilation,
         dilate_both=dilate_both,
+        shortcut_pools=shortcut_pools,
         bilinear_branches=bilinear_branches,
         backbone_options=backbone_options,
     )

@@ -108,22 +108,37 @@ class Original:
         return F.interpolate(x, size, mode="bilinear", align_corners=self.align_corners)
 
     def stages(self, prefix, x, dilations, strides=(1, 2, 1, 1)):
-        """ResNet-50 behind its stem; ``dilations`` of each block's 3 x 3 convolution, by stage."""
+        """ResNet-50 or ResNeSt-50 behind its stem; ``dilations`` of each block, by stage."""
         maps = []
         for stage, rates in enumerate(dilations, 1):
             for i, rate in enumerate(rates):
                 name = f"{prefix}layer{stage}.{i}"
                 stride = strides[stage - 1] if i == 0 else 1
                 y = self.norm(f"{name}.bn1", self.conv(f"{name}.conv1", x)).relu()
-                y = self.conv(f"{name}.conv2", y, stride=stride, padding=rate, dilation=rate)
-                y = self.norm(f"{name}.bn2", y).relu()
+                if f"{name}.conv2.fc1.weight" in self.tensors:
+                    y = self.split_attention(f"{name}.conv2", y, rate)
+                    y = F.avg_pool2d(y, 3, stride, 1) if stride > 1 else y
+                else:
+                    y = self.conv(f"{name}.conv2", y, stride=stride, padding=rate, dilation=rate)
+                    y = self.norm(f"{name}.bn2", y).relu()
                 y = self.norm(f"{name}.bn3", self.conv(f"{name}.conv3", y))
-                if i == 0:
+                if f"{name}.downsample.2.weight" in self.tensors:
+                    x = F.avg_pool2d(x, stride, ceil_mode=True, count_include_pad=False)
+                    x = self.norm(f"{name}.downsample.2", self.conv(f"{name}.downsample.1", x))
+                elif i == 0:
                     x = self.conv(f"{name}.downsample.0", x, stride=stride)
                     x = self.norm(f"{name}.downsample.1", x)
                 x = (x + y).relu()
             maps.append(x)
         return maps
+
+    def split_attention(self, name, x, dilation):
+        """Of a ResNeSt, with two halves."""
+        y = self.conv(f"{name}.conv", x, padding=dilation, dilation=dilation)
+        halves = self.norm(f"{name}.bn0", y).relu().unflatten(1, (2, -1))
+        mean = self.conv(f"{name}.fc1", halves.sum(1).mean((2, 3), keepdim=True))
+        weights = self.conv(f"{name}.fc2", self.norm(f"{name}.bn1", mean).relu())
+        return (halves * weights.unflatten(1, (2, -1)).softmax(1)).sum(1)
 
     def stem(self, convs, norms, x):
         for i, (conv, norm) in enumerate(zip(convs, norms, strict=True)):

@@ -24,4 +24,8 @@ _SOURCES = (
     released_gald,
 )
 IMPORTERS = [importer for source in _SOURCES for importer in source.IMPORTERS]
-REFUSED = [*torchvision.REFUSED, *segmentation_models_pytorch.REFUSED]
+REFUSED = [
+    *sssegmentation.REFUSED,
+    *torchvision.REFUSED,
+    *segmentation_models_pytorch.REFUSED,
+]

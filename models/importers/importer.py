@@ -2,6 +2,7 @@
 """What importers are, and what they share: the names of ResNets, what shapes tell of one."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,10 +17,15 @@ _DEPTHS: dict[tuple, int] = {
     (3, 4, 6, 3, True): 50,
     (3, 4, 23, 3, True): 101,
     (3, 8, 36, 3, True): 152,
+    (3, 24, 36, 3, True): 200,
 }
 
-# timm's letter for a stem of three convolutions, by the width of the first.
-_STEM_LETTERS = {32: "c", 64: "s"}
+# timm's letter for a stem of three convolutions, by the width of the first, and whether there is
+# average pooling on the shortcuts.
+_LETTERS = {(32, False): "c", (64, False): "s", (32, True): "d"}
+
+# timm's ResNeSts, and the width of the first convolution in their stems.
+_RESNESTS = {50: ("resnest50d", 32), 101: ("resnest101e", 64), 200: ("resnest200e", 64)}
 
 # The three convolutions of a stem, as mmsegmentation numbers them.
 STEM = {
@@ -31,7 +37,19 @@ STEM = {
     "stem.7": "bn1",
 }
 
+# What tells backbones that are not imported.
+_OTHERS = {
+    "cls_token": "a ViT or a BEiT",
+    "downsample_layers": "a ConvNeXt",
+    "patch_embeds": "a Twins",
+    "stages.0.blocks": "a Swin",
+}
+
 RESNET_STAGES = ("layer{}.{}.conv{}", "layer{}.{}.bn{}", "layer{}.{}.downsample.{}")
+RESNEST = {
+    name: name
+    for name in ("layer{}.{}.conv2.conv", "layer{}.{}.conv2.bn{}", "layer{}.{}.conv2.fc{}")
+}
 RESNET = {
     name: name for name in ("conv1", "bn1", "conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6")
 } | {name: name for name in RESNET_STAGES}
@@ -97,6 +115,7 @@ class Importer:
         arguments: of :func:`create_model`, from the shapes. Raises :class:`MissingKeyError`.
         zeros: our tensors that the source has none of, and that change nothing at zero.
         transforms: of tensors, by our names, where theirs has another order or form.
+        spare: beginnings of names that their network may hold without computing with them.
         untold: arguments that shapes do not tell, from a configuration of the source, or from None
             the usual ones. None: the source has one network, of which shapes tell all.
     """
@@ -108,6 +127,7 @@ class Importer:
     arguments: Callable[[Shapes], dict[str, Any]]
     zeros: tuple[str, ...] = ()
     transforms: Mapping[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
+    spare: tuple[str, ...] = ()
     untold: Callable[[Shapes, Mapping[str, Any] | None], dict[str, Any]] | None = None
 
 
@@ -130,39 +150,67 @@ def prefixed(names: Mapping[str, str], theirs: str, ours: str = "encoder.body.")
     return {theirs + name: ours + other for name, other in names.items()}
 
 
-def resnet_arguments(shapes: Shapes, prefix: str, stem: str) -> dict[str, Any]:
-    """The backbone by timm's name. ``stem``: the first of three convolutions, if there are such."""
+def resnet_arguments(
+    shapes: Shapes, prefix: str, stem: str, *, pooled: bool = False
+) -> dict[str, Any]:
+    """The backbone by timm's name, and how it is made.
+
+    ``stem``: the first of three convolutions, if there are such. ``pooled``: the source has no
+    pooling on the shortcuts of dilated stages, if it has any.
+    """
     counts = [shapes.count(f"{prefix}layer{stage}") for stage in (1, 2, 3, 4)]
     bottlenecks = f"{prefix}layer1.0.conv3.weight" in shapes
     depth = _DEPTHS.get((*counts, bottlenecks))
     if depth is None:
         raise MissingKeyError(f"{prefix}layer4 of a ResNet: its stages have {counts} blocks")
-    if len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4:
-        # Dilated, timm's average pooling on shortcuts has windows of 2 x 2, the others' of 1 x 1.
-        raise ValueError("ResNets with average pooling on their shortcuts are not imported")
-    if f"{stem}.weight" not in shapes:
-        return {"backbone": f"resnet{depth}"}
-    width = shapes[f"{stem}.weight"][0]
-    if width in _STEM_LETTERS:
-        name = f"resnet{depth}{_STEM_LETTERS[width]}"
-        if name in require_timm().list_models():
-            return {"backbone": name}
-    options = {"stem_type": "deep", "stem_width": width}
-    return {"backbone": f"resnet{depth}", "backbone_options": options}
+    arguments: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    pools = len(shapes[f"{prefix}layer2.0.downsample.1.weight"]) == 4
+    if pools:
+        if not pooled:
+            raise ValueError("ResNets with average pooling on their shortcuts are not imported")
+        arguments["shortcut_pools"] = False
+    width = shapes[f"{stem}.weight"][0] if f"{stem}.weight" in shapes else None
+    if shapes.has(f"{prefix}layer1.0.conv2.conv"):
+        if depth not in _RESNESTS or width is None:
+            raise ValueError(f"this ResNeSt of depth {depth} is not imported: timm has none such")
+        name, usual = _RESNESTS[depth]
+        if width != usual:
+            options = {"stem_width": width}
+    else:
+        name = f"resnet{depth}"
+        if pools:
+            options = {"avg_down": True}
+        if width is not None:
+            options |= {"stem_type": "deep", "stem_width": width}
+            letter = _LETTERS.get((width, pools))
+            if letter and name + letter in require_timm().list_models():
+                name, options = name + letter, {}
+    if options:
+        arguments["backbone_options"] = options
+    return {"backbone": name} | arguments
 
 
 def backbone_arguments(shapes: Shapes, prefix: str) -> dict[str, Any]:
     """A ResNet or an HRNet of mmsegmentation, of which others' have the names and the form."""
+    for part, kind in _OTHERS.items():
+        if f"{prefix}{part}" in shapes or shapes.has(f"{prefix}{part}"):
+            raise ValueError(f"the backbone is {kind}; ResNets, ResNeSts and HRNets are imported")
     if shapes.has(f"{prefix}stage4"):
         # Its width, and the blocks of its first stage.
         width = shapes[f"{prefix}stage2.0.branches.0.0.conv1.weight"][0]
         small = "_small_v2" if shapes.count(f"{prefix}layer1") == 2 else ""
         name = f"hrnet_w{width}{small}"
         return {"backbone": name, "output_stride": 4, "bilinear_branches": True}
-    arguments = resnet_arguments(shapes, prefix, f"{prefix}stem.0")
+    arguments = resnet_arguments(shapes, prefix, f"{prefix}stem.0", pooled=True)
     if arguments["backbone"].startswith(("resnet18", "resnet34")):
         arguments["dilate_both"] = False
     return arguments
+
+
+def square(channels: int) -> tuple[int, int]:
+    """The sides of the square with a position for each channel."""
+    return (math.isqrt(channels),) * 2
 
 
 def image_branch_first(weight: Tensor) -> Tensor:

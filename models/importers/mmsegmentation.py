@@ -2,18 +2,19 @@
 """The checkpoints of mmsegmentation, 1.x and 0.x."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 from ctxops.models.importers.importer import (
     HRNET,
+    RESNEST,
     RESNET,
     STEM,
     Importer,
     Shapes,
     backbone_arguments,
     prefixed,
+    square,
 )
 from ctxops.models.importers.mmsegmentation_config import untold
 
@@ -24,7 +25,7 @@ def _module(theirs: str, ours: str) -> dict[str, str]:
 
 
 _COMMON = (
-    prefixed(RESNET | STEM | HRNET, "backbone.")
+    prefixed(RESNET | RESNEST | STEM | HRNET, "backbone.")
     | {"decode_head.conv_seg": "classifier.1", "auxiliary_head.conv_seg": "auxiliary.1.1"}
     | _module("auxiliary_head.convs.0", "auxiliary.0")
 )
@@ -118,11 +119,6 @@ def _ocr_arguments(shapes: Shapes) -> dict[str, Any]:
         "region_channels": shapes[regions][0],
         "region_kernel_size": shapes[regions][2],
     }
-
-
-def _square(weight: str) -> Callable[[Shapes, int], tuple[int, int]]:
-    """The square with a position for each channel."""
-    return lambda shapes, _: (math.isqrt(shapes[weight][0]),) * 2
 
 
 _OCR_BLOCK = "decode_head.1.object_context_block"
@@ -277,7 +273,7 @@ IMPORTERS = [
         | _module("decode_head.bottleneck", "decoder.fuse"),
         _mmseg_channels(
             "decode_head.bottleneck.conv.weight",
-            mask_size=_square("decode_head.attention.1.weight"),
+            mask_size=lambda shapes, _: square(shapes["decode_head.attention.1.weight"][0]),
             variant=lambda *_: "mmsegmentation",
         ),
     ),
@@ -306,7 +302,7 @@ IMPORTERS = [
         "mmsegmentation",
         "ocrnet",
         ("backbone.", "decode_head.1.object_context_block."),
-        prefixed(RESNET | STEM | HRNET, "backbone.")
+        prefixed(RESNET | RESNEST | STEM | HRNET, "backbone.")
         | _module("decode_head.0.convs.0", "regions.0")
         | {"decode_head.0.conv_seg": "regions.1.1", "decode_head.1.conv_seg": "classifier.1"}
         | _module("decode_head.1.bottleneck", "decoder.reduce")

@@ -134,7 +134,15 @@ _OF_HEADS = {"align_corners", "channels", "concat_input", "drop_out_ratio", "dro
 _OF_HEADS |= {"fusion", "ignore_index", "in_channels", "init_cfg", "kernel_size", "loss_decode"}
 _OF_HEADS |= {"num_classes", "num_convs", "ocr_channels", "out_channels", "pam_channels"}
 _OF_HEADS |= {"pool_scales", "project_channels", "reduction", "sampler", "threshold"}
-_OF_RESNETS = {"base_channels", "contract_dilation", "deep_stem", "depth", "dilations"}
+_OF_RESNETS = {
+    "avg_down",
+    "base_channels",
+    "base_width",
+    "contract_dilation",
+    "deep_stem",
+    "depth",
+    "dilations",
+}
 _OF_RESNETS |= {"frozen_stages", "in_channels", "init_cfg", "multi_grid", "norm_eval"}
 _OF_RESNETS |= {"pretrained", "stage_with_dcn", "stem_channels", "strides", "with_cp"}
 _OF_RESNETS |= {"zero_init_residual"}
@@ -144,12 +152,15 @@ _OF_HRNETS |= {"with_cp", "zero_init_residual"}
 # What it may be, besides its default, which comes first.
 _RELU = ({"type": "ReLU"}, {"type": "ReLU", "inplace": True})
 _RESNET = {
-    "avg_down": (False,),
+    "avg_down_stride": (True,),
     "conv_cfg": (None,),
     "dcn": (None,),
+    "groups": (1,),
     "num_stages": (4,),
     "out_indices": ((0, 1, 2, 3),),
     "plugins": (None,),
+    "radix": (2,),
+    "reduction_factor": (4,),
     "style": ("pytorch",),
 }
 _HRNET = {"conv_cfg": (None,), "multiscale_output": (True,)}
@@ -343,7 +354,7 @@ def _refused_backbone(backbone: Mapping[str, Any], hrnet: bool) -> list[str]:
     if hrnet:
         refused = _differing("backbone", backbone, _HRNET | {"type": ("HRNet",)}, _OF_HRNETS)
     else:
-        values = _RESNET | {"type": ("ResNet", "ResNetV1c")}
+        values = _RESNET | {"type": ("ResNet", "ResNetV1c", "ResNetV1d", "ResNeSt")}
         refused = _differing("backbone", backbone, values, _OF_RESNETS)
         strides = backbone.get("strides", (1, 2, 2, 2))
         if strides not in list(_STRIDES):

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from ctxops.models.importers.importer import (
     HRNET,
+    RESNEST,
     RESNET,
     STEM,
     Importer,
+    Refused,
     Shapes,
     backbone_arguments,
     image_branch_first,
     prefixed,
+    square,
 )
 
 # A convolution and its norm, which it numbers as we do.
@@ -26,7 +29,7 @@ def _cbr(theirs: str, ours: str) -> dict[str, str]:
 
 
 _COMMON = (
-    prefixed(RESNET | STEM | HRNET, "backbone_net.")
+    prefixed(RESNET | RESNEST | STEM | HRNET, "backbone_net.")
     | _cbr("auxiliary_decoder", "auxiliary.0")
     | {"auxiliary_decoder.4": "auxiliary.1.1"}
 )
@@ -202,6 +205,8 @@ def _fcn_arguments(classifier: str, convolutions: int) -> Callable[[Shapes], dic
     )
 
 
+_PSA = "decoder.context"
+
 IMPORTERS = [
     _mcibi(
         "aspp",
@@ -223,6 +228,23 @@ IMPORTERS = [
         | _cbr("fpn_convs.{}", "decoder.refine.{}")
         | _FUSE,
         _arguments("decoder.0", "decoder.4"),
+    ),
+    _importer(
+        "psanet",
+        ("attention_p.",),
+        _cbr("reduce", f"{_PSA}.reduce_collect")
+        | _cbr("reduce_p", f"{_PSA}.reduce_distribute")
+        | _cbr("attention", f"{_PSA}.collect.0")
+        | _cbr("attention_p", f"{_PSA}.distribute.0")
+        | {"attention.3": f"{_PSA}.collect.1", "attention_p.3": f"{_PSA}.distribute.1"}
+        | _cbr("proj", f"{_PSA}.out")
+        | _FUSE,
+        _arguments(
+            "decoder.0",
+            "decoder.4",
+            mask_size=lambda shapes: square(shapes["attention.3.weight"][0]),
+            variant=lambda shapes: "mmsegmentation",
+        ),
     ),
     _importer(
         "pspnet",
@@ -346,4 +368,9 @@ IMPORTERS = [
         _cbr("decoder", "decoder") | {"decoder.4": "classifier.1"},
         _fcn_arguments("decoder.4", 1),
     ),
+]
+
+REFUSED = [
+    Refused("sssegmentation", "MCIBI++", ("backbone_net.", "memory_module.", "decoder_pr.")),
+    Refused("sssegmentation", "EncNet, PointRend or another network", ("backbone_net.",)),
 ]

@@ -594,7 +594,8 @@ def test_configuration(model, config, backbone, head, image):
     ("config", "message"),
     [
         (configuration({"type": "PSPHead"}, {"style": "caffe"}), r"backbone\.style='caffe'$"),
-        (configuration({"type": "PSPHead"}, {"type": "ResNetV1d"}), r"type='ResNetV1d'$"),
+        (configuration({"type": "PSPHead"}, {"type": "ResNeXt"}), r"type='ResNeXt'$"),
+        (configuration({"type": "PSPHead"}, {"radix": 4}), r"backbone\.radix=4$"),
         (
             configuration({"type": "PSPHead"}, {"strides": (1, 1, 2, 1)}),
             r"backbone\.strides=\(1, 1, 2, 1\)$",
@@ -710,6 +711,80 @@ def test_what_is_assumed(tmp_path, pspnet, capsys):
     assert "output_stride" not in line
     assert main(["convert", str(theirs), str(ours), *options]) == 0
     assert "output_stride=8" in capsys.readouterr().out.splitlines()[-1]
+
+
+def other_resnet(lines, kind):
+    """A list with average pooling on the shortcuts, and split attention, in place of ResNet's."""
+    changed = []
+    for line in lines:
+        line = re.sub(r"downsample\.([01])", lambda m: f"downsample.{int(m[1]) + 1}", line)
+        name, _, sizes = line.partition(" ")[2].partition(" ")
+        if kind == "ResNeSt" and re.fullmatch(r"backbone\.layer.*conv2", name):
+            n = int(sizes.split()[0])
+            inner = max(n // 2, 32)
+            line = f"conv {name}.conv {2 * n} {n // 2} 3 3\nnorm {name}.bn0 {2 * n}\n"
+            line += f"conv {name}.fc1 {inner} {n} 1 1 bias\nnorm {name}.bn1 {inner}\n"
+            line += f"conv {name}.fc2 {2 * n} {inner} 1 1 bias"
+        elif kind == "ResNeSt" and re.fullmatch(r"backbone\.layer.*bn2", name):
+            continue
+        changed += line.split("\n")
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "stride"),
+    [
+        pytest.param("ResNetV1d", "resnet50d", 8, marks=pytest.mark.slow),
+        ("ResNeSt", "resnest50d", 8),
+        pytest.param("ResNeSt", "resnest50d", 32, marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_resnets_with_pools_on_shortcuts(kind, backbone, stride, image):
+    """The shortcuts of dilated stages have none in mmsegmentation."""
+    state_dict = random_state_dict(other_resnet(LISTINGS["fcn"], kind))
+    strides = {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1)} if stride == 32 else {}
+    config = configuration({"type": "FCNHead"}, {"type": kind, **strides})
+    imported = import_checkpoint(state_dict, config=config)
+    assert imported.arguments["backbone"] == backbone
+    o = Original(state_dict)
+    options = {"dilations": ([1] * 3, [1] * 4, [1] * 6, [1] * 3), "strides": (1, 2, 2, 2)}
+    low, high = mmseg_backbone(o, image, **(options if stride == 32 else {}))
+    logits = o.conv("decode_head.conv_seg", mmseg_fcn(o, low, high))
+    assert_computes(imported, image, o.resize(logits, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "backbone", "options"),
+    [
+        ("resnet18d", 32, "resnet18d", None),
+        ("resnet50d", 64, "resnet50", {"avg_down": True, "stem_type": "deep", "stem_width": 64}),
+        ("resnest50d", 64, "resnest50d", {"stem_width": 64}),
+        ("resnest101e", 64, "resnest101e", None),
+        ("resnest200e", 64, "resnest200e", None),
+    ],
+)
+def test_names_of_resnets_with_pools_on_shortcuts(name, stem, backbone, options):
+    with torch.device("meta"):
+        encoder = Encoder(name, 8, options={"stem_width": stem})
+        network = create_model("fcn", encoder, auxiliary_channels=0)
+    names = {"conv1.0": "stem.0", "conv1.1": "stem.1", "conv1.3": "stem.3", "conv1.4": "stem.4"}
+    names |= {"conv1.6": "stem.6", "bn1": "stem.7"}
+    theirs = {}
+    for key, x in mmseg_fcn_names(network.state_dict()).items():
+        module, _, leaf = key.rpartition(".")
+        ours = module.removeprefix("backbone.")
+        theirs[f"backbone.{names[ours]}.{leaf}" if ours in names else key] = x
+    arguments = import_checkpoint(theirs).arguments
+    assert (arguments["backbone"], arguments.get("backbone_options")) == (backbone, options)
+    assert not arguments["shortcut_pools"]
+
+
+def test_unknown_resnest():
+    state_dict = on_meta(random_state_dict(other_resnet(LISTINGS["fcn"], "ResNeSt")))
+    without = {n: x for n, x in state_dict.items() if not n.startswith("backbone.stem.")}
+    with pytest.raises(ValueError, match="this ResNeSt of depth 50 is not imported: timm has none"):
+        import_checkpoint(without)
 
 
 # Options that shapes tell -------------------------------------------------------------------------
@@ -1016,12 +1091,8 @@ def pspnet():
             lambda s: [s.pop(n) for n in list(s) if n.startswith("backbone.layer4.2.")],
             r"missing backbone\.layer4 of a ResNet: its stages have \[3, 4, 6, 2\] blocks$",
         ),
-        (
-            lambda s: s.update({"backbone.layer2.0.downsample.1.weight": torch.zeros(1, 1, 1, 1)}),
-            "^ResNets with average pooling on their shortcuts are not imported$",
-        ),
     ],
-    ids=["missing", "missing-width", "unexpected", "unexpected-ours", "shape", "depth", "pooled"],
+    ids=["missing", "missing-width", "unexpected", "unexpected-ours", "shape", "depth"],
 )
 def test_changed_checkpoint(change, message, pspnet):
     state_dict = dict(pspnet)
@@ -1378,7 +1449,10 @@ def test_averaged_weights(tmp_path, pspnet, capsys):
     assert torch.equal(load_checkpoint(path)[name], tensors[name])
     assert torch.equal(load_checkpoint(path, ema=True)[name], averaged)
     assert main(["convert", str(path), str(ours)]) == 0
-    assert f"left out, for they belong to training: {', '.join(copies)}" in capsys.readouterr().out
+    assert (
+        f"left out, for the logits do not depend on them: {', '.join(copies)}"
+        in capsys.readouterr().out
+    )
     assert main(["convert", str(path), str(ours), "--ema"]) == 0
     assert torch.equal(load_model(ours).encoder.body.state_dict()["layer1.0.bn1.weight"], averaged)
 

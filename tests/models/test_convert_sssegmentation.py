@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from checkpoints import Original, anchors, attention, random_state_dict, read_listings
+from checkpoints import (
+    Original,
+    anchors,
+    attention,
+    psa_mask,
+    random_state_dict,
+    read_listings,
+)
 from modules import mostly_slow
 
 pytest.importorskip("timm")
@@ -88,6 +95,20 @@ def aspp(o, name, x):
     image = o.conv(f"{name}.global_branch.1", x.mean((2, 3), keepdim=True))
     y.append(o.norm(f"{name}.global_branch.2", image).relu().expand_as(y[0]))
     return o.cbr(f"{name}.bottleneck", torch.cat(y, 1))
+
+
+def psanet(o, maps):
+    """On a map with an even side."""
+    x = maps[-1]
+    size = tuple(side // 2 for side in x.shape[2:])
+    parts = []
+    for kind, end_of_name in ("collect", ""), ("distribute", "_p"):
+        y = o.resize(o.cbr(f"reduce{end_of_name}", x), size)
+        mask = o.conv(f"attention{end_of_name}.3", o.cbr(f"attention{end_of_name}", y))
+        weights = psa_mask(kind, mask, (5, 5)).softmax(1).flatten(2)
+        parts.append((y.flatten(2) @ weights).unflatten(2, size))
+    y = o.cbr("proj", F.pad(torch.cat(parts, 1), (1, 1, 1, 1)))
+    return end(o, torch.cat([x, o.resize(y, x.shape[2:])], 1))
 
 
 def pspnet(o, maps):
@@ -238,6 +259,7 @@ HEADS = {
     "mcibi_ppm": lambda o, maps: mcibi(o, maps, ppm),
     "nonlocal": nonlocal_,
     "ocrnet": ocrnet,
+    "psanet": psanet,
     "pspnet": pspnet,
     "upernet": upernet,
 }
@@ -412,6 +434,38 @@ def test_several_representatives_of_a_category():
     state_dict = checkpoint("mcibi")
     state_dict["memory_module.memory"] = torch.zeros(7, 2, 16)
     with pytest.raises(ValueError, match=r"bank\.memory \(7, 2, 16\) instead of \(7, 16\)"):
+        import_checkpoint(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["memory_module.memory", "decoder_pr.conv1.weight"],
+            r"of sssegmentation's MCIBI\+\+, which",
+        ),
+        (["enc_module.encoding_project.0.weight"], "EncNet, PointRend or another network, which"),
+    ],
+)
+def test_other_networks_are_refused_by_name(names, message):
+    names = ["backbone_net.conv1.weight", *names]
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint({name: torch.zeros(1) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cls_token", "a ViT or a BEiT"),
+        ("stages.0.blocks.0.norm1.weight", "a Swin"),
+        ("downsample_layers.0.0.weight", "a ConvNeXt"),
+        ("patch_embeds.0.projection.weight", "a Twins"),
+    ],
+)
+def test_other_backbones_are_refused_by_name(name, kind):
+    state_dict = {n: x for n, x in checkpoint("upernet").items() if not n.startswith("backbone")}
+    state_dict[f"backbone_net.{name}"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=f"the backbone is {kind}; ResNets, ResNeSts and HRNets"):
         import_checkpoint(state_dict)
 
 

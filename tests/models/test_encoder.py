@@ -161,6 +161,14 @@ def test_dilations_of_resnets(name, options, layer3, layer4):
     assert dilations(encoder.body["layer4"]) == layer4
 
 
+def test_pools_on_shortcuts():
+    """Those that keep the size go, the others stay."""
+    with torch.device("meta"):
+        body = Encoder("resnet18d", 8, shortcut_pools=False).body
+    pools = [body[f"layer{stage}"][0].downsample[0] for stage in (2, 3, 4)]
+    assert [type(pool) for pool in pools] == [nn.AvgPool2d, nn.Identity, nn.Identity]
+
+
 def test_dilated_stages_keep_their_strides():
     encoder = Encoder("resnet18", 32, stage_dilations=(1, 1, 2, 4)).eval()
     assert dilations(encoder.body["layer4"]) == [2, 4, 4, 4]
@@ -253,6 +261,7 @@ def test_for_resnets_alone(argument):
         (("resnet18", 8), {"in_channels": 0}, ValueError, "in_channels must be at least 1"),
         (("resnetrs50", 8), {"ceil_mode": True}, ValueError, "ceil_mode .*'resnetrs50' has layers"),
         (("resnet50", 8), {"dilate_both": False}, ValueError, "'resnet50' has bottlenecks"),
+        (("resnet50", 8), {"shortcut_pools": False}, ValueError, "backbone 'resnet50' has none"),
         (
             ("res2net50_26w_4s", 8),
             {"multi_grid": (1, 2)},
