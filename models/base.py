@@ -96,10 +96,13 @@ torch.export.register_dataclass(
 
 
 class Classifier(nn.Sequential):
-    """Dropout of whole channels, and the 1 x 1 convolution to the classes."""
+    """Dropout of whole channels, and the convolution to the classes."""
 
-    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
-        convolution = nn.Conv2d(channels, num_classes, 1)
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, kernel_size: int = 1
+    ) -> None:
+        check_kernel_size(kernel_size)
+        convolution = nn.Conv2d(channels, num_classes, kernel_size, padding=kernel_size // 2)
         super().__init__(nn.Dropout2d(dropout), convolution)
         nn.init.normal_(convolution.weight, std=0.01)
         nn.init.zeros_(convolution.bias)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ctxops._checks import check_kernel_size, check_maps, check_sizes
 from ctxops.nn.bands import average_pyramids, reach
 from ctxops.nn.cbr import cbr
+from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.nn.resize import resize_like
 from ctxops.ops.pyramid_pool import check_output_sizes
 
@@ -25,15 +26,19 @@ class PyramidPooling(nn.Module):
 
     Args:
         in_channels: channels of the map.
-        channels: channels of each branch and of the result.
+        channels: channels of the result.
         output_sizes: the grids n.
         activation: ReLU at the end of the branches. False: the PSPNet of the authors of GFF and
             GALD.
         kernel_size: of the last convolution.
+        branch_channels: channels of each branch; None: ``channels``.
+        image_norm: False: the branch of a 1 x 1 grid has a bias in the place of the norm, as in
+            segmentation_models.pytorch.
         align_corners: of the bilinear resizes.
         norm_layer: makes a norm from a number of channels.
 
-    The norm of a 1 x 1 grid sees one position per image: in training it needs two images.
+    The norm of a 1 x 1 grid sees one position per image: in training it needs two images, or
+    ``image_norm=False``.
 
     Shape: ``(B, in_channels, h, w)`` -> ``(B, channels, h, w)``, in the same memory format.
 
@@ -53,19 +58,27 @@ class PyramidPooling(nn.Module):
         *,
         activation: bool = True,
         kernel_size: int = 3,
+        branch_channels: int | None = None,
+        image_norm: bool = True,
         align_corners: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        check_sizes(in_channels=in_channels, channels=channels)
+        if branch_channels is None:
+            branch_channels = channels
+        check_sizes(in_channels=in_channels, channels=channels, branch_channels=branch_channels)
         self.output_sizes = check_output_sizes(output_sizes)
         check_kernel_size(kernel_size)
         self.in_channels, self.align_corners = in_channels, align_corners
-        self.branches = nn.ModuleList(
-            cbr(in_channels, channels, 1, norm_layer, activation=activation)
-            for _ in self.output_sizes
-        )
-        width = in_channels + len(self.output_sizes) * channels
+
+        def branch(size: int) -> nn.Sequential:
+            if size > 1 or image_norm:
+                return cbr(in_channels, branch_channels, 1, norm_layer, activation=activation)
+            convolution = PointwiseConv2d(in_channels, branch_channels)
+            return nn.Sequential(convolution, *[nn.ReLU(inplace=True)] * activation)
+
+        self.branches = nn.ModuleList(map(branch, self.output_sizes))
+        width = in_channels + len(self.output_sizes) * branch_channels
         self.fuse = cbr(width, channels, kernel_size, norm_layer)
 
     def extra_repr(self) -> str:

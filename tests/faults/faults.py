@@ -1099,6 +1099,12 @@ _IMPORTERS = [
             '"output_stride": 4, "bilinear_branches": False}',
         ),
         (
+            "importer-pools-on-shortcuts",
+            "the shortcuts of dilated stages keep timm's pooling in imported ResNets",
+            'arguments["shortcut_pools"] = False',
+            'arguments["shortcut_pools"] = True',
+        ),
+        (
             "importer-basic-blocks",
             "mmsegmentation's ResNet-18 and -34: both convolutions of a block are dilated",
             'arguments["dilate_both"] = False',
@@ -1114,6 +1120,12 @@ _IMPORTERS = [
     *_in(
         "models/importers/sssegmentation.py",
         "tests/models/test_convert_sssegmentation.py",
+        (
+            "importer-psanet-swapped",
+            "sssegmentation's PSANet: the masks of collection and distribution are exchanged",
+            '{"attention.3": f"{_PSA}.collect.1", "attention_p.3": f"{_PSA}.distribute.1"}',
+            '{"attention.3": f"{_PSA}.distribute.1", "attention_p.3": f"{_PSA}.collect.1"}',
+        ),
         (
             "importer-mcibi-aspp-order",
             "MCIBI over ASPP: its fusion takes the branches in sssegmentation's order",
@@ -1136,6 +1148,12 @@ _IMPORTERS = [
     *_in(
         "models/importers/segmentation_models_pytorch.py",
         "tests/models/test_convert_torchvision.py",
+        (
+            "importer-pyramid-order",
+            "segmentation_models.pytorch's PSPNet: the fusion takes the map for the branches",
+            "weight.roll(weight.shape[1] // 2, dims=1) if weight.dim() == 4 else weight",
+            "weight",
+        ),
         (
             "importer-contracted",
             "segmentation_models.pytorch: the first block of a stage has half the dilation",
@@ -1227,8 +1245,8 @@ _IMPORTERS = [
         (
             "convert-names",
             "the error about weights too many spells our names, not theirs",
-            "unexpected += [theirs for theirs, ours in",
-            "unexpected += [ours for theirs, ours in",
+            "else unexpected).append(theirs)",
+            "else unexpected).append(ours)",
         ),
         (
             "convert-unused",

@@ -55,6 +55,15 @@ SMP = [
     "conv segmentation_head.0 5 8 1 1 bias",
 ]
 
+SMP_PSPNET = [
+    *backbone("sssegmentation_r18.txt", "backbone_net.", "encoder."),
+    *(f"conv decoder.psp.blocks.{i}.pool.1.0 32 128 1 1{' bias' * (i == 0)}" for i in range(4)),
+    *(f"norm decoder.psp.blocks.{i}.pool.1.1 32" for i in (1, 2, 3)),
+    "conv decoder.conv.0 8 256 1 1",
+    "norm decoder.conv.1 8",
+    "conv segmentation_head.0 5 8 3 3 bias",
+]
+
 
 def stem(o, prefix, image):
     x = o.conv(f"{prefix}conv1", image, stride=2, padding=3)
@@ -76,9 +85,10 @@ def torchvision_logits(o, image):
     return o.resize(x, image.shape[2:]), low
 
 
-def smp_logits(o, image):
+def smp_encoder(o, image, dilations):
+    """Of ResNet-18, as many stages as dilations."""
     x = stem(o, "encoder.", image)
-    for stage, d in enumerate((1, 1, 2, 4), 1):
+    for stage, d in enumerate(dilations, 1):
         for i in (0, 1):
             name = f"encoder.layer{stage}.{i}"
             stride = 2 if stage == 2 and i == 0 else 1
@@ -88,6 +98,11 @@ def smp_logits(o, image):
                 x = o.conv(f"{name}.downsample.0", x, stride=stride)
                 x = o.norm(f"{name}.downsample.1", x)
             x = (x + o.norm(f"{name}.bn2", y)).relu()
+    return x
+
+
+def smp_logits(o, image):
+    x = smp_encoder(o, image, (1, 1, 2, 4))
     x = o.conv("decoder.conv", aspp(o, "decoder.aspp", x), padding=1)
     x = o.conv("segmentation_head.0", o.norm("decoder.bn", x).relu())
     return F.interpolate(x, scale_factor=8.0, mode="bilinear", align_corners=True)
@@ -119,6 +134,48 @@ def test_segmentation_models_pytorch():
     torch.testing.assert_close(imported.build()(image).logits, expected, rtol=0, atol=1e-5)
 
 
+def smp_pspnet_logits(o, image):
+    x = smp_encoder(o, image, (1, 1))
+    maps = []
+    for i, n in enumerate((1, 2, 3, 6)):
+        name = f"decoder.psp.blocks.{i}.pool.1"
+        y = o.conv(f"{name}.0", F.adaptive_avg_pool2d(x, n))
+        y = (o.norm(f"{name}.1", y) if i else y).relu()
+        maps.append(F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True))
+    x = o.cbr("decoder.conv", torch.cat([*maps, x], 1))
+    x = o.conv("segmentation_head.0", x, padding=1)
+    return F.interpolate(x, scale_factor=8.0, mode="bilinear", align_corners=True)
+
+
+@torch.no_grad()
+def test_pspnet_of_segmentation_models_pytorch():
+    """On the map of stride 8; the stages behind it are in the checkpoint all the same."""
+    state_dict = random_state_dict(SMP_PSPNET)
+    imported = import_checkpoint(state_dict)
+    assert (imported.source, imported.model) == ("segmentation_models.pytorch", "pspnet")
+    assert {name.split(".")[1] for name in imported.left_out} == {"layer3", "layer4"}
+    image = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    expected = smp_pspnet_logits(Original(state_dict, conv="{}.0", norm="{}.1"), image)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(imported.build()(image).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_pspnet_on_another_map():
+    """Of another depth: its width tells the stage, unless that has the stem's stride or width."""
+    state_dict = {name: x.to("meta") for name, x in random_state_dict(SMP_PSPNET).items()}
+    for width, stride in (256, 16), (512, 32):
+        for i in range(4):
+            name = f"decoder.psp.blocks.{i}.pool.1.0.weight"
+            state_dict[name] = torch.empty(32, width, 1, 1, device="meta")
+        state_dict["decoder.conv.0.weight"] = torch.empty(8, width + 128, 1, 1, device="meta")
+        imported = import_checkpoint(state_dict)
+        assert imported.arguments["output_stride"] == stride
+        assert any(name.startswith("encoder.layer4") for name in imported.left_out) == (width < 512)
+    name = "decoder.psp.blocks.0.pool.1.0.weight"
+    with pytest.raises(ValueError, match="depth 1 or 2, on a map of 64 channels, is not imported"):
+        import_checkpoint(state_dict | {name: torch.empty(16, 64, 1, 1, device="meta")})
+
+
 def test_old_names_of_segmentation_models_pytorch():
     """The decoder was a list."""
     new = {name: x.to("meta") for name, x in random_state_dict(SMP).items()}
@@ -135,6 +192,14 @@ def test_old_names_of_segmentation_models_pytorch():
     expected = import_checkpoint(new)
     assert (imported.source, imported.arguments) == (expected.source, expected.arguments)
     assert imported.state_dict.keys() == expected.state_dict.keys()
+
+
+def test_pools_on_shortcuts():
+    """Whose dilated stages are another network's."""
+    state_dict = {name: x.to("meta") for name, x in random_state_dict(SMP).items()}
+    state_dict["encoder.layer2.0.downsample.1.weight"] = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="average pooling on their shortcuts are not imported"):
+        import_checkpoint(state_dict)
 
 
 @pytest.mark.parametrize(

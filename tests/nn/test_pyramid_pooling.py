@@ -29,6 +29,21 @@ def test_is_its_formula(activation, align_corners, training):
     assert_same(module, [torch.randn(3, 5, 7, 8)], expected)
 
 
+def test_image_without_norm():
+    """Its branch has a bias, and trains on one image; branches may be narrower than the result."""
+    module = randomise(PyramidPooling(5, 3, (1, 2), branch_channels=2, image_norm=False)).double()
+    x = torch.randn(1, 5, 4, 6, dtype=torch.float64)
+    module.train()(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    module.eval()
+    image, grid = module.branches
+    mean = F.conv2d(pool(x, 1), image[0].weight, image[0].bias).relu()
+    y = normalise(F.conv2d(pool(x, 2), grid[0].weight), grid[1]).relu()
+    y = F.interpolate(y, (4, 6), mode="bilinear")
+    expected = cbr(module.fuse, torch.cat([x, mean.expand(-1, -1, 4, 6), y], 1))
+    torch.testing.assert_close(module(x), expected)
+
+
 def test_pools_once(monkeypatch):
     calls = []
     module = __import__("ctxops.nn.bands", fromlist=["bands"])
