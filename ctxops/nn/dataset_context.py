@@ -23,6 +23,7 @@ from ctxops._checks import (
     check_sizes,
     taken_channels,
 )
+from ctxops._torch import forward_method
 from ctxops.nn.cbr import cbr
 from ctxops.nn.pointwise import PointwiseConv2d
 from ctxops.ops.category_context import category_context
@@ -210,6 +211,7 @@ class DatasetContextAggregation(nn.Module):
             f"fusion={self.fusion!r}, hard={self.hard}"
         )
 
+    @forward_method
     def reduce(self, x: Tensor) -> Tensor:
         """R, of which H_1's logits and the memory are made."""
         check_maps(x=(x, self.in_channels, self.bottleneck))

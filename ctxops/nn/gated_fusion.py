@@ -15,6 +15,7 @@ from ctxops._checks import (
     check_levels,
     check_sizes,
 )
+from ctxops._torch import forward_method
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import LevelFusion, resized_sum
 from ctxops.nn.pointwise import PointwiseConv2d, is_readable, pointwise, split_weight
@@ -82,6 +83,7 @@ class GatedFullyFusion(LevelFusion):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gate_from={self.gate_from!r}"
 
+    @forward_method
     def gates(self, features: Sequence[Tensor]) -> list[Tensor]:
         """G: for every level a map ``(B, 1, H_l, W_l)`` with values between 0 and 1."""
         if self.gate_from == "reduced":

@@ -715,6 +715,16 @@ _MODULES = [
         ),
     ),
     *_in(
+        "ctxops/_torch.py",
+        "tests/models/test_sharded.py",
+        (
+            "sharded-methods",
+            "a method besides forward has no weights in a unit of fully_shard",
+            "if fsdp and isinstance(module, fsdp.FSDPModule) and",
+            "if False and",
+        ),
+    ),
+    *_in(
         "ctxops/nn/plain.py",
         "tests/nn/test_plain.py tests/nn/test_non_local.py",
         (
