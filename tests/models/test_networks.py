@@ -90,6 +90,36 @@ def test_state_dict_copies_and_pickles(name):
     torch.testing.assert_close(again(image).logits, expected, rtol=0, atol=0)
 
 
+@networks
+def test_safetensors_finds_no_tensor_under_two_names(name):
+    file = pytest.importorskip("safetensors.torch")
+    state = network_of(name).state_dict()
+    assert file.load(file.save(state)).keys() == state.keys()
+
+
+# What evaluation does not call, and containers.
+IN_TRAINING = "auxiliary", "bank", "channel_classifier", "position_classifier"
+
+
+@networks
+def test_hooks_see_every_module_and_its_gradient(name):
+    """As Grad-CAM does on the module that it is given."""
+    network, seen = traceable(name), {}
+    for what, module in network.named_modules():
+        module.register_forward_hook(lambda m, x, y, what=what: seen.setdefault(what, y))
+    logits = network(images(33, 37)).logits
+    missed = {
+        what
+        for what, module in network.named_modules()
+        if not isinstance(module, torch.nn.ModuleList) and not what.startswith(IN_TRAINING)
+    } - seen.keys()
+    assert not missed
+    maps = {what: y for what, y in seen.items() if isinstance(y, torch.Tensor) and y.requires_grad}
+    grads = torch.autograd.grad(logits[0, 1].sum(), maps.values(), allow_unused=True)
+    unused = [what for what, grad in zip(maps, grads, strict=True) if grad is None]
+    assert [what for what in unused if not what.startswith("encoder")] == []
+
+
 # What computes in a network is a module, and compiles in the module's own test: here are those that
 # do more than encoder, decoder, classifier.
 @pytest.mark.slow

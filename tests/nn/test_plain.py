@@ -20,6 +20,7 @@ from ctxops.nn import (
     DualAttention,
     GatedFullyFusion,
     LDv2,
+    NonLocal2d,
     PyramidPooling,
 )
 from ctxops.nn.plain import is_plain
@@ -36,6 +37,7 @@ BLOCKS = {
     "apnb_paper": (lambda: APNB(8, 9, 9, share=None, fuse="concat", **PAPER), [HIGH]),
     "apnb_paper_shared": (lambda: APNB(8, 9, 9, fuse="concat", **PAPER), [HIGH]),
     "afnb": (lambda: AFNB(6, 8, 4, 5, output_sizes=(1, 2), fuse="concat"), [LOW, HIGH]),
+    "nonlocal": (lambda: NonLocal2d(8, 4, 4, share=None, fuse="add", variant="paper"), [HIGH]),
     "ldv2": (lambda: LDv2(6, 8, 4, 3, bias=True), [(2, 6, 6, 9), HIGH]),
     "gated_fusion": (lambda: GatedFullyFusion([6, 8], 4, "reduced"), [[LOW, HIGH]]),
     "dense_pyramid": (lambda: DenseFeaturePyramid([6, 8], 8, 4), [[LOW, HIGH], HIGH]),
