@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctxops.models.convert import load_model
-from ctxops.models.data.files import read_image
+from ctxops.models.data.files import map_image
 from ctxops.models.data.spec import colours
 from ctxops.models.inference import Inference, segment
 
@@ -88,7 +88,7 @@ def predict_files(
     for target, path in targets.items():
         scores = None
         try:
-            image = read_image(path)
+            image = map_image(path)
             if probabilities:
                 scores = _open_probabilities(path, image, network, out)
             labels = segment(network, image[None], probabilities=scores, **inference)[0].cpu()

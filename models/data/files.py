@@ -2,8 +2,10 @@
 """Images and labels of files, and the data set that they are."""
 
 import sys
+import tempfile
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from ctxops.models.data.spec import Pair, Spec
 
 # How many files or numbers an error spells out.
 _SPELLED = 3
+# Bytes of a TIFF.
+_READ_AT_ONCE = 1 << 20
 
 
 def _open(path: Path) -> Image.Image:
@@ -38,6 +42,50 @@ def read_image(path: str | Path) -> Tensor:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def map_image(path: str | Path) -> Tensor:
+    """As :func:`read_image`, but a TIFF need not fit into memory if tifffile is installed.
+
+    Its strips or tiles are decoded one after the other into a temporary file that is mapped. What
+    tifffile cannot do, such as compressions without imagecodecs, :func:`read_image` does.
+    """
+    if Path(path).suffix.lower() in (".tif", ".tiff"):
+        try:
+            import tifffile
+
+            with tifffile.TiffFile(path) as file:
+                return _map_tiff(file.pages[0])
+        except Exception:  # tifffile has one for each way in which bytes can be wrong
+            pass
+    return read_image(path)
+
+
+def _map_tiff(page: Any) -> Tensor:
+    """A page of tifffile; raises ValueError where its numbers are not plain colours."""
+    turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1
+    premultiplied = 1 in page.extrasamples
+    if (
+        page.photometric.name not in ("MINISBLACK", "RGB")
+        or page.dtype not in (np.uint8, np.uint16)
+        or page.bitspersample != 8 * page.dtype.itemsize
+        or turned
+        or premultiplied
+    ):
+        raise ValueError("not plain colours")
+    height, width = page.imagelength, page.imagewidth
+    colours = 3 if page.photometric.name == "RGB" else 1
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, np.uint8, "w+", shape=(3, height, width))
+    # Bands that are stored one after the other come as planes, others side by side.
+    for part, (plane, _, top, left, _), _ in page.segments(maxworkers=1, buffersize=_READ_AT_ONCE):
+        if part is not None and plane < colours:
+            part = part[0, : height - top, : width - left, :colours]
+            part = (part >> 8 * (part.itemsize - 1)).astype(np.uint8)
+            channels = slice(plane, plane + 1) if part.shape[2] < colours else slice(None)
+            below, right = top + part.shape[0], left + part.shape[1]
+            mapped[channels, top:below, left:right] = np.moveaxis(part, 2, 0)
+    return torch.from_numpy(mapped)
 
 
 def read_numbers(path: str | Path, variable: str = "") -> np.ndarray:

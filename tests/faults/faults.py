@@ -1515,6 +1515,18 @@ _TRAINING = [
             "known = bool(self._bad[index])",
             "known = False",
         ),
+        (
+            "files-tiff-turned",
+            "a TIFF that is to be turned is segmented as it is stored",
+            'turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1',
+            "turned = False",
+        ),
+        (
+            "files-tiff-lower-bits",
+            "of a TIFF of 16 bits the lower 8 are used",
+            "part >> 8 * (part.itemsize - 1)",
+            "part",
+        ),
     ),
     *_in(
         "models/training/datamodule.py",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("torchvision")
 
 from ctxops.__main__ import main
 from ctxops.models.data import IGNORE, SPECS, Files, Spec, find_spec, folder_spec, open_split
-from ctxops.models.data.files import read_image, read_numbers
+from ctxops.models.data.files import map_image, read_image, read_numbers
 from ctxops.models.data.spec import colours
 
 # Of each data set: its tree, how many pairs, the classes of the first labels' first columns, and
@@ -207,6 +208,61 @@ def test_sixteen_bits_and_rotation(tmp_path):
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (8, 6)).save(tmp_path / "b.jpg", exif=exif)
     assert read_image(tmp_path / "b.jpg").shape == (3, 8, 6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    "stored",
+    [{"rowsperstrip": 16}, {"tile": (32, 16)}, {"tile": (16, 32), "compression": "zlib"}, "planes"],
+    ids=str,
+)
+def test_a_tiff_is_mapped(stored, channels, dtype, tmp_path, monkeypatch):
+    """Whatever it is made of, and by no other reader."""
+    monkeypatch.setattr("ctxops.models.data.files.read_image", None)
+    tifffile = pytest.importorskip("tifffile", reason="needs pip install tifffile")
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (70, 90, channels), dtype)
+    kind = {"photometric": "minisblack" if channels == 1 else "rgb"}
+    if channels == 4:
+        kind["extrasamples"] = ["unassalpha"]
+    image = values[:, :, 0] if channels == 1 else values
+    if stored == "planes":
+        if channels == 1:
+            pytest.skip("one plane is no case of its own")
+        stored, image = {"planarconfig": "separate"}, np.moveaxis(values, 2, 0)
+    tifffile.imwrite(tmp_path / "a.tif", image, **kind, **stored)
+    expected = (values >> 8 * (values.itemsize - 1)).astype(np.uint8)[:, :, :3]
+    expected = torch.from_numpy(np.moveaxis(expected, 2, 0)).expand(3, -1, -1)
+    assert torch.equal(map_image(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_mapped_tiff_is_never_in_memory(compression, tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="needs pip install tifffile")
+    image = np.zeros((3072, 3072, 3), np.uint8)
+    layout = {"photometric": "rgb", "tile": (256, 256), "compression": compression}
+    tifffile.imwrite(tmp_path / "a.tif", image, **layout)
+    tracemalloc.start()
+    try:
+        map_image(tmp_path / "a.tif")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < image.nbytes / 4
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "1", "turned"])
+def test_other_tiffs_are_read_as_before(mode, tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="needs pip install tifffile")
+    file = tmp_path / "a.tif"
+    trees.image(file, mode="RGB" if mode == "turned" else mode)
+    if mode == "turned":
+        tifffile.imwrite(file, np.asarray(Image.open(file)), extratags=[(274, "H", 1, 6)])
+    assert torch.equal(map_image(file), read_image(file))
+    tifffile.imwrite(file, np.zeros((*trees.SIZE, 3), np.uint8), photometric="rgb")
+    truncate(file)
+    with pytest.raises(ValueError, match=r"a\.tif is no image that can be read"):
+        map_image(file)
 
 
 def truncate(path):
