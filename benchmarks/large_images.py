@@ -4,11 +4,13 @@
     python benchmarks/large_images.py memory --size 2048 4096 --window 512
     python benchmarks/large_images.py memory --size 2048 4096
     python benchmarks/large_images.py halos --backbone resnet18
+    python benchmarks/large_images.py radius --backbone convnext_tiny --output-stride 32
 
 ``memory`` prints the seconds and the peak of the process's resident memory above what it had
 before the image, beside what the docstring of ``segment`` says; Linux alone. ``halos`` prints for
 each halo the share of the pixels whose class differs from that of the whole image. The weights are
 random, no gain is near zero, and every class has the same mean score, so that none hides another.
+``radius`` prints the halo that is as wide as the encoder sees, or why there is none.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 
 from ctxops.models import create_model, segment
+from ctxops.models.encoder import Encoder
 from ctxops.models.inference import encode_in_tiles, receptive_radius, standardise
 
 NUM_CLASSES = 19
@@ -105,9 +108,17 @@ def halos(arguments: argparse.Namespace) -> None:
         print(f"halo {halo:4d}: {share:9.4%} of the labels differ; last map {error:.1e}")
 
 
+def radius(arguments: argparse.Namespace) -> None:
+    encoder = Encoder(arguments.backbone, arguments.output_stride)
+    try:
+        print(f"{arguments.backbone}, receptive radius {receptive_radius(encoder)}")
+    except ValueError as error:
+        print(error)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("memory", "halos"))
+    parser.add_argument("what", choices=("memory", "halos", "radius"))
     parser.add_argument("--network", default="ann")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--output-stride", type=int, default=8)
@@ -116,7 +127,7 @@ def main() -> None:
     parser.add_argument("--halo", type=int, help="default: as wide as the encoder sees")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    {"memory": memory, "halos": halos}[arguments.what](arguments)
+    {"memory": memory, "halos": halos, "radius": radius}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
