@@ -182,7 +182,12 @@ class Kernel {
       py::gil_scoped_release release;
       error = entry_(params, {executor});
     }
-    if (error != nullptr) throw py::value_error(name_ + ": " + error);
+    if (error == nullptr) return;
+    // Parameters that pass their checks are not at fault where CUDA fails.
+    if (std::is_same_v<Executor, ctxops::Stream> && params.check() == nullptr) {
+      throw std::runtime_error(name_ + ": " + error);
+    }
+    throw py::value_error(name_ + ": " + error);
   }
 
  private:

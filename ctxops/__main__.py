@@ -50,6 +50,8 @@ def _info() -> str:
 def _backends(served: _operator.Served, build: dict[str, Any]) -> tuple[str, str, str]:
     """What serves an operator here, on the CPU and on CUDA, and which calls something else does."""
     cpu, cuda, but = served
+    if cuda in ("C++", "Triton") and not _operator.has_kernels():
+        cuda = f"reference (the kernels need compute capability {_operator.OLDEST_CAPABILITY}.0)"
     if cpu == "C++":
         cpu = f"C++ {build['cpu'][-1]}" if build["extension"] else "reference"
     if cuda == "C++" and not build.get("cuda"):

@@ -26,6 +26,9 @@ _LIBRARY = Library("ctxops", "DEF")
 reference_active = False
 _reference_depth = 0
 
+# The major compute capability from which on a GPU runs the kernels, C++ and Triton.
+OLDEST_CAPABILITY = 8
+
 # The registered operators by name.
 operators: dict[str, "Operator"] = {}
 
@@ -131,7 +134,17 @@ class Operator:
         """
         if reference_active or tensor.device.type not in self.devices:
             return False
-        return not is_transformed()
+        return not is_transformed() and (not tensor.is_cuda or has_kernels(tensor.device))
+
+
+def has_kernels(gpu: torch.device | None = None) -> bool:
+    """Has a GPU, by default the current one, the compute capability that all kernels need?
+
+    True where there is no GPU: what is traced for one there runs elsewhere.
+    """
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_properties(gpu).major >= OLDEST_CAPABILITY
 
 
 def native_devices(kernel: Callable) -> dict[str, Callable]:
@@ -160,6 +173,7 @@ def no_products(*shapes: object, **named: object) -> int:
 def launch(kernel: str, like: Tensor, /, **arguments: object) -> None:
     """Calls the extension's kernel on the device of ``like``, on its current stream or all threads.
 
+    Raises RuntimeError where CUDA fails, ValueError where the kernel refuses its arguments.
     ``arguments`` are the members of the kernel's struct of parameters, tensors as DLPack capsules.
     """
     for name, argument in arguments.items():
@@ -168,8 +182,9 @@ def launch(kernel: str, like: Tensor, /, **arguments: object) -> None:
         elif isinstance(argument, list) and isinstance(argument[0], Tensor):
             arguments[name] = [to_dlpack(tensor) for tensor in argument]
     if like.is_cuda:
-        stream = torch.cuda.current_stream(like.device).cuda_stream
-        getattr(_native.cuda, kernel)(arguments, stream)
+        # When it ends, torch makes no context on a former device that has none.
+        with torch.cuda.device(like.device):
+            getattr(_native.cuda, kernel)(arguments, torch.cuda.current_stream().cuda_stream)
     else:
         getattr(_native.cpu, kernel)(arguments, torch.get_num_threads())
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import ctxops
-from ctxops import _layout, _operator
+from ctxops import _layout, _native, _operator
 from ctxops.ops.pyramid_pool import op
 from ctxops.ops.pyramid_pool.reference import reference
 from numerics import LAYOUTS
@@ -96,6 +98,43 @@ def test_a_device_without_kernels_is_served_by_the_reference(monkeypatch):
     x = torch.randn(2, 3, 9, 8)
     assert torch.equal(ctxops.pyramid_pool(x), reference(x, (1, 3, 6, 8), "avg"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True)])
+@pytest.mark.parametrize("name", _operator.operators)
+def test_an_old_gpu_is_served_by_the_references(name, capability, served, monkeypatch):
+    x = SimpleNamespace(device=torch.device("cuda", 1), is_cuda=True)
+    asked = []
+
+    def properties(device):
+        asked.append(device)
+        return SimpleNamespace(major=capability[0], minor=capability[1])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(_operator.operators[name], "devices", frozenset({"cuda"}))
+    assert _operator.operators[name].serves(x) == served
+    assert asked == [x.device]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to be on a GPU")
+def test_a_kernel_is_launched_with_the_device_of_its_tensors(monkeypatch):
+    """torch switches to it and back, so that no context is made on a device that has none."""
+    device, current, launched = torch.device("cuda", 1), [0], []
+
+    def switch(index):
+        former, current[0] = current[0], index
+        return former
+
+    stream = SimpleNamespace(cuda_stream=7)
+    kernels = SimpleNamespace(kernel=lambda *arguments: launched.append((*arguments, current[0])))
+    monkeypatch.setattr(torch.cuda, "_exchange_device", switch)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", switch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(_native, "cuda", kernels)
+    _operator.launch("kernel", SimpleNamespace(device=device, is_cuda=True), size=3)
+    assert launched == [({"size": 3}, 7, 1)]
+    assert current == [0]
 
 
 def test_meta_tensors_get_their_shapes():

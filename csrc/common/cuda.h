@@ -58,37 +58,18 @@ inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Makes a device the current one and the former one current again.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = error_text(cudaGetDevice(&former_));
-    if (error_ == nullptr && device != former_) {
-      error_ = error_text(cudaSetDevice(device));
-      changed_ = error_ == nullptr;
-    }
-    if (error_ != nullptr) cudaGetLastError();  // or the next launch would report it once more
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(former_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
-  const char* error() const { return error_; }
-
- private:
-  int former_ = 0;
-  bool changed_ = false;
-  const char* error_ = nullptr;
-};
-
-// f(Tag<T>{}, stream) as dispatch() calls it, on the device of the parameters' tensors.
+// f(Tag<T>{}, stream) as dispatch() calls it. Python makes the device of the tensors the current
+// one: to set it here and to set the former one again would make a context on a device that has
+// none.
 template <typename Params, typename F>
 const char* dispatch(const Params& params, Stream stream, const F& f) {
   return dispatch(params, [&](auto tag) -> const char* {
-    const DeviceGuard guard(params.like().cuda_device);
-    if (guard.error() != nullptr) return guard.error();
+    int current = 0;
+    if (const char* error = error_text(cudaGetDevice(&current))) {
+      cudaGetLastError();  // or the next launch would report it once more
+      return error;
+    }
+    if (current != params.like().cuda_device) return "the tensors' device is not the current one";
     return f(tag, reinterpret_cast<cudaStream_t>(stream.handle));
   });
 }

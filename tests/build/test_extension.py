@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The extension as it was built: what it holds, what it refuses, what it must not contain."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -127,6 +128,42 @@ def test_a_kernel_checks_what_it_is_handed(changed, text):
 def test_a_kernel_takes_its_arguments_by_name(changed, text):
     with pytest.raises(TypeError, match=re.escape(f"pyramid_pool_forward: {text}")):
         pool(**changed)
+
+
+def capsule_on_gpu(x: torch.Tensor, device: int) -> object:
+    """A capsule that says of memory on the CPU that it lies on a GPU."""
+    capsule = to_dlpack(x)
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    # DLTensor begins with the address of the data, then type and number of the device; 2 is CUDA.
+    where = pointer(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)
+    (ctypes.c_int32 * 2).from_address(where)[:] = (2, device)
+    return capsule
+
+
+@pytest.mark.skipif(not hasattr(_native.extension, "cuda"), reason="built without CUDA")
+@pytest.mark.parametrize("device", [0, 99])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a kernel would read the CPU's memory")
+def test_a_failure_of_cuda_is_a_runtime_error(device):
+    """There is no GPU here. Wrong arguments are a ValueError on CUDA too."""
+    tensors = {
+        "input": torch.ones(1, 2, 3, 3),
+        "output": torch.empty(1, 2, 1),
+        "argmax": torch.empty(0, dtype=torch.int32),
+        "cells": torch.empty(1, 1, 1, 2),
+        "cell_argmax": torch.empty(0, dtype=torch.int32),
+    }
+
+    def pool(sizes):
+        capsules = {name: capsule_on_gpu(x, device) for name, x in tensors.items()}
+        _native.extension.cuda.pyramid_pool_forward(
+            capsules | {"sizes": sizes, "maximum": False}, 0
+        )
+
+    with pytest.raises(RuntimeError, match=r"^pyramid_pool_forward: "):
+        pool([1])
+    with pytest.raises(ValueError, match=r"^pyramid_pool_forward: sizes is empty$"):
+        pool([])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -214,15 +214,15 @@ inline TensorView on_device(int32_t device, Tensor& tensor) {
   return view;
 }
 
-// Kernels run on the device of the tensors and on the stream that they are given, and leave the
-// current device as it was.
+// Kernels run on the device of the tensors, which is the current one, and on the stream that they
+// are given.
 inline void expect_launched(const std::string& what, const char* error, int device, Stream stream) {
   if (error != nullptr) fail(what + ": " + error);
   if (cuda_on_cpu::last_launch.device != device) fail(what + " ran on another device");
   if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != stream.handle) {
     fail(what + " ran on another stream");
   }
-  if (cuda_on_cpu::current_device != 0) fail(what + ": the current device was not restored");
+  if (cuda_on_cpu::current_device != device) fail(what + " changed the current device");
 }
 
 }  // namespace compare

@@ -408,6 +408,7 @@ int main(int argc, char** argv) {
   Problem p = {kSizes[0], dtype_named(argv[1]), std::string(argv[3]) == "computed"};
   if (cases == "device") {
     Inputs in = random_inputs(p, 1);
+    cudaSetDevice(1);
     expect_results(p, in, run(p, in, 1, {7}));
     return 0;
   }

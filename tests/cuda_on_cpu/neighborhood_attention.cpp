@@ -365,6 +365,7 @@ int main(int argc, char** argv) {
   if (cases == "numbers") return check_numbers(p), 0;
   if (cases == "device") {
     Inputs in = random_inputs(p, 1);
+    cudaSetDevice(1);
     return run(p, in, true, 1, {7}), 0;
   }
   uint64_t seed = 0;

@@ -196,15 +196,19 @@ void check_device(const Problem& p) {
   Tensor input(p.dtype, {p.shape.B, p.shape.C, p.shape.H, p.shape.W}, p.layout);
   const auto view = [](Tensor& tensor) { return on_device(1, tensor); };
   const Stream stream = {7};
-  const char* error = ctxops::cuda::pyramid_pool_forward({.input = view(input),
-                                                          .output = view(result.output),
-                                                          .argmax = view(result.argmax),
-                                                          .cells = view(result.cells),
-                                                          .cell_argmax = view(result.cell_argmax),
-                                                          .sizes = int_list(p.shape.sizes),
-                                                          .maximum = p.maximum},
-                                                         stream);
-  expect_launched("forward", error, 1, stream);
+  const auto forward = [&] {
+    return ctxops::cuda::pyramid_pool_forward({.input = view(input),
+                                               .output = view(result.output),
+                                               .argmax = view(result.argmax),
+                                               .cells = view(result.cells),
+                                               .cell_argmax = view(result.cell_argmax),
+                                               .sizes = int_list(p.shape.sizes),
+                                               .maximum = p.maximum},
+                                              stream);
+  };
+  if (forward() == nullptr) fail("a kernel ran on tensors of a device that is not the current one");
+  cudaSetDevice(1);
+  expect_launched("forward", forward(), 1, stream);
 }
 
 }  // namespace

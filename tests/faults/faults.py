@@ -508,6 +508,12 @@ _OPS = [
             "reference_active = _reference_depth > 0",
             "reference_active = False",
         ),
+        (
+            "library-old-gpu",
+            "a GPU without machine code for it fails instead of taking the reference",
+            "and (not tensor.is_cuda or has_kernels(tensor.device))",
+            "",
+        ),
     ),
     *_in(
         "ctxops/_checks.py",
