@@ -19,7 +19,16 @@ import pytest
 
 slow = pytest.mark.slow
 QUICK = (90, "bf16")  # compiles every kernel
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes of a block
+# Elsewhere bf16 and fp32; fp16 differs from bf16 by its conversions alone.
+ELEMENTS = {90: ("bf16", "fp16", "fp32"), 89: ("bf16",), 120: ("bf16",)}
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}  # fmt: skip; bytes of a block
 
 
 class Case(NamedTuple):
@@ -174,10 +183,16 @@ SPILLED_BY_3_8 = {
 }
 
 
-def spill_allowed(name: str) -> int:
+# Bytes that it spills on GPUs whose registers the tiles were not chosen for.
+SPILLED_ELSEWHERE = {(120, "criss_cross_attention_forward_kernel-rows-bf16-ieee"): 56}
+
+
+def spill_allowed(name: str, capability: int) -> int:
     import triton
 
-    return 8 if triton.__version__.startswith("3.8.") and name in SPILLED_BY_3_8 else 0
+    if not triton.__version__.startswith("3.8."):
+        return 0
+    return SPILLED_ELSEWHERE.get((capability, name), 8 if name in SPILLED_BY_3_8 else 0)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ def spill_allowed(name: str) -> int:
     [
         pytest.param(capability, element, marks=() if (capability, element) == QUICK else slow)
         for capability in SHARED_MEMORY
-        for element in (("bf16", "fp16", "fp32") if capability == QUICK[0] else ("bf16", "fp32"))
+        for element in ELEMENTS.get(capability, ("bf16", "fp32"))
     ],
 )
 def test_kernels_fit(capability, element):
@@ -200,7 +215,7 @@ def test_kernels_fit(capability, element):
     misfits = {
         name: use
         for name, use in resources.items()
-        if use["STACK"] > spill_allowed(name)
+        if use["STACK"] > spill_allowed(name, capability)
         or use["LOCAL"]
         or use["shared"] > SHARED_MEMORY[capability]
     }
