@@ -3,8 +3,11 @@
 // that run until they wait; a misuse of a barrier ends the program with exit code 97.
 //
 // Shared memory is allocated and filled with 0xff for every block, so that the address sanitizer
-// sees its bounds and a read before a write is a NaN. A missing barrier shows as a difference
-// between the two orders of threads.
+// sees its bounds and a read before a write is a NaN. A warp runs until all of its lanes wait for
+// the block: so a missing barrier shows as a difference between the two orders of threads.
+//
+// Under the thread sanitizer every thread of a block is a thread to it, and only barriers order
+// what they do to memory: a missing one is a data race, whatever the order. Shuffles order nothing.
 #pragma once
 
 #include <ucontext.h>
@@ -21,6 +24,17 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+void __tsan_read_range(void* from, unsigned long bytes);
+void __tsan_write_range(void* to, unsigned long bytes);
+}
 #endif
 
 #define __global__
@@ -82,6 +96,45 @@ constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kMisuse = 97;
 
+// What we ask of the thread sanitizer; without it, nothing.
+namespace races {
+using Thread = void*;
+#if defined(__SANITIZE_THREAD__)
+inline Thread current() { return __tsan_get_current_fiber(); }
+inline Thread create() { return __tsan_create_fiber(0); }
+inline void become(Thread thread) { __tsan_switch_to_fiber(thread, 1 /* orders nothing */); }
+// All that came before a release of the tag comes before what follows an acquire of it.
+inline void release(char* tag) { __tsan_release(tag); }
+inline void acquire(char* tag) { __tsan_acquire(tag); }
+inline void reads(const void* from, size_t bytes) {
+  __tsan_read_range(const_cast<void*>(from), bytes);
+}
+inline void writes(void* to, size_t bytes) { __tsan_write_range(to, bytes); }
+// While it lives the thread's accesses are not looked at: they are the machine's own.
+struct Unwatched {
+  Unwatched() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+#else
+inline Thread current() { return nullptr; }
+inline Thread create() { return nullptr; }
+inline void become(Thread) {}
+inline void release(char*) {}
+inline void acquire(char*) {}
+inline void reads(const void*, size_t) {}
+inline void writes(void*, size_t) {}
+struct Unwatched {
+  ~Unwatched() {}
+};
+#endif
+}  // namespace races
+
 enum class State { ready, at_block_barrier, at_warp_barrier, returned };
 
 // A copy that a thread may not yet rely on.
@@ -99,7 +152,8 @@ struct Context {
   void* top;  // of the stack, where the registers lie that a call preserves
 };
 
-__attribute__((naked, noipa)) inline void switch_context(Context& /* from */, Context& /* to */) {
+__attribute__((naked, noipa, no_sanitize_thread)) inline void switch_context(Context& /* from */,
+                                                                             Context& /* to */) {
   asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15\n"
       "mov %rsp, (%rdi); mov (%rsi), %rsp\n"
       "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
@@ -129,6 +183,8 @@ struct Fiber {
   Context context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   void* fake_stack = nullptr;  // the address sanitizer's
+  races::Thread thread = races::create();
+  int block_barriers = 0, warp_barriers = 0;  // that it has come to
   State state = State::returned;
   uint32_t mask = 0;          // lanes that the warp barrier waits for
   const char* place = "";     // where it waits
@@ -139,6 +195,10 @@ struct Fiber {
 
 struct Machine {
   Context scheduler;
+  races::Thread thread = races::current();
+  // Of the barriers, each in two: who comes to the next one early must not be ordered before who
+  // leaves this one late.
+  char launch_tag, end_tag, block_tags[2], warp_tags[1024 / kWarp][2];
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -172,6 +232,7 @@ inline Machine machine;
 #pragma GCC optimize("O1")
 
 inline void resume(Fiber& fiber) {
+  races::become(fiber.thread);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.fake_stack, fiber.stack.get(), kStackBytes);
 #endif
@@ -182,6 +243,7 @@ inline void resume(Fiber& fiber) {
 }
 
 inline void pause(Fiber& fiber) {
+  races::become(machine.thread);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&fiber.fake_stack, machine.stack_bottom, machine.stack_size);
 #endif
@@ -197,10 +259,12 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
 #endif
   for (;;) {
+    races::acquire(&machine.launch_tag);
     machine.body();
     Fiber& fiber = *machine.fibers[machine.running];
     if (!fiber.copies.empty()) misuse("a thread returned before its copies arrived");
     fiber.state = State::returned;
+    races::release(&machine.end_tag);
     pause(fiber);
   }
 }
@@ -220,8 +284,14 @@ inline void wait(State state, uint32_t mask, const char* place) {
   pause(fiber);
 }
 
-inline void block_barrier(const char* place) { wait(State::at_block_barrier, 0, place); }
+inline void block_barrier(const char* place) {
+  char* const tag = &machine.block_tags[machine.fibers[machine.running]->block_barriers++ % 2];
+  races::release(tag);
+  wait(State::at_block_barrier, 0, place);
+  races::acquire(tag);
+}
 
+// As shuffles need it: it orders no memory.
 inline void warp_barrier(const char* place, uint32_t mask = 0xffffffffu) {
   if ((mask >> machine.running % kWarp & 1u) == 0) {
     misuse("a lane waits for a mask that does not name it");
@@ -229,11 +299,23 @@ inline void warp_barrier(const char* place, uint32_t mask = 0xffffffffu) {
   wait(State::at_warp_barrier, mask, place);
 }
 
+// Orders memory where the mask names the whole warp; no kernel has another one.
+inline void sync_warp(const char* place, uint32_t mask = 0xffffffffu) {
+  const bool whole = mask == 0xffffffffu;
+  Fiber& fiber = *machine.fibers[machine.running];
+  char* const tag = &machine.warp_tags[machine.running / kWarp][fiber.warp_barriers % 2];
+  fiber.warp_barriers += whole;
+  if (whole) races::release(tag);
+  warp_barrier(place, mask);
+  if (whole) races::acquire(tag);
+}
+
 // Every lane of the mask offers a value and takes that of lane `source`; 0xff... from a lane that
 // the mask does not name.
 template <typename T>
 T shuffle(const char* place, uint32_t mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(Fiber::exchange), "a shuffle moves at most 8 bytes");
+  const races::Unwatched machine_alone;
   const int first = machine.running / kWarp * kWarp;
   std::memcpy(machine.fibers[machine.running]->exchange, &value, sizeof value);
   warp_barrier(place, mask);
@@ -265,6 +347,7 @@ T shuffle_up(const char* place, uint32_t mask, T value, int delta) {
 }
 
 inline void* shared_memory(const void* declaration, size_t bytes) {
+  const races::Unwatched machine_alone;
   for (const auto& [key, memory] : machine.shared) {
     if (key == declaration) return memory;
   }
@@ -274,6 +357,14 @@ inline void* shared_memory(const void* declaration, size_t bytes) {
   return memory;
 }
 
+// A copy may write from now on, until it is waited for.
+inline void start_copy(void* to, const void* from, size_t bytes) {
+  Fiber& fiber = *machine.fibers[machine.running];
+  races::reads(from, bytes);
+  races::writes(to, bytes);
+  fiber.copies.push_back({to, from, bytes, fiber.group});
+}
+
 // All groups but the last `left` arrive: no sooner, so that a copy which nobody waits for shows.
 inline void wait_for_copies(int64_t left) {
   Fiber& fiber = *machine.fibers[machine.running];
@@ -281,6 +372,7 @@ inline void wait_for_copies(int64_t left) {
   for (const Copy& copy : fiber.copies) {
     if (copy.group < fiber.group - left) {
       std::memcpy(copy.to, copy.from, copy.bytes);
+      races::writes(copy.to, copy.bytes);
     } else {
       later.push_back(copy);
     }
@@ -288,29 +380,23 @@ inline void wait_for_copies(int64_t left) {
   fiber.copies = std::move(later);
 }
 
-// Lets the warps go on whose barriers are complete. Did any?
-inline bool release_warps() {
-  bool released = false;
-  for (int first = 0; first < machine.threads; first += kWarp) {
-    const int lanes = machine.threads - first < kWarp ? machine.threads - first : kWarp;
-    for (int i = 0; i < lanes; ++i) {
-      const Fiber& one = *machine.fibers[first + i];
-      if (one.state != State::at_warp_barrier) continue;
-      const uint32_t mask = one.mask;
-      uint32_t arrived = 0;
-      for (int j = 0; j < lanes; ++j) {
-        const Fiber& other = *machine.fibers[first + j];
-        const bool same = other.state == State::at_warp_barrier && other.mask == mask;
-        arrived |= static_cast<uint32_t>(same) << j;
-      }
-      if (arrived != mask) continue;
-      for (int j = 0; j < lanes; ++j) {
-        if (mask >> j & 1u) machine.fibers[first + j]->state = State::ready;
-      }
-      released = true;
+// Lets the lanes of a warp go on whose barriers are complete.
+inline void release_warp(int first, int lanes) {
+  for (int i = 0; i < lanes; ++i) {
+    const Fiber& one = *machine.fibers[first + i];
+    if (one.state != State::at_warp_barrier) continue;
+    const uint32_t mask = one.mask;
+    uint32_t arrived = 0;
+    for (int j = 0; j < lanes; ++j) {
+      const Fiber& other = *machine.fibers[first + j];
+      const bool same = other.state == State::at_warp_barrier && other.mask == mask;
+      arrived |= static_cast<uint32_t>(same) << j;
+    }
+    if (arrived != mask) continue;
+    for (int j = 0; j < lanes; ++j) {
+      if (mask >> j & 1u) machine.fibers[first + j]->state = State::ready;
     }
   }
-  return released;
 }
 
 inline void release_block() {
@@ -334,25 +420,35 @@ inline void release_block() {
   for (int i = 0; i < machine.threads; ++i) machine.fibers[i]->state = State::ready;
 }
 
+// Runs a thread if it is ready. Was it?
+inline bool run_thread(int thread) {
+  Fiber& fiber = *machine.fibers[thread];
+  if (fiber.state != State::ready) return false;
+  const unsigned n = static_cast<unsigned>(thread);
+  threadIdx = dim3(n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y);
+  machine.running = thread;
+  resume(fiber);
+  return true;
+}
+
 inline void run_block() {
-  const int threads = machine.threads;
+  const bool ascending = settings.order == Order::ascending;
+  const int threads = machine.threads, warps = (threads + kWarp - 1) / kWarp;
   for (int i = 0; i < threads; ++i) machine.fibers[i]->state = State::ready;
-  for (;;) {
-    bool ran = false, all_returned = true;
-    for (int i = 0; i < threads; ++i) {
-      const int thread = settings.order == Order::ascending ? i : threads - 1 - i;
-      Fiber& fiber = *machine.fibers[thread];
-      if (fiber.state == State::ready) {
-        const unsigned n = static_cast<unsigned>(thread);
-        threadIdx = dim3(n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y);
-        machine.running = thread;
-        resume(fiber);
-        ran = true;
+  for (;; release_block()) {
+    for (int w = 0; w < warps; ++w) {
+      const int first = (ascending ? w : warps - 1 - w) * kWarp;
+      const int lanes = threads - first < kWarp ? threads - first : kWarp;
+      for (bool ran = true; ran; release_warp(first, lanes)) {
+        ran = false;
+        for (int i = 0; i < lanes; ++i) ran |= run_thread(first + (ascending ? i : lanes - 1 - i));
       }
-      all_returned = all_returned && fiber.state == State::returned;
+    }
+    bool all_returned = true;
+    for (int i = 0; i < threads; ++i) {
+      all_returned = all_returned && machine.fibers[i]->state == State::returned;
     }
     if (all_returned) return;
-    if (!ran && !release_warps()) release_block();
   }
 }
 
@@ -372,7 +468,9 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stre
   machine.body = body;
   gridDim = grid;
   blockDim = block;
+  races::release(&machine.launch_tag);
   for (int64_t i = 0; i < blocks; ++i) {
+    const races::Unwatched machine_alone;
     const int64_t n = settings.order == Order::ascending ? i : blocks - 1 - i;
     blockIdx = dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                     static_cast<unsigned>(n / grid.x / grid.y));
@@ -383,6 +481,7 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stre
     for (const auto& declared : machine.shared) std::free(declared.second);
     machine.shared.clear();
   }
+  races::acquire(&machine.end_tag);
   return cudaSuccess;
 }
 
@@ -414,7 +513,7 @@ inline cudaError_t cudaSetDevice(int device) {
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long x) {
-  return std::exchange(*to, *to + x);
+  return __atomic_fetch_add(to, x, __ATOMIC_RELAXED);
 }
 
 template <typename T>
@@ -428,8 +527,7 @@ namespace {
 template <int kBytes>
 void copy_async(void* to, const void* from) {
   static_assert(kBytes == 8 || kBytes == 16, "these sizes are copied at once");
-  auto& fiber = *cuda_on_cpu::machine.fibers[cuda_on_cpu::machine.running];
-  fiber.copies.push_back({to, from, kBytes, fiber.group});
+  cuda_on_cpu::start_copy(to, from, kBytes);
 }
 inline void copy_commit() { ++cuda_on_cpu::machine.fibers[cuda_on_cpu::machine.running]->group; }
 template <int kLeft>
@@ -445,7 +543,7 @@ void copy_wait() {
 #define CUDA_ON_CPU_PLACE __FILE__ ":" CUDA_ON_CPU_TEXT(__LINE__)
 
 #define __syncthreads() ::cuda_on_cpu::block_barrier(CUDA_ON_CPU_PLACE)
-#define __syncwarp(...) ::cuda_on_cpu::warp_barrier(CUDA_ON_CPU_PLACE __VA_OPT__(, ) __VA_ARGS__)
+#define __syncwarp(...) ::cuda_on_cpu::sync_warp(CUDA_ON_CPU_PLACE __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(...) ::cuda_on_cpu::shuffle_from(CUDA_ON_CPU_PLACE, __VA_ARGS__)
 #define __shfl_xor_sync(...) ::cuda_on_cpu::shuffle_xor(CUDA_ON_CPU_PLACE, __VA_ARGS__)
 #define __shfl_down_sync(...) ::cuda_on_cpu::shuffle_down(CUDA_ON_CPU_PLACE, __VA_ARGS__)

@@ -59,6 +59,7 @@ const std::vector<Case> kMany = {
     {1, 4, {{17, 20}, {1, 1}, {2, 3}}, "pixels"},
     {1, 2, {{17, 20}, {1, 1}, {2, 3}}, "planes"},
     {1, 1, {{1, 1}, {33, 32}}, "planes"},
+    {2, 64, {{17, 20}, {1, 1}, {2, 3}}, "pixels"},  // several teams, each with several positions
 };
 
 std::vector<Case> drawn_cases() {

@@ -48,6 +48,33 @@ __global__ void missing_barrier(float* y /* (kBlock,) */) {
   y[threadIdx.x] = x[(threadIdx.x + 1) % kBlock];
 }
 
+__global__ void missing_warp_barrier(float* y /* (kBlock,) */) {
+  CTXOPS_DYNAMIC_SHARED(float, x);  // (kBlock,)
+  x[threadIdx.x] = static_cast<float>(threadIdx.x);
+  y[threadIdx.x] = x[threadIdx.x ^ 1];
+}
+
+// Right where the lanes run in step, which nothing promises.
+__global__ void shuffle_for_barrier(float* y /* (kBlock,) */) {
+  CTXOPS_DYNAMIC_SHARED(float, x);  // (kBlock,)
+  x[threadIdx.x] = static_cast<float>(threadIdx.x);
+  const float mine = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 1);
+  y[threadIdx.x] = x[threadIdx.x ^ 1] - mine;
+}
+
+// The copy may arrive while others still read.
+__global__ void copy_before_barrier(float* y /* (kBlock,) */) {
+  CTXOPS_DYNAMIC_SHARED(float, x);  // (kBlock,)
+  x[threadIdx.x] = 0;
+  __syncthreads();
+  y[threadIdx.x] = x[0];
+  alignas(8) static const float zeros[2] = {};
+  if (threadIdx.x == 0) ctxops::copy_async<8>(x, zeros);
+  ctxops::copy_commit();
+  __syncthreads();
+  ctxops::copy_wait<0>();
+}
+
 __global__ void out_of_bounds(float* y /* (kBlock,) */) {
   CTXOPS_DYNAMIC_SHARED(float, x);  // (kBlock,)
   x[threadIdx.x + 1] = 0;
@@ -121,14 +148,25 @@ struct Named {
 };
 
 const Named kKernels[] = {
-    {"sum_of_a_warp", sum_of_a_warp, 2}, {"half_a_warp", half_a_warp, 2},
-    {"neighbour", neighbour, 2},         {"missing_barrier", missing_barrier, 2},
-    {"out_of_bounds", out_of_bounds, 1}, {"static_out_of_bounds", static_out_of_bounds, 1},
-    {"early_return", early_return, 1},   {"absent_lanes", absent_lanes, 1},
-    {"unnamed_lane", unnamed_lane, 1},   {"barriers_of_two_kinds", barriers_of_two_kinds, 1},
-    {"two_barriers", two_barriers, 1},   {"device_memory", device_memory, 1},
-    {"undefined", undefined, 1},         {"misaligned", misaligned, 1},
-    {"empty_grid", neighbour, 0},        {"local_out_of_bounds", local_out_of_bounds, 1},
+    {"sum_of_a_warp", sum_of_a_warp, 2},
+    {"half_a_warp", half_a_warp, 2},
+    {"neighbour", neighbour, 2},
+    {"missing_barrier", missing_barrier, 2},
+    {"missing_warp_barrier", missing_warp_barrier, 1},
+    {"shuffle_for_barrier", shuffle_for_barrier, 1},
+    {"copy_before_barrier", copy_before_barrier, 1},
+    {"out_of_bounds", out_of_bounds, 1},
+    {"static_out_of_bounds", static_out_of_bounds, 1},
+    {"early_return", early_return, 1},
+    {"absent_lanes", absent_lanes, 1},
+    {"unnamed_lane", unnamed_lane, 1},
+    {"barriers_of_two_kinds", barriers_of_two_kinds, 1},
+    {"two_barriers", two_barriers, 1},
+    {"device_memory", device_memory, 1},
+    {"undefined", undefined, 1},
+    {"misaligned", misaligned, 1},
+    {"empty_grid", neighbour, 0},
+    {"local_out_of_bounds", local_out_of_bounds, 1},
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 """The CUDA kernels, compiled for the host and run under sanitizers, against the CPU kernels.
 
 ``cuda_on_cpu.h`` stands in for the CUDA runtime; it is itself tested by ``harness.cpp``.
+``barriers.py`` leaves out one barrier after the other and prints what notices it.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 GXX = shutil.which("g++")
 MISUSE = 97  # the exit code of cuda_on_cpu.h
+RACE = 66  # that of the thread sanitizer
 
 # Without optimisation the kernels compile in a third of the time, and with a trap in place of a
 # message where the behaviour is undefined in two thirds of that; ASan reports where a trap was hit.
@@ -28,8 +31,10 @@ SANITIZE = [
     "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr,pointer-overflow",
     "-fsanitize-undefined-trap-on-error",
 ]  # fmt: skip
+# The thread sanitizer sees the threads of a block, which only barriers order.
+RACES = ["-fsanitize=thread"]
 FLAGS = [
-    "-std=c++17", "-O0", "-g1", *SANITIZE, "-fno-strict-aliasing",
+    "-std=c++17", "-O0", "-g1", "-fno-strict-aliasing",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
     "-DCTXOPS_CUDA_ON_CPU", "-DCTXOPS_ISA=baseline", f"-I{CSRC}", f"-I{HERE}",
 ]  # fmt: skip
@@ -55,22 +60,23 @@ slow = pytest.mark.slow
 class Programs:
     """The paths of the programs by name; each is compiled when it is first asked for."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, sanitize: Sequence[str] = SANITIZE):
+        self.folder, self.sanitize = folder, sanitize
+        folder.mkdir(exist_ok=True)
 
     def __getitem__(self, name: str) -> Path:
         program, errors = self.folder / name, self.folder / f"{name}.errors"
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the other workers wait, and find it
             if not program.exists() and not errors.exists():
-                text = _compile(PROGRAMS[name], program)
+                text = compile_program(PROGRAMS[name], program, self.sanitize)
                 if text:
                     errors.write_text(text)
         assert program.exists(), errors.read_text()
         return program
 
 
-def _compile(sources: list[Path], program: Path) -> str:
+def compile_program(sources: list[Path], program: Path, sanitize: Sequence[str]) -> str:
     """What the compiler says where it fails."""
 
     def run(*command: object) -> str:
@@ -80,31 +86,44 @@ def _compile(sources: list[Path], program: Path) -> str:
     objects = [program.with_name(f"{program.name}.{source.name}.o") for source in sources]
     with ThreadPoolExecutor(2) as pool:
         texts = pool.map(
-            lambda source, to: run(GXX, *FLAGS, "-x", "c++", "-c", source, "-o", to),
+            lambda source, to: run(GXX, *FLAGS, *sanitize, "-x", "c++", "-c", source, "-o", to),
             sources,
             objects,
         )
     finished = program.with_suffix(".linked")
-    text = "".join(texts) or run(GXX, *SANITIZE, *objects, "-o", finished)
+    text = "".join(texts) or run(GXX, *sanitize, *objects, "-o", finished)
     if not text:
         finished.rename(program)
     return text
 
 
+def _shared_folder(tmp_path_factory) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the workers' bases lie in
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory) -> Programs:
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # the workers' bases lie in it
-    folder = base / "cuda_on_cpu"
-    folder.mkdir(exist_ok=True)
-    return Programs(folder)
+    return Programs(_shared_folder(tmp_path_factory) / "cuda_on_cpu")
 
 
-def _execute(program: Path, *arguments: str, order: str = "ascending"):
-    # Leaks are looked for with ptrace, which containers often forbid.
-    options = "detect_leaks=0:handle_sigill=1"
-    environment = {**os.environ, "ASAN_OPTIONS": options, "CTXOPS_THREAD_ORDER": order}
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory) -> Programs:
+    """The programs under the thread sanitizer."""
+    programs = Programs(_shared_folder(tmp_path_factory) / "cuda_on_cpu_races", RACES)
+    done = execute(programs["harness"], "neighbour")
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not run here")
+    return programs
+
+
+def execute(program: Path, *arguments: str, order: str = "ascending"):
+    environment = os.environ | {
+        # Leaks are looked for with ptrace, which containers often forbid.
+        "ASAN_OPTIONS": "detect_leaks=0:handle_sigill=1",
+        "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}",
+        "CTXOPS_THREAD_ORDER": order,
+    }
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -117,13 +136,13 @@ def _execute(program: Path, *arguments: str, order: str = "ascending"):
     ],
 )
 def test_right_kernel(programs, kernel, expected, order):
-    done = _execute(programs["harness"], kernel, order=order)
+    done = execute(programs["harness"], kernel, order=order)
     assert done.returncode == 0, done.stderr
     assert [float(x) for x in done.stdout.split()] == expected
 
 
 def test_shuffle_stays_within_its_mask(programs):
-    done = _execute(programs["harness"], "half_a_warp")
+    done = execute(programs["harness"], "half_a_warp")
     assert done.returncode == 0, done.stderr
     first_warp = done.stdout.split()[:32]
     assert first_warp[:15] == [str(lane + 1) for lane in range(15)]
@@ -132,11 +151,29 @@ def test_shuffle_stays_within_its_mask(programs):
 
 def test_missing_barrier_depends_on_the_order(programs):
     runs = [
-        _execute(programs["harness"], "missing_barrier", order=order)
+        execute(programs["harness"], "missing_barrier", order=order)
         for order in ("ascending", "descending")
     ]
     assert [run.returncode for run in runs] == [0, 0]
     assert runs[0].stdout != runs[1].stdout
+
+
+@pytest.mark.parametrize("kernel", ["sum_of_a_warp", "neighbour"])
+def test_ordered_by_barriers(watched, kernel):
+    done = execute(watched["harness"], kernel)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["missing_barrier", "missing_warp_barrier", "shuffle_for_barrier", "copy_before_barrier"],
+)
+def test_race(watched, kernel, order):
+    done = execute(watched["harness"], kernel, order=order)
+    assert done.returncode == RACE
+    assert "ThreadSanitizer: data race" in done.stderr
+    assert kernel in done.stderr
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
@@ -151,14 +188,14 @@ def test_missing_barrier_depends_on_the_order(programs):
     ],
 )
 def test_misused_barrier(programs, kernel, message, order):
-    done = _execute(programs["harness"], kernel, order=order)
+    done = execute(programs["harness"], kernel, order=order)
     assert done.returncode == MISUSE
     assert message in done.stderr
 
 
 @pytest.mark.parametrize("kernel", ["out_of_bounds", "static_out_of_bounds", "device_memory"])
 def test_address_out_of_bounds(programs, kernel):
-    done = _execute(programs["harness"], kernel)
+    done = execute(programs["harness"], kernel)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
     assert kernel in done.stderr
@@ -166,21 +203,21 @@ def test_address_out_of_bounds(programs, kernel):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="swapcontext makes ASan forget stacks")
 def test_local_out_of_bounds_after_a_barrier(programs):
-    done = _execute(programs["harness"], "local_out_of_bounds")
+    done = execute(programs["harness"], "local_out_of_bounds")
     assert done.returncode != 0
     assert "AddressSanitizer: stack-buffer-overflow" in done.stderr
 
 
 @pytest.mark.parametrize("kernel", ["undefined", "misaligned"])
 def test_undefined_behaviour(programs, kernel):
-    done = _execute(programs["harness"], kernel)
+    done = execute(programs["harness"], kernel)
     assert done.returncode != 0
     assert "AddressSanitizer: ILL" in done.stderr
     assert f"in {kernel}" in done.stderr
 
 
 def test_launch_error(programs):
-    done = _execute(programs["harness"], "empty_grid")
+    done = execute(programs["harness"], "empty_grid")
     assert done.returncode == 1
     assert "invalid configuration argument" in done.stderr
 
@@ -191,7 +228,7 @@ def test_launch_error(programs):
     dtype=["float32", "float64", "float16", "bfloat16"],
 )
 def test_pyramid_pool(programs, layout, mode, dtype):
-    done = _execute(programs["pyramid_pool"], dtype, mode, layout, "small")
+    done = execute(programs["pyramid_pool"], dtype, mode, layout, "small")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -211,13 +248,13 @@ def test_pyramid_pool(programs, layout, mode, dtype):
     ],
 )
 def test_pyramid_pool_of_many_boundaries(programs, layout, mode, dtype):
-    done = _execute(programs["pyramid_pool"], dtype, mode, layout, "boundaries")
+    done = execute(programs["pyramid_pool"], dtype, mode, layout, "boundaries")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_pyramid_pool_of_a_large_batch(programs, mode):
-    done = _execute(programs["pyramid_pool"], "float32", mode, "contiguous", "batch")
+    done = execute(programs["pyramid_pool"], "float32", mode, "contiguous", "batch")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -239,7 +276,7 @@ def test_pyramid_pool_of_a_large_batch(programs, mode):
     ],
 )
 def test_pyramid_pool_adds_many_values(programs, layout, dtype):
-    done = _execute(programs["pyramid_pool"], dtype, "avg", layout, "large")
+    done = execute(programs["pyramid_pool"], dtype, "avg", layout, "large")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -253,7 +290,7 @@ def test_pyramid_pool_adds_many_values(programs, layout, dtype):
     ],
 )
 def test_neighborhood_attention_in_tiles(programs, dtype, border):
-    done = _execute(programs["neighborhood_attention"], dtype, border, "tiled")
+    done = execute(programs["neighborhood_attention"], dtype, border, "tiled")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -268,20 +305,20 @@ def test_neighborhood_attention_in_tiles(programs, dtype, border):
     ],
 )
 def test_neighborhood_attention(programs, dtype, border):
-    done = _execute(programs["neighborhood_attention"], dtype, border, "general")
+    done = execute(programs["neighborhood_attention"], dtype, border, "general")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("border", ["zeros", "mask", "shift"])
 @pytest.mark.parametrize("cases", ["numbers", "device"])
 def test_neighborhood_attention_of(programs, cases, border):
-    done = _execute(programs["neighborhood_attention"], "float32", border, cases)
+    done = execute(programs["neighborhood_attention"], "float32", border, cases)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("dtype", "cases"), [("float16", "batch"), ("float64", "large")])
 def test_neighborhood_attention_of_many(programs, dtype, cases):
-    done = _execute(programs["neighborhood_attention"], dtype, "zeros", cases)
+    done = execute(programs["neighborhood_attention"], dtype, "zeros", cases)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -302,7 +339,7 @@ def test_neighborhood_attention_of_many(programs, dtype, cases):
     ],
 )
 def test_gated_fusion(programs, cases, gates, dtype):
-    done = _execute(programs["gated_fusion"], dtype, cases, gates)
+    done = execute(programs["gated_fusion"], dtype, cases, gates)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -316,14 +353,14 @@ def test_gated_fusion(programs, cases, gates, dtype):
     ],
 )
 def test_gated_fusion_of(programs, cases, gates):
-    done = _execute(programs["gated_fusion"], "float32", cases, gates)
+    done = execute(programs["gated_fusion"], "float32", cases, gates)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("weights", ["plain", "weighted"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 def test_category_statistics(programs, dtype, weights):
-    done = _execute(programs["category_statistics"], dtype, weights, "small")
+    done = execute(programs["category_statistics"], dtype, weights, "small")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -343,5 +380,26 @@ def test_category_statistics(programs, dtype, weights):
     ],
 )
 def test_category_statistics_of(programs, cases, weights):
-    done = _execute(programs["category_statistics"], "float32", weights, cases)
+    done = execute(programs["category_statistics"], "float32", weights, cases)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# The fewest that come to every barrier.
+WATCHED = {
+    "pyramid_pool": [
+        ("float32", mode, layout, "small")
+        for mode in ("avg", "max")
+        for layout in ("contiguous", "channels_last")
+    ],
+    "neighborhood_attention": [("float32", "zeros", cases) for cases in ("tiled", "general")],
+    "gated_fusion": [("float32", cases, "computed") for cases in ("one_size", "sizes")],
+    "category_statistics": [("float32", "weighted", "small")],
+}
+
+
+@slow
+@pytest.mark.parametrize("program", WATCHED)
+def test_no_race(watched, program):
+    for arguments in WATCHED[program]:
+        done = execute(watched[program], *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
