@@ -109,7 +109,8 @@ def _blocks_are_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     takes 4 to 15 times theirs; with C = Cv it takes 0.7 to 1.0 of their time otherwise (AVX2).
     """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.shape[1] != value.shape[1] or half and _operator.needs_grad(query, key, value)
+    wide = query.shape[1] != value.shape[1]
+    return wide or (half and _operator.needs_grad(query, key, value))
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
