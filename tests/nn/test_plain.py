@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrizations import spectral_norm
 
 from covering import chosen, product
 from ctxops.nn import (
@@ -24,7 +26,7 @@ from ctxops.nn import (
     PyramidPooling,
 )
 from ctxops.nn.plain import is_plain
-from ctxops.nn.pointwise import PointwiseConv2d
+from ctxops.nn.pointwise import PointwiseConv2d, convolve_concatenation
 from modules import flop_counter, randomise
 
 LOW, HIGH = (2, 6, 5, 7), (2, 8, 6, 9)
@@ -344,6 +346,27 @@ def test_a_parametrised_concatenation_is_evaluated_once():
     Count.calls = 0
     block(torch.randn(2, 6, 6, 9), torch.randn(2, 8, 6, 9))
     assert Count.calls == 1
+
+
+def test_spectral_norm_of_a_concatenation():
+    """One step of its power iteration, as on torch's convolution."""
+    ours, plain = PointwiseConv2d(14, 5), nn.Conv2d(14, 5, 1)
+    spectral_norm(ours), spectral_norm(plain)
+    plain.load_state_dict(ours.state_dict())
+    step = torch.randn(5, 14, 1, 1)  # of an optimiser
+    for convolution in (ours, plain):
+        convolution.parametrizations.weight.original.data.add_(step)
+    maps = torch.randn(2, 6, 6, 9), torch.randn(2, 8, 6, 9)
+    torch.testing.assert_close(convolve_concatenation(ours, *maps), plain(torch.cat(maps, dim=1)))
+
+
+def test_norms_that_were_fused_into_their_convolutions():
+    x = torch.randn(2, 8, 6, 9)
+    for block in (APNB(8, 4, 4, output_sizes=(1, 2)), PyramidPooling(8, 4, (1, 2))):
+        expected = randomise(block).eval()(x)
+        for layers in [m for m in block.modules() if type(m) is nn.Sequential]:
+            layers[0], layers[1] = fuse_conv_bn_eval(layers[0], layers[1]), nn.Identity()
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_convolution_is_built_as_its_class_is():
