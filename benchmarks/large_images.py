@@ -7,7 +7,8 @@
     python benchmarks/large_images.py radius --backbone convnext_tiny --output-stride 32
 
 ``memory`` prints the seconds and the peak of the process's resident memory above what it had
-before the image, beside what the docstring of ``segment`` says; Linux alone. ``halos`` prints for
+before the image, beside what the docstring of ``segment`` says; Linux alone. glibc keeps much of
+what is freed, unless the environment has ``MALLOC_MMAP_THRESHOLD_=131072``. ``halos`` prints for
 each halo the share of the pixels whose class differs from that of the whole image. The weights are
 random, no gain is near zero, and every class has the same mean score, so that none hides another.
 ``radius`` prints the halo that is as wide as the encoder sees, or why there is none.

@@ -3,6 +3,12 @@
 
 import itertools
 import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +214,19 @@ def test_memory_in_tiles():
         bound = of_tile + height * width * (maps + 8 * NUM_CLASSES / strides[-1] ** 2)
         assert 0.8 * bound <= peak(height, width, window=window, halo=halo) <= 1.2 * bound
     assert peak(512, 1024, window=window, halo=halo) <= peak(512, 1024) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variable is glibc's")
+def test_resident_memory_in_tiles():
+    """That of the process is what the formula says, where what is freed is given back at once."""
+    program = Path(__file__).parents[2] / "benchmarks/large_images.py"
+    options = "memory --size 512 1024 --window 128 --halo 32".split()
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(program), *options]
+    run = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
+    used, bound = map(int, re.findall(r"(\d+) MiB", run.stdout))
+    assert 0.8 * bound <= used <= 1.2 * bound
 
 
 def test_memory_of_sliding_windows(monkeypatch):
