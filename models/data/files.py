@@ -185,11 +185,11 @@ class Files(Dataset):
         try:
             return self._read(self.pairs[index])
         except (FileNotFoundError, ValueError) as error:
+            # Reported before another process knows, and in whole lines: print may write in parts.
             with self._lock:
-                known = bool(self._bad[index])
-                self._bad[index] = True
-            if not known:
-                print(f"passed over: {error}", file=sys.stderr, flush=True)
+                if not self._bad[index]:
+                    self._bad[index] = True
+                    print(f"passed over: {error}", file=sys.stderr, flush=True)
             return None
 
     def _read(self, pair: Pair) -> tuple[Tensor, Tensor]:

@@ -1518,8 +1518,8 @@ _TRAINING = [
         (
             "files-bad-reported-always",
             "a pair that is passed over is reported in every epoch",
-            "known = bool(self._bad[index])",
-            "known = False",
+            "if not self._bad[index]:",
+            "if True:",
         ),
         (
             "files-tiff-turned",
