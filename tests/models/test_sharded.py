@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks whose weights are there in calls alone: torch's ``fully_shard``, in one process."""
+"""Networks under torch's ``fully_shard``, which has weights in calls alone, and under DDP."""
 
 import copy
 
@@ -13,9 +13,13 @@ pytest.importorskip("timm")
 from torch.distributed.fsdp import fully_shard
 
 from ctxops.models import list_models
-from ctxops.nn import DatasetContextAggregation, GatedFullyFusion
+from ctxops.nn import (
+    DatasetContextAggregation,
+    GatedFullyFusion,
+    representation_consistency_loss,
+)
 from modules import mostly_slow, randomise
-from networks import images, traceable
+from networks import NUM_CLASSES, images, traceable
 from numerics import random_like
 
 
@@ -39,6 +43,14 @@ CASES |= {f"{name}, convolutions": (name, "convolutions") for name in ("ann", "d
 QUICK = "ann, convolutions", "mcibi, children"
 
 
+def without_dropout(name):
+    network = traceable(name).double()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0
+    return network
+
+
 def results(network, image):
     """All logits and every gradient, in evaluation and in training."""
     found = []
@@ -54,10 +66,7 @@ def results(network, image):
 
 @pytest.mark.parametrize(("name", "units"), mostly_slow(CASES, *QUICK))
 def test_a_sharded_network_computes_the_same(name, units, mesh):
-    network, image = traceable(name).double(), images(17, 21, batch=2).double()
-    for module in network.modules():
-        if isinstance(module, nn.Dropout2d):
-            module.p = 0
+    network, image = without_dropout(name), images(17, 21, batch=2).double()
     expected = results(copy.deepcopy(network), image)
     for unit in reversed(UNITS[units](network)):
         fully_shard(unit, mesh=mesh)
@@ -73,3 +82,22 @@ def test_methods_besides_forward_have_the_weights(mesh):
         fully_shard(module, mesh=mesh)
     for _ in range(2):
         torch.testing.assert_close((dca.reduce(x), gff.gates([x, x])), expected)
+
+
+def test_a_memory_is_trained_under_ddp():
+    """Two steps: a parameter without gradient stops the second."""
+    network, image = without_dropout("mcibi").train(), images(17, 21, batch=2).double()
+    labels, states = torch.randint(NUM_CLASSES, (2, 17, 21)), []
+    for model in (copy.deepcopy(network), nn.parallel.DistributedDataParallel(network)):
+        inner = getattr(model, "module", model)
+        for step in range(2):
+            output = model(image)
+            every = output.logits, *output.auxiliary.values()
+            loss = sum(logits.square().mean() for logits in every)
+            memory, initialized = inner.bank.memory, inner.bank.initialized
+            loss = loss + representation_consistency_loss(inner.classifier, memory, initialized)
+            loss.backward()
+            inner.bank(output.features, labels, generator=torch.Generator().manual_seed(step))
+        grads = {name: p.grad for name, p in inner.named_parameters()}
+        states.append([grads, inner.state_dict()])
+    torch.testing.assert_close(*states)
