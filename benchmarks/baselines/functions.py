@@ -148,10 +148,11 @@ def windows_by_natten(
     query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int
 ) -> Tensor:
     """NATTEN, one head: maps (B, H, W, heads, C)."""
-    import natten
+    # By its name in 0.17, the last that serves the CPU, as in later versions.
+    from natten.functional import na2d
 
     query, key, value = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (query, key, value))
-    context = natten.na2d(query, key, value, kernel_size=kernel, dilation=dilation)
+    context = na2d(query, key, value, kernel_size=kernel, dilation=dilation)
     return context.squeeze(3).permute(0, 3, 1, 2)
 
 
