@@ -271,6 +271,8 @@ PYBIND11_MODULE(_C, root) {
   root.attr("max_tensors") = ctxops::kMaxTensors;
   root.attr("neighborhood_attention_max_window") = ctxops::kMaxWindow;
   root.attr("neighborhood_attention_max_window_along_columns") = ctxops::kMaxWindowAlongColumns;
+  root.attr("neighborhood_attention_max_sliding_window_along_columns") =
+      ctxops::kMaxSlidingWindowAlongColumns;
   root.attr("gated_fusion_part") = ctxops::kPart;
   root.def("pyramid_pool_cells", [](int64_t extent, const ctxops::IntList& sizes) {
     return ctxops::make_cell_axis(extent, sizes).count;

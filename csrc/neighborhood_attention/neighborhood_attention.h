@@ -78,7 +78,10 @@ namespace {
 constexpr int64_t kMaxWindow = 4096;
 
 // And where the CPU's vectors run along the columns: a thread keeps those of a vector of queries.
+// Of larger windows that slide inside the map, too little fits into the inner caches: with the
+// backward 7 x 7 takes 1.2 times as long as along the channels with the maps laid out anew.
 constexpr int64_t kMaxWindowAlongColumns = 2048;
+constexpr int64_t kMaxSlidingWindowAlongColumns = 32;
 
 struct Window {
   WindowAxis rows, columns;
@@ -101,7 +104,9 @@ inline bool fits(const WindowAxis& axis) {
 // channels do not lie side by side, as in contiguous maps, vectors run along the columns.
 template <typename Params>
 int inner_dimension(const Params& p) {
-  const bool fits = p.kernel_size.value[0] * p.kernel_size.value[1] <= kMaxWindowAlongColumns;
+  const int64_t most =
+      p.border == Border::shift ? kMaxSlidingWindowAlongColumns : kMaxWindowAlongColumns;
+  const bool fits = p.kernel_size.value[0] * p.kernel_size.value[1] <= most;
   return p.query.cuda_device < 0 && !unit_stride(p.query, 1) && fits ? 3 : 1;
 }
 

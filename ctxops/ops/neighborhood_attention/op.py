@@ -23,6 +23,9 @@ Border = Literal["zeros", "mask", "shift"]
 _BORDERS = get_args(Border)  # outside of what a tracer sees
 _MAX_WINDOW = _native.limit("neighborhood_attention_max_window")
 _MAX_WINDOW_ALONG_COLUMNS = _native.limit("neighborhood_attention_max_window_along_columns")
+_MAX_SLIDING_WINDOW_ALONG_COLUMNS = _native.limit(
+    "neighborhood_attention_max_sliding_window_along_columns"
+)
 
 
 @_operator.served_by(cpu="C++", cuda="C++")
@@ -86,8 +89,8 @@ def neighborhood_attention(
     Memory: with gradient, B * num_heads * kh * kw * H * W values of 4 bytes (8 for float64) are
         kept. Backward: as many again. Besides, on CUDA one channels_last copy of every map that is
         not so. On the CPU a copy of every map that is not in the query's memory format; where that
-        is channels_last, or a window has more than 2048 neighbours, also a float32 copy of every
-        map in half precision.
+        is channels_last also a float32 copy of every map in half precision; and where a window has
+        more than 2048 neighbours, with ``"shift"`` 32, a float32 copy of every map.
     """
     check_dtype("value", value)
     kernel, steps, scale = _check(
@@ -226,15 +229,16 @@ def _new_weights(
     dtype = _operator.accumulator(query.dtype)
     square = kernel_size[0] == kernel_size[1] and kernel_size[0] in (3, 5, 7)
     tiles = query.is_cuda and square and border != "shift" and dtype == torch.float32
-    if tiles or _inner_dimension(query, kernel_size) == 3:
+    if tiles or _inner_dimension(query, kernel_size, border) == 3:
         return query.new_empty((batch, num_heads, count, height, width), dtype=dtype)
     weights = query.new_empty((batch, height, width, num_heads, count), dtype=dtype)
     return weights.permute(0, 3, 4, 1, 2)
 
 
-def _inner_dimension(query: Tensor, kernel_size: Sequence[int]) -> int:
+def _inner_dimension(query: Tensor, kernel_size: Sequence[int], border: str) -> int:
     """The dimension along which the kernels need unit stride of all maps, as in their header."""
-    fits = kernel_size[0] * kernel_size[1] <= _MAX_WINDOW_ALONG_COLUMNS
+    most = _MAX_SLIDING_WINDOW_ALONG_COLUMNS if border == "shift" else _MAX_WINDOW_ALONG_COLUMNS
+    fits = kernel_size[0] * kernel_size[1] <= most
     unit_stride = query.shape[1] == 1 or query.stride(1) == 1
     return 3 if not query.is_cuda and not unit_stride and fits else 1
 
@@ -276,7 +280,7 @@ def _forward(
         weights = _new_weights(query, kernel_size, border, num_heads)
     if fake or query.numel() == 0:
         return output, weights
-    inner = _inner_dimension(query, kernel_size)
+    inner = _inner_dimension(query, kernel_size, border)
     target = output if value is None else _empty_kernel_map(output, inner)
     dtype = _operator.accumulator(query.dtype)
     bias = query.new_empty((0,)) if rel_pos_bias is None else rel_pos_bias.to(dtype).contiguous()
@@ -313,7 +317,7 @@ def _backward(
     grad_bias = query.new_zeros(shape, dtype=_operator.accumulator(query.dtype))
     if fake or query.numel() == 0:
         return *grads, grad_bias.to(query.dtype)
-    inner = _inner_dimension(query, kernel_size)
+    inner = _inner_dimension(query, kernel_size, border)
     targets = [_empty_kernel_map(g, inner) for g in grads]
     grad_logits = _new_weights(query, kernel_size, border, num_heads)
     if weights.stride() != grad_logits.stride():  # hooks on saved tensors may have moved them
