@@ -30,7 +30,11 @@ import hypothesis  # noqa: F401
 import pytest
 import torch  # noqa: F401
 
-from faults import FAULTS, Fault
+# tests/ in the place of this folder, as pytest has it.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from faults.fault import Fault
+from faults.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 900  # seconds of a run of tests; what hangs is noticed
