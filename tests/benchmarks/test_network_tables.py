@@ -10,7 +10,6 @@ from ctxops.models import SegmentationOutput
 from harness import Effort, Options, Verdict, check_case, milliseconds, ratio_verdicts
 from harness.check import Entry
 from harness.measure import Result, Row, Timing
-from modules import mostly_slow
 from papers import gald_efficiency, gff_cost, whole_networks
 from papers.network_cases import network_case, parameters, statistics
 
@@ -21,6 +20,7 @@ def counts(verdicts: list[Verdict]) -> dict[str, tuple[int, bool | None]]:
     return {v.what.removesuffix(", parameters"): (round(v.ours * 1e6), v.ok) for v in verdicts}
 
 
+@pytest.mark.slow
 def test_gald():
     verdicts = gald_efficiency.count_verdicts()
     assert all(v.unit == "M" for v in verdicts)
@@ -44,6 +44,7 @@ def gff():
     return gff_cost.verdicts()
 
 
+@pytest.mark.slow
 def test_gff_baseline_is_exact(gff):
     operations, count = gff[:2]
     assert f"{operations.ours:.2f}" == "580.06"
@@ -51,12 +52,14 @@ def test_gff_baseline_is_exact(gff):
     assert round(count.ours * 1e6) == 65_707_475
 
 
+@pytest.mark.slow
 def test_gff_rows(gff):
     assert [f"{v.ours:.1f}" for v in gff[2::2]] == ["620.2", "603.7"]
     assert [f"{v.ours:.2f}" for v in gff[3::2]] == ["71.44", "71.04"]
     assert not any(v.ok for v in gff[2:])
 
 
+@pytest.mark.slow
 def test_gff_writes_every_figure(tmp_path, capsys, monkeypatch, gff):
     monkeypatch.setattr(gff_cost, "verdicts", lambda: gff)
     file = tmp_path / "gff.json"
@@ -108,7 +111,8 @@ def test_ann():
     assert counts(verdicts[1::2])["ANN"] == (62_964_435, False)
 
 
-@pytest.mark.parametrize("name", mostly_slow([*whole_networks.HEADS], "DCA"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", whole_networks.HEADS)
 def test_heads_agree_with_their_eager_twins(name):
     case = whole_networks.head_case(name, (32, 24), OPTIONS)
     entries = check_case(case, OPTIONS.device, OPTIONS.dtype)

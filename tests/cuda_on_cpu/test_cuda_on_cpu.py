@@ -164,7 +164,7 @@ def test_ordered_by_barriers(watched, kernel):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("order", ["ascending", pytest.param("descending", marks=slow)])
 @pytest.mark.parametrize(
     "kernel",
     ["missing_barrier", "missing_warp_barrier", "shuffle_for_barrier", "copy_before_barrier"],
@@ -252,6 +252,7 @@ def test_pyramid_pool_of_many_boundaries(programs, layout, mode, dtype):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@slow
 @pytest.mark.parametrize("mode", ["avg", "max"])
 def test_pyramid_pool_of_a_large_batch(programs, mode):
     done = execute(programs["pyramid_pool"], "float32", mode, "contiguous", "batch")
@@ -262,8 +263,8 @@ def test_pyramid_pool_of_a_large_batch(programs, mode):
     ("layout", "dtype"),
     [
         ("contiguous", "float32"),
-        ("channels_last", "float16"),
-        ("odd_pixels", "bfloat16"),
+        pytest.param("channels_last", "float16", marks=slow),
+        pytest.param("odd_pixels", "bfloat16", marks=slow),
         pytest.param("odd_rows", "bfloat16", marks=slow),
         pytest.param("odd_pixels", "float32", marks=slow),
         pytest.param("contiguous", "float16", marks=slow),
@@ -285,7 +286,7 @@ def test_pyramid_pool_adds_many_values(programs, layout, dtype):
     [
         ("float32", "zeros"),
         pytest.param("float32", "mask", marks=slow),
-        ("float16", "zeros"),
+        pytest.param("float16", "zeros", marks=slow),
         ("bfloat16", "mask"),
     ],
 )
@@ -298,8 +299,8 @@ def test_neighborhood_attention_in_tiles(programs, dtype, border):
     ("dtype", "border"),
     [
         ("float32", "zeros"),
-        ("float32", "shift"),
-        ("float64", "zeros"),
+        pytest.param("float32", "shift", marks=slow),
+        pytest.param("float64", "zeros", marks=slow),
         ("float16", "mask"),
         ("bfloat16", "shift"),
     ],
@@ -330,10 +331,10 @@ def test_neighborhood_attention_of_many(programs, dtype, cases):
         pytest.param("float32", "given", "sizes", marks=slow),
         pytest.param("float32", "computed", "one_size", marks=slow),
         ("float32", "computed", "sizes"),
-        ("float64", "computed", "one_size"),
+        pytest.param("float64", "computed", "one_size", marks=slow),
         pytest.param("float64", "computed", "sizes", marks=slow),
         pytest.param("float16", "computed", "one_size", marks=slow),
-        ("float16", "computed", "sizes"),
+        pytest.param("float16", "computed", "sizes", marks=slow),
         ("bfloat16", "computed", "one_size"),
         pytest.param("bfloat16", "computed", "sizes", marks=slow),
     ],
@@ -346,7 +347,7 @@ def test_gated_fusion(programs, cases, gates, dtype):
 @pytest.mark.parametrize(
     ("cases", "gates"),
     [
-        ("many", "given"),
+        pytest.param("many", "given", marks=slow),
         pytest.param("drawn", "computed", marks=slow),
         ("device", "given"),
         ("device", "computed"),
@@ -372,7 +373,7 @@ def test_category_statistics(programs, dtype, weights):
         pytest.param("numbers", "plain", marks=slow),
         ("numbers", "weighted"),
         pytest.param("many", "plain", marks=slow),
-        ("many", "weighted"),
+        pytest.param("many", "weighted", marks=slow),
         pytest.param("drawn", "plain", marks=slow),
         pytest.param("drawn", "weighted", marks=slow),
         ("device", "plain"),

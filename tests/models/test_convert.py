@@ -412,7 +412,7 @@ def assert_computes(imported, image, expected):
 # Networks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", mostly_slow(sorted(LISTINGS), "ann", "ccnet"))
+@pytest.mark.parametrize("model", mostly_slow(sorted(LISTINGS), "ann"))
 @torch.no_grad()
 def test_mmsegmentation(model, image):
     state_dict = mmseg_checkpoint(model)
@@ -572,7 +572,7 @@ CONFIGURED = {
 
 @pytest.mark.parametrize(
     ("model", "config", "backbone", "head"),
-    mostly_slow(CONFIGURED, "multi-grid", "head-dilation", "stride-32"),
+    mostly_slow(CONFIGURED, "multi-grid"),
 )
 @torch.no_grad()
 def test_configuration(model, config, backbone, head, image):
@@ -683,7 +683,8 @@ def test_configuration_file(tmp_path):
         load_config(path)
 
 
-@pytest.mark.parametrize("key", mostly_slow(["cfg", "config"], "cfg"))
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["cfg", "config"])
 def test_configuration_in_a_file(key, tmp_path, pspnet, capsys):
     """The checkpoint's own counts, a file that is given more, and an option most."""
     theirs, ours, file = tmp_path / "pspnet.pth", tmp_path / "pspnet.pt", tmp_path / "config.py"
@@ -735,7 +736,7 @@ def other_resnet(lines, kind):
     ("kind", "backbone", "stride"),
     [
         pytest.param("ResNetV1d", "resnet50d", 8, marks=pytest.mark.slow),
-        ("ResNeSt", "resnest50d", 8),
+        pytest.param("ResNeSt", "resnest50d", 8, marks=pytest.mark.slow),
         pytest.param("ResNeSt", "resnest50d", 32, marks=pytest.mark.slow),
     ],
 )
@@ -760,8 +761,8 @@ def test_resnets_with_pools_on_shortcuts(kind, backbone, stride, image):
         ("resnet18d", 32, "resnet18d", None),
         ("resnet50d", 64, "resnet50", {"avg_down": True, "stem_type": "deep", "stem_width": 64}),
         ("resnest50d", 64, "resnest50d", {"stem_width": 64}),
-        ("resnest101e", 64, "resnest101e", None),
-        ("resnest200e", 64, "resnest200e", None),
+        pytest.param("resnest101e", 64, "resnest101e", None, marks=pytest.mark.slow),
+        pytest.param("resnest200e", 64, "resnest200e", None, marks=pytest.mark.slow),
     ],
 )
 def test_names_of_resnets_with_pools_on_shortcuts(name, stem, backbone, options):
@@ -861,7 +862,7 @@ def test_backbones_of_mmsegmentation(backbone, options):
     )
 
 
-@pytest.mark.parametrize("size", [(37, 53), (64, 96)])
+@pytest.mark.parametrize("size", [(37, 53), pytest.param((64, 96), marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_hrnet_of_mmsegmentation(size):
     """Its branches are resized where 32 does not divide the image's sides."""
@@ -1438,6 +1439,7 @@ def test_safetensors(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_averaged_weights(tmp_path, pspnet, capsys):
     """mmcv's copies beside the weights, others' state dict beside theirs."""
     path, ours = tmp_path / "theirs.pth", tmp_path / "ours.pt"

@@ -19,11 +19,12 @@ from PIL import Image
 pytest.importorskip("torchvision")
 
 from ctxops.__main__ import main
-from ctxops.models import Encoder, convert, create_model, inference, segment
+from ctxops.models import Encoder, convert, create_model, inference, list_models, segment
 from ctxops.models.inference import encode_in_tiles, receptive_radius, standardise
 from ctxops.models.predict import overlay
 from ctxops.nn.bands import map_in_bands, reach
 from harness import peak_memory
+from modules import mostly_slow
 from networks import NUM_CLASSES, make, network_of, networks
 
 
@@ -51,7 +52,7 @@ def logits(network, image):
         return network(standardise(image, network)).logits
 
 
-@networks
+@pytest.mark.parametrize("name", mostly_slow(list_models(), "ann", "gff", "mcibi", "ocrnet"))
 def test_whole(name):
     image = bytes_image(97, 131, batch=2)
     network = balanced(name, image)

@@ -432,7 +432,7 @@ BACKBONES = {
 FIRST = {arguments["backbone"]: name for name, arguments in reversed(BACKBONES.items())}
 
 
-@pytest.mark.parametrize("arguments", mostly_slow(BACKBONES, *FIRST.values()))
+@pytest.mark.parametrize("arguments", mostly_slow(BACKBONES, next(iter(FIRST.values()))))
 def test_backbones_have_the_stride(arguments):
     with torch.device("meta"):
         network = create_model(**arguments)

@@ -757,6 +757,7 @@ def assert_states_equal(first, second):
         assert torch.equal(buffer, second[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", ["equal", "different"])
 @pytest.mark.parametrize("name", [n for n in DISTRIBUTED if n != "none"])
 def test_processes_agree_to_the_bit(name, seeds, results):
@@ -766,6 +767,7 @@ def test_processes_agree_to_the_bit(name, seeds, results):
     assert (first["memory"] != 0).any(1).tolist() == [True] * 4 + [False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", ["equal", "different"])
 @pytest.mark.parametrize("name", [n for n in DISTRIBUTED if n.split(",")[0] in INITS])
 def test_processes_are_one_that_sees_both(name, seeds, results):
@@ -777,6 +779,7 @@ def test_processes_are_one_that_sees_both(name, seeds, results):
     torch.testing.assert_close(found, memory.memory, **ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "alone"])
 def test_processes_on_their_own(name, results):
     for rank, result in enumerate(results):
@@ -786,6 +789,7 @@ def test_processes_on_their_own(name, results):
         assert_states_equal(memory.state_dict(), result[f"{name}, equal seeds"])
 
 
+@pytest.mark.slow
 def test_processes_as_in_the_released_code(results):
     """A row of zeros is one without value; the memories are averaged after every step."""
     memory, m = torch.zeros(K, C, dtype=torch.float64), 0.3
@@ -805,6 +809,7 @@ def test_processes_as_in_the_released_code(results):
     torch.testing.assert_close(found.double(), memory, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_in_a_network_under_ddp(results):
     assert_states_equal(*(result["ddp"] for result in results))
     torch.manual_seed(7)

@@ -70,8 +70,8 @@ SIZES = [  # B, C, Cv, H, W
     pytest.param((2, 4, 5, 3, 5), id="one-tile"),
     pytest.param((1, 16, 8, 1, 18), id="one-row", marks=slow),
     pytest.param((1, 8, 20, 18, 1), id="one-column", marks=slow),
-    pytest.param((2, 20, 37, 2, 3), id="channel-tiles"),
-    pytest.param((1, 5, 3, 2, 19), id="position-tiles-of-rows"),
+    pytest.param((2, 20, 37, 2, 3), id="channel-tiles", marks=slow),
+    pytest.param((1, 5, 3, 2, 19), id="position-tiles-of-rows", marks=slow),
     pytest.param((1, 5, 3, 19, 2), id="position-tiles-of-columns"),
     pytest.param((1, 5, 3, 35, 2), id="three-position-tiles-of-columns", marks=slow),
 ]

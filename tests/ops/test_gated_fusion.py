@@ -279,6 +279,7 @@ def test_gradients_of_biases_that_cancel():
     assert squares[0] <= 1.5**2 * squares[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_results_larger_than_the_caches(layout, offset, device):
