@@ -96,6 +96,7 @@ def test_the_table_has_every_operator():
     assert set(table()) == set(_operator.served) == set(ctxops.__all__) - NO_OPERATORS
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table():
     done = subprocess.run(
         [sys.executable, "-m", "ctxops", "info"], capture_output=True, text=True, check=True

@@ -281,12 +281,14 @@ def test_pyramid_pool_adds_many_values(programs, layout, dtype):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# These two programs take the longest to compile, so that the quick suite leaves them out.
+@slow
 @pytest.mark.parametrize(
     ("dtype", "border"),
     [
         ("float32", "zeros"),
-        pytest.param("float32", "mask", marks=slow),
-        pytest.param("float16", "zeros", marks=slow),
+        ("float32", "mask"),
+        ("float16", "zeros"),
         ("bfloat16", "mask"),
     ],
 )
@@ -295,12 +297,13 @@ def test_neighborhood_attention_in_tiles(programs, dtype, border):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@slow
 @pytest.mark.parametrize(
     ("dtype", "border"),
     [
         ("float32", "zeros"),
-        pytest.param("float32", "shift", marks=slow),
-        pytest.param("float64", "zeros", marks=slow),
+        ("float32", "shift"),
+        ("float64", "zeros"),
         ("float16", "mask"),
         ("bfloat16", "shift"),
     ],
@@ -310,6 +313,7 @@ def test_neighborhood_attention(programs, dtype, border):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@slow
 @pytest.mark.parametrize("border", ["zeros", "mask", "shift"])
 @pytest.mark.parametrize("cases", ["numbers", "device"])
 def test_neighborhood_attention_of(programs, cases, border):
@@ -317,6 +321,7 @@ def test_neighborhood_attention_of(programs, cases, border):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@slow
 @pytest.mark.parametrize(("dtype", "cases"), [("float16", "batch"), ("float64", "large")])
 def test_neighborhood_attention_of_many(programs, dtype, cases):
     done = execute(programs["neighborhood_attention"], dtype, "zeros", cases)
@@ -324,19 +329,20 @@ def test_neighborhood_attention_of_many(programs, dtype, cases):
 
 
 # Computed gates hold nearly all that given ones do.
+@slow
 @pytest.mark.parametrize(
     ("dtype", "gates", "cases"),
     [
         ("float32", "given", "one_size"),
-        pytest.param("float32", "given", "sizes", marks=slow),
-        pytest.param("float32", "computed", "one_size", marks=slow),
+        ("float32", "given", "sizes"),
+        ("float32", "computed", "one_size"),
         ("float32", "computed", "sizes"),
-        pytest.param("float64", "computed", "one_size", marks=slow),
-        pytest.param("float64", "computed", "sizes", marks=slow),
-        pytest.param("float16", "computed", "one_size", marks=slow),
-        pytest.param("float16", "computed", "sizes", marks=slow),
+        ("float64", "computed", "one_size"),
+        ("float64", "computed", "sizes"),
+        ("float16", "computed", "one_size"),
+        ("float16", "computed", "sizes"),
         ("bfloat16", "computed", "one_size"),
-        pytest.param("bfloat16", "computed", "sizes", marks=slow),
+        ("bfloat16", "computed", "sizes"),
     ],
 )
 def test_gated_fusion(programs, cases, gates, dtype):
@@ -344,11 +350,12 @@ def test_gated_fusion(programs, cases, gates, dtype):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@slow
 @pytest.mark.parametrize(
     ("cases", "gates"),
     [
-        pytest.param("many", "given", marks=slow),
-        pytest.param("drawn", "computed", marks=slow),
+        ("many", "given"),
+        ("drawn", "computed"),
         ("device", "given"),
         ("device", "computed"),
     ],

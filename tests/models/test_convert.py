@@ -469,6 +469,7 @@ def test_released_ann_by_its_other_names():
     assert all(x.equal(expected[name]) for name, x in actual.items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_released_gald():
     # The released code's mask needs maps of at least 15 x 15.
