@@ -10,7 +10,6 @@ from ctxops._checks import check_choice, check_sizes
 from ctxops.models.base import Decoder
 from ctxops.models.denseaspp import denseaspp
 from ctxops.models.encoder import Encoder
-from ctxops.models.pspnet import pspnet
 from ctxops.models.registry import register_model
 from ctxops.nn.cbr import cbr
 from ctxops.nn.feature_fusion import AdditionFusion, ConcatFusion, FeaturePyramidFusion
@@ -21,6 +20,7 @@ from ctxops.nn.gated_fusion import (
     GateSource,
 )
 from ctxops.nn.level_fusion_decoder import LevelFusionDecoder
+from ctxops.nn.pyramid_pooling import PyramidPooling
 
 _FUSIONS = {
     "concat": ConcatFusion,
@@ -85,11 +85,12 @@ def gff(
             f"choose one with at least two"
         )
     options: dict[str, Any] = {"align_corners": align_corners, "norm_layer": norm_layer}
+    of_last: nn.Module
     if context == "ppm":
-        of_last = pspnet(encoder, channels=context_channels, branch_activation=False, **options)
+        of_last = PyramidPooling(widths[-1], context_channels, activation=False, **options)
     else:
-        of_last = denseaspp(encoder, norm_layer=norm_layer)
-    context_channels = of_last.channels
+        dense = denseaspp(encoder, norm_layer=norm_layer)
+        of_last, context_channels = dense.module, dense.channels
     fuse_context = fusion in _PYRAMIDS
     if fuse_context and dense_pyramid and literal:
         raise ValueError(
@@ -117,7 +118,7 @@ def gff(
     if pyramid is not None and literal:
         refine[0] = nn.Identity()  # nothing would train it
     decoder = LevelFusionDecoder(
-        of_last.module,
+        of_last,
         _FUSIONS[fusion](fused_widths, channels, **gates, **options),
         refine,
         pyramid,

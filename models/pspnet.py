@@ -14,7 +14,7 @@ from ctxops.nn.pyramid_pooling import PyramidPooling
 @register_model("pspnet", auxiliary_channels=256)
 def pspnet(
     encoder: Encoder,
-    num_classes: int = 19,
+    num_classes: int,
     *,
     channels: int = 512,
     output_sizes: Sequence[int] = (1, 2, 3, 6),
