@@ -33,7 +33,7 @@ def test_image_without_norm():
     """Its branch has a bias, and trains on one image; branches may be narrower than the result."""
     module = randomise(PyramidPooling(5, 3, (1, 2), branch_channels=2, image_norm=False)).double()
     x = torch.randn(1, 5, 4, 6, dtype=torch.float64)
-    module.train()(x).sum().backward()
+    module.train()(x).backward(torch.randn(1, 3, 4, 6, dtype=torch.float64))
     assert all(p.grad is not None for p in module.parameters())
     module.eval()
     image, grid = module.branches
