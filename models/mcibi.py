@@ -15,8 +15,9 @@ from ctxops.nn.dataset_context import DatasetContextAggregation, MemoryFusion, P
 from ctxops.nn.feature_memory import FeatureMemory
 from ctxops.nn.object_context import ObjectContext
 from ctxops.nn.pyramid_pooling import PyramidPooling
+from ctxops.nn.uper_decoder import FeaturePyramid
 
-Context = Literal[None, "ppm", "aspp", "ocr"]
+Context = Literal[None, "ppm", "aspp", "ocr", "uper"]
 # 130 epochs of ADE20K in batches of 16, the paper's setting.
 _TOTAL_STEPS = 164_190
 
@@ -30,6 +31,8 @@ class MemoryNetwork(SegmentationNetwork):
             :class:`ctxops.nn.ObjectContext` takes the first head's logits too; None: there is none.
         first_classifier: the first head, H_1, from R to ``(B, num_classes, h, w)``.
         bank: the memory.
+        pyramid: from the finer maps and the decoder's to the map that is classified; None: that is
+            the decoder's.
 
     All others as in :class:`SegmentationNetwork`; ``classifier`` is H_2.
 
@@ -60,10 +63,12 @@ class MemoryNetwork(SegmentationNetwork):
         within: nn.Module | None,
         first_classifier: nn.Module,
         bank: FeatureMemory,
+        pyramid: FeaturePyramid | None = None,
         **options,
     ) -> None:
         super().__init__(encoder, decoder, channels, num_classes, **options)
         self.within, self.first_classifier, self.bank = within, first_classifier, bank
+        self.pyramid = pyramid
 
     def predict(self, maps: Sequence[Tensor]) -> SegmentationOutput:
         x = maps[-1]
@@ -76,6 +81,8 @@ class MemoryNetwork(SegmentationNetwork):
         else:
             within = self.within(x)
         y = self.decoder(r, first, self.bank.memory, within)
+        if self.pyramid is not None:
+            y = self.pyramid(*maps[:-1], y)
         output = SegmentationOutput(self.classifier(y))
         if self.training:
             output.auxiliary["first"], output.features = first, r.detach()
@@ -103,7 +110,9 @@ def mcibi(
 
     Args:
         context: within the image, of the last map: None (FCN + MCIBI), "ppm" (PSPNet),
-            "aspp" (DeepLabv3), "ocr" (OCRNet; its regions are those of H_1's logits, our reading).
+            "aspp" (DeepLabv3), "ocr" (OCRNet; its regions are those of H_1's logits, our reading),
+            "uper" (UPerNet, not in the paper: the pooling of "ppm", with the feature pyramid
+            on top of what the memory adds; take an encoder of stride 32).
         channels: of R, of the memory, of all maps of context.
         fusion: "concat", "add" or "weighted_add", Table 1; as the following in
             :class:`ctxops.nn.DatasetContextAggregation`.
@@ -122,11 +131,14 @@ def mcibi(
     """
     check_choice("context", context, Context)
     width = encoder.channels[-1]
+
+    def pooling() -> nn.Module:
+        return PyramidPooling(width, channels, align_corners=align_corners, norm_layer=norm_layer)
+
     within = {
         None: lambda: None,
-        "ppm": lambda: PyramidPooling(
-            width, channels, align_corners=align_corners, norm_layer=norm_layer
-        ),
+        "ppm": pooling,
+        "uper": pooling,
         "aspp": lambda: ASPP(width, channels, norm_layer=norm_layer),
         "ocr": lambda: ObjectContext(width, channels, channels // 2, norm_layer=norm_layer),
     }[context]()
@@ -149,10 +161,20 @@ def mcibi(
             channels, channels, num_classes, kernel_size=1, dropout=dropout, norm_layer=norm_layer
         )
 
+    pyramid = None
+    if context == "uper":
+        pyramid = FeaturePyramid(
+            [*encoder.channels[:-1], channels],
+            channels,
+            nn.Identity(),
+            align_corners=align_corners,
+            norm_layer=norm_layer,
+        )
     parts = {
         "within": within,
         "first_classifier": head(),
         "bank": bank,
+        "pyramid": pyramid,
         "classifier": head(),
     }
     return Decoder(decoder, channels, parts=parts)

@@ -83,6 +83,21 @@ def cbr(layers, x, dilation=1, bias=False):
     return x
 
 
+def feature_pyramid(module, *maps):
+    """The formula of UPerDecoder."""
+
+    def resize(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=module.align_corners)
+
+    *finer, last = maps
+    sums = [module.context(last)]
+    for x, lateral in zip(reversed(finer), reversed(module.lateral), strict=True):
+        sums.insert(0, cbr(lateral, x) + resize(sums[0], x))
+    levels = [cbr(refine, y) for refine, y in zip(module.refine, sums[:-1], strict=True)]
+    levels = [resize(y, maps[0]) for y in (*levels, sums[-1])]
+    return cbr(module.fuse, torch.cat(levels, 1))
+
+
 def pool(x, n):
     """Adaptive average pooling to n x n, bin by bin."""
     _, _, height, width = x.shape

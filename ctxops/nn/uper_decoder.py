@@ -12,7 +12,50 @@ from ctxops.nn.pyramid_pooling import PyramidPooling
 from ctxops.nn.resize import resize
 
 
-class UPerDecoder(nn.Module):
+class FeaturePyramid(nn.Module):
+    """All maps fused by a feature pyramid whose top is the context of the last: see UPerDecoder.
+
+    Args:
+        in_channels: channels of each level's map, at least two levels.
+        channels: of each level, of what ``context`` gives and of the result.
+        context: the module from the last map to the top of the pyramid.
+        align_corners, norm_layer: as in :class:`UPerDecoder`.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        context: nn.Module,
+        *,
+        align_corners: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_levels("in_channels", in_channels)
+        self.align_corners, self.context = align_corners, context
+        finer = self.in_channels[:-1]
+        self.lateral = nn.ModuleList(cbr(width, channels, 1, norm_layer) for width in finer)
+        self.refine = nn.ModuleList(cbr(channels, channels, 3, norm_layer) for _ in finer)
+        self.fuse = cbr(len(self.in_channels) * channels, channels, 3, norm_layer)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, align_corners={self.align_corners}"
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        check_features(maps, self.in_channels, (*self.lateral, self.context))
+        *finer, last = maps
+        y = self.context(last)
+        levels, size = [y], finer[0].shape[2:]
+        for x, lateral, refine in reversed(
+            list(zip(finer, self.lateral, self.refine, strict=True))
+        ):
+            y = lateral(x) + resize(y, x.shape[2:], self.align_corners)
+            levels.insert(0, refine(y))
+        return self.fuse(torch.cat([resize(x, size, self.align_corners) for x in levels], dim=1))
+
+
+class UPerDecoder(FeaturePyramid):
     r"""A feature pyramid whose top is the pyramid pooling of the last map, all levels fused.
 
     .. math::
@@ -54,29 +97,15 @@ class UPerDecoder(nn.Module):
         align_corners: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
-        super().__init__()
-        self.in_channels = check_levels("in_channels", in_channels)
+        in_channels = check_levels("in_channels", in_channels)
         check_sizes(channels=channels)
-        self.align_corners = align_corners
-        *finer, last = self.in_channels
-        self.context = PyramidPooling(
-            last, channels, output_sizes, align_corners=align_corners, norm_layer=norm_layer
+        context = PyramidPooling(
+            in_channels[-1],
+            channels,
+            output_sizes,
+            align_corners=align_corners,
+            norm_layer=norm_layer,
         )
-        self.lateral = nn.ModuleList(cbr(width, channels, 1, norm_layer) for width in finer)
-        self.refine = nn.ModuleList(cbr(channels, channels, 3, norm_layer) for _ in finer)
-        self.fuse = cbr(len(self.in_channels) * channels, channels, 3, norm_layer)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, align_corners={self.align_corners}"
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        check_features(maps, self.in_channels, (*self.lateral, self.context))
-        *finer, last = maps
-        y = self.context(last)
-        levels, size = [y], finer[0].shape[2:]
-        for x, lateral, refine in reversed(
-            list(zip(finer, self.lateral, self.refine, strict=True))
-        ):
-            y = lateral(x) + resize(y, x.shape[2:], self.align_corners)
-            levels.insert(0, refine(y))
-        return self.fuse(torch.cat([resize(x, size, self.align_corners) for x in levels], dim=1))
+        super().__init__(
+            in_channels, channels, context, align_corners=align_corners, norm_layer=norm_layer
+        )

@@ -105,6 +105,12 @@ NETWORKS = [
         "models/mcibi.py",
         "tests/models/test_mcibi.py",
         (
+            "mcibi-pyramid-top",
+            "the feature pyramid stands on the context of the image alone",
+            "self.pyramid(*maps[:-1], y)",
+            "self.pyramid(*maps[:-1], within)",
+        ),
+        (
             "mcibi-features-attached",
             "the features for the memory keep the graph",
             'output.auxiliary["first"], output.features = first, r.detach()',

@@ -6,9 +6,9 @@ pytest.importorskip("timm")
 
 from ctxops.models import create_model
 from ctxops.nn import representation_consistency_loss
-from modules import randomise
+from modules import feature_pyramid, randomise
 
-CONTEXTS = [None, "ppm", "aspp", "ocr"]
+CONTEXTS = [None, "ppm", "aspp", "ocr", "uper"]
 
 
 def network(context="aspp", **options):
@@ -51,7 +51,10 @@ def test_logits(context):
     first = model.first_classifier(r)
     within = {None: lambda: (), "ocr": lambda: (model.within(x, first),)}
     contexts = within.get(context, lambda: (model.within(x),))()
-    expected = model.classifier(decoder(r, first, model.bank.memory, *contexts))
+    y = decoder(r, first, model.bank.memory, *contexts)
+    if context == "uper":
+        y = feature_pyramid(model.pyramid, *maps[:-1], y)
+    expected = model.classifier(y)
     torch.testing.assert_close(model.predict(maps).logits, expected, rtol=1e-9, atol=1e-12)
 
 

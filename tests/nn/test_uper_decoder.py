@@ -1,23 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ctxops.nn import UPerDecoder
-from modules import assert_same, cbr, count, randomise
-
-
-def formula(module, *maps):
-    def resize(x, like):
-        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=module.align_corners)
-
-    *finer, last = maps
-    sums = [module.context(last)]
-    for x, lateral in zip(reversed(finer), reversed(module.lateral), strict=True):
-        sums.insert(0, cbr(lateral, x) + resize(sums[0], x))
-    levels = [cbr(refine, y) for refine, y in zip(module.refine, sums[:-1], strict=True)]
-    levels = [resize(y, maps[0]) for y in (*levels, sums[-1])]
-    return cbr(module.fuse, torch.cat(levels, 1))
+from modules import assert_same, count, feature_pyramid, randomise
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -28,7 +14,7 @@ def test_is_its_formula(align_corners, training):
     # Sizes as backbones round them, and two levels of one size.
     sizes = (7, 9), (4, 5), (4, 5)
     inputs = [torch.randn(2, width, *size) for width, size in zip((4, 5, 6), sizes, strict=True)]
-    assert_same(module, inputs, lambda *maps: formula(module, *maps))
+    assert_same(module, inputs, lambda *maps: feature_pyramid(module, *maps))
 
 
 def test_parameter_count():
