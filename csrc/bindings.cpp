@@ -10,13 +10,14 @@
 #include <vector>
 
 #include "category_statistics/category_statistics.h"
+#include "criss_cross_attention/criss_cross_attention.h"
 #include "gated_fusion/gated_fusion.h"
 #include "neighborhood_attention/neighborhood_attention.h"
 #include "pyramid_pool/pyramid_pool.h"
 #include "third_party/dlpack.h"
 
-// Every kernel entry, one line each.
-#define CTXOPS_DEFINE_KERNELS(backend)              \
+// Every kernel entry, one line each; behind them those of the CPU alone.
+#define CTXOPS_DEFINE_KERNELS(backend, ...)         \
   void define_##backend(py::module_ module) {       \
     using namespace ctxops::backend;                \
     CTXOPS_DEFINE(pyramid_pool_forward);            \
@@ -26,8 +27,11 @@
     CTXOPS_DEFINE(gated_fusion_forward);            \
     CTXOPS_DEFINE(gated_fusion_backward);           \
     CTXOPS_DEFINE(category_statistics);             \
+    __VA_ARGS__                                     \
   }
 #define CTXOPS_DEFINE(kernel) define(module, #kernel, kernel)
+#define CTXOPS_DEFINE_CPU_KERNELS(backend) \
+  CTXOPS_DEFINE_KERNELS(backend, CTXOPS_DEFINE(criss_cross_attention_turn);)
 
 namespace py = pybind11;
 
@@ -235,10 +239,10 @@ void define(py::module_& module, const char* name, const char* (*entry)(const Pa
   module.def(name, Kernel<Params, Executor>(name, entry));
 }
 
-CTXOPS_DEFINE_KERNELS(baseline)
+CTXOPS_DEFINE_CPU_KERNELS(baseline)
 #ifdef CTXOPS_X86_64
-CTXOPS_DEFINE_KERNELS(avx2)
-CTXOPS_DEFINE_KERNELS(avx512)
+CTXOPS_DEFINE_CPU_KERNELS(avx2)
+CTXOPS_DEFINE_CPU_KERNELS(avx512)
 #endif
 #ifdef CTXOPS_WITH_CUDA
 CTXOPS_DEFINE_KERNELS(cuda)

@@ -103,6 +103,28 @@ OPERATORS = [
             "dlogits.sub_(delta[block][:, :, None]).mul_(weights).mul_(scale)",
             "dlogits.sub_(delta[block][:, :, None]).mul_(weights)",
         ),
+        (
+            "cross-turned-add",
+            "what a row adds to a turned map replaces what the column gave",
+            "launch(kernel, planes, input=planes, output=output, add=add)",
+            "launch(kernel, planes, input=planes, output=output, add=False)",
+        ),
+    ),
+    *faults_in(
+        "csrc/criss_cross_attention/criss_cross_attention_cpu.cpp",
+        "tests/ops/test_criss_cross_attention.py",
+        (
+            "cross-turn-lanes",
+            "two vectors exchange the same halves twice",
+            "kUpper ? (second ? lane + lanes : lane + kWidth)",
+            "kUpper ? (second ? lane + lanes : lane)",
+        ),
+        (
+            "cross-turn-rest",
+            "the last columns, which fill no vector, are left out",
+            "for (; left < width; ++left) {",
+            "for (; left + kSide <= width; ++left) {",
+        ),
     ),
     *faults_in(
         "ctxops/ops/gated_fusion/op.py",

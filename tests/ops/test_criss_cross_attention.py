@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RUF012 (nobody writes to what a contract declares)
+import re
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 import ctxops
+from ctxops import _native, _operator
 from ctxops.ops.criss_cross_attention import op
 from ctxops.ops.criss_cross_attention.reference import reference, reference_weights
 from numerics import DTYPES, LAYOUTS, check_operator, random_like
@@ -259,3 +261,49 @@ def test_the_log_sum_exp_has_no_gradient(device):
     output, lse = torch.ops.ctxops.criss_cross_attention(*inputs, 0.3)
     assert output.requires_grad
     assert not lse.requires_grad
+
+
+@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("size", [(1, 1), (16, 32), (35, 21), (7, 50)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_turn(isa, size, dtype, monkeypatch):
+    """The columns of a map become rows, in whole vectors and what is left of them, and back."""
+    if not hasattr(_native.extension, isa):
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setattr(_native, "cpu", getattr(_native.extension, isa))
+    height, width = size
+    whole = torch.randn(3, height, width + 2, dtype=dtype)
+    planes = whole[..., 1:-1]
+    turned = planes.new_full((width, 3, height), torch.nan)
+    op._turn(planes, turned.transpose(0, 1))
+    assert torch.equal(turned, planes.permute(2, 0, 1))
+    every_other = planes.new_empty(width, 3, 2 * height)[..., ::2]
+    op._turn(planes, every_other.transpose(0, 1))
+    assert torch.equal(every_other, turned)
+    expected = whole.clone()
+    expected[..., 1:-1] *= 2
+    op._turn(turned.transpose(0, 1), planes, add=True)
+    assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize(
+    ("planes", "output", "text"),
+    [
+        (ONES[0].mT, ONES[0], "input must be (C, M, N) with unit stride along N"),
+        (ONES[0], ONES[0], "output must be (C, N, M) with unit stride along M"),
+        (ONES[0], torch.ones(4, 3, 5).mT, "output must be (C, N, M) with unit stride along M"),
+        (ONES[0], torch.ones(4, 5, 3).double(), "in the input's dtype"),
+        (ONES[0].half(), torch.ones(4, 5, 3).half(), "input must be float32 or float64"),
+    ],
+)
+def test_turn_checks_what_it_is_handed(planes, output, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        _operator.launch(
+            "criss_cross_attention_turn", planes, input=planes, output=output, add=False
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_without_the_extension(layout, monkeypatch):
+    monkeypatch.setattr(_native, "cpu", None)
+    check(make((2, 8, 7, 5), 8, layout=layout))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ctxops import _autocast, _layout, _operator
+from ctxops import _autocast, _layout, _native, _operator
 from ctxops._checks import (
     check_forward_mode,
     check_map,
@@ -153,8 +153,28 @@ def _matrix(lines: Tensor) -> Tensor:
     """Lines (L, n, C) that a batched product takes as they lie: a copy where these are not."""
     if _is_matrix(lines):
         return lines
-    # The order in memory, C, L, n, is the fastest to copy to from C, n, L.
-    return lines.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    count, size, channels = lines.shape
+    turned = lines.new_empty(count, channels, size)
+    _turn(lines.permute(2, 1, 0), turned.transpose(0, 1))
+    return turned.mT
+
+
+def _turn(planes: Tensor, output: Tensor, add: bool = False) -> None:
+    """``output = planes.mT`` or ``output += planes.mT``, for planes (C, M, N)."""
+    # A map of one row and one channel may have any strides.
+    unit = all(x.shape[2] == 1 or x.stride(2) == 1 for x in (planes, output))
+    if unit and not planes.is_cuda and _native.cpu is not None:
+        kernel = "criss_cross_attention_turn"
+        _operator.launch(kernel, planes, input=planes, output=output, add=add)
+    elif add:
+        output.add_(planes.mT)
+    else:
+        output.copy_(planes.mT)
+
+
+def _needs_copies(*inputs: Tensor, outputs: tuple[Tensor, ...]) -> bool:
+    """Does :func:`_matrix` or :func:`_put_product` copy any of these lines?"""
+    return not all(map(_is_matrix, inputs)) or any(x.stride(2) != 1 for x in outputs)
 
 
 def _channel_slices(channels: int, copied: bool) -> Iterator[slice]:
@@ -166,13 +186,16 @@ def _channel_slices(channels: int, copied: bool) -> Iterator[slice]:
 
 def _put_product(output: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """``output = a @ b`` or ``output += a @ b`` for lines."""
+    if output.stride(2) == 1:
+        output.baddbmm_(a, b) if add else torch.bmm(a, b, out=output)
+        return
+    product = torch.bmm(b.mT, a.mT).mT
     if not _is_matrix(output):
-        product = torch.bmm(b.mT, a.mT).mT  # in the order that is the fastest to copy from
-        output.add_(product) if add else output.copy_(product)
-    elif add:
-        output.baddbmm_(a, b)
+        _turn(product.permute(2, 0, 1), output.permute(2, 1, 0), add)
+    elif add:  # baddbmm_ would make one product after the other
+        output.add_(product)
     else:
-        torch.bmm(a, b, out=output)
+        output.copy_(product)
 
 
 def _blocks(lines: Tensor, values: int) -> Iterator[slice]:
@@ -237,8 +260,9 @@ def _attend(
     nothing, but NaN where all logits are -inf.
     """
     _, size, channels = query.shape
-    copied = not all(map(_is_matrix, (query, key, value, output)))
-    copies = 2 * channels + 2 * COPIED_CHANNELS if copied else 0
+    copied = _needs_copies(query, key, value, outputs=(output,))
+    # of query and key; after them of values and a product
+    copies = max(2 * channels, 2 * COPIED_CHANNELS) if copied else 0
     for block in _blocks(query, size * (size + copies)):
         former = lse[block]
         weights = _logits(_matrix(query[block]), _matrix(key[block]), scale, others)
@@ -364,21 +388,24 @@ def _attend_backward(
     _, size, channels = query.shape
     if others and size == 1:
         return
-    copied = not all(map(_is_matrix, (grad, query, key, value, grad_query, grad_key, grad_value)))
-    copies = 3 * channels + 3 * COPIED_CHANNELS if copied else 0
+    outputs = (grad_query, grad_key, grad_value)
+    copied = _needs_copies(grad, query, key, value, outputs=outputs)
+    # of two of query, key and a gradient of these; between, of gradients, values and a product
+    copies = max(2 * channels, 3 * COPIED_CHANNELS) if copied else 0
     for block in _blocks(query, size * (2 * size + copies)):
-        q, k = _matrix(query[block]), _matrix(key[block])
-        weights = _logits(q, k, scale, others).sub_(lse[block][:, :, None]).exp_()
+        weights = _logits(_matrix(query[block]), _matrix(key[block]), scale, others)
+        weights.sub_(lse[block][:, :, None]).exp_()
         dlogits = torch.zeros_like(weights) if copied else None
         for c in _channel_slices(value.shape[2], copied):
             g, v = _matrix(grad[block, :, c]), _matrix(value[block, :, c])
             dlogits = torch.bmm(g, v.mT) if dlogits is None else dlogits.baddbmm_(g, v.mT)
             _put_product(grad_value[block, :, c], weights.mT, g, others)
+            del g, v
         # d(logits) = weights * (d(weights) - sum of weights * d(weights)), the sum being delta
         dlogits.sub_(delta[block][:, :, None]).mul_(weights).mul_(scale)
-        _put_product(grad_query[block], dlogits, k, others)
-        _put_product(grad_key[block], dlogits.mT, q, others)
-        del q, k, weights, dlogits
+        _put_product(grad_query[block], dlogits, _matrix(key[block]), others)
+        _put_product(grad_key[block], dlogits.mT, _matrix(query[block]), others)
+        del weights, dlogits
 
 
 def _setup_context(ctx, inputs, output):

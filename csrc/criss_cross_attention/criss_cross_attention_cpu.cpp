@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "criss_cross_attention/criss_cross_attention.h"
+
+namespace ctxops {
+namespace CTXOPS_ISA {
+namespace {
+
+struct Problem {
+  TensorView input, output;
+  int64_t height, width;  // of a matrix of the input
+  bool add;
+};
+
+// Lane l of the two vectors that exchange their halves of each group of 2 * kWidth lanes.
+template <int kWidth, bool kUpper>
+constexpr int exchanged_lane(int lane, int lanes) {
+  const bool second = lane / kWidth % 2 == 1;
+  return kUpper ? (second ? lane + lanes : lane + kWidth) : (second ? lane + lanes - kWidth : lane);
+}
+
+template <int kWidth, typename V, int... kLane>
+CTXOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  const V lower = CTXOPS_SHUFFLE(a, b, exchanged_lane<kWidth, false>(kLane, kCount));
+  b = CTXOPS_SHUFFLE(a, b, exchanged_lane<kWidth, true>(kLane, kCount));
+  a = lower;
+}
+
+// Transposes the matrix whose rows are so many vectors, by blocks of half of its size and less.
+template <typename T, int kWidth = kLanes<T> / 2>
+CTXOPS_INLINE void transpose(Vector<T>* rows) {
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & kWidth) continue;
+    exchange<kWidth>(rows[i], rows[i + kWidth], std::make_integer_sequence<int, kLanes<T>>{});
+  }
+  if constexpr (kWidth > 1) transpose<T, kWidth / 2>(rows);
+}
+
+template <typename T, bool kAdd>
+CTXOPS_INLINE void put(T* to, T value) {
+  *to = kAdd ? *to + value : value;
+}
+
+// to[j][i] = from[i][j], or += it, for i below kLanes and all j below width.
+template <typename T, bool kAdd>
+void turn_strip(const T* __restrict from, int64_t from_stride, T* __restrict to, int64_t to_stride,
+                int64_t width) {
+  constexpr int kSide = kLanes<T>;
+  int64_t left = 0;
+  for (; left + kSide <= width; left += kSide) {
+    Vector<T> rows[kSide];
+    for (int i = 0; i < kSide; ++i) rows[i] = load_vector(from + i * from_stride + left);
+    transpose<T>(rows);
+    for (int j = 0; j < kSide; ++j) {
+      T* row = to + (left + j) * to_stride;
+      store_vector<T>(row, kAdd ? load_vector(row) + rows[j] : rows[j]);
+    }
+  }
+  for (; left < width; ++left) {
+    for (int i = 0; i < kSide; ++i) {
+      put<T, kAdd>(to + left * to_stride + i, from[i * from_stride + left]);
+    }
+  }
+}
+
+// The rows from `top` on, a strip or what is left of one.
+template <typename T, bool kAdd>
+void turn(const Problem& p, int64_t channel, int64_t top) {
+  const int64_t from_stride = p.input.stride[1], to_stride = p.output.stride[1];
+  const T* from =
+      static_cast<const T*>(p.input.data) + channel * p.input.stride[0] + top * from_stride;
+  T* to = static_cast<T*>(p.output.data) + channel * p.output.stride[0] + top;
+  const int64_t height = smaller(kLanes<T>, p.height - top);
+  if (height == kLanes<T>) return turn_strip<T, kAdd>(from, from_stride, to, to_stride, p.width);
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < p.width; ++j) {
+      put<T, kAdd>(to + j * to_stride + i, from[i * from_stride + j]);
+    }
+  }
+}
+
+template <typename T>
+const char* turn_all(const CrissCrossAttentionTurn& params, Threads threads) {
+  const Problem p{params.input, params.output, params.input.size[1], params.input.size[2],
+                  params.add};
+  const int64_t strips = (p.height + kLanes<T> - 1) / kLanes<T>;
+  parallel_for(p.input.size[0] * strips, element_count(p.input), threads, [&](int64_t item) {
+    const int64_t channel = item / strips, top = item % strips * kLanes<T>;
+    p.add ? turn<T, true>(p, channel, top) : turn<T, false>(p, channel, top);
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* criss_cross_attention_turn(const CrissCrossAttentionTurn& params, Threads threads) {
+  if (const char* error = params.check()) return error;
+  if (params.empty()) return nullptr;
+  switch (params.input.dtype) {
+    case DType::float32: return turn_all<float>(params, threads);
+    case DType::float64: return turn_all<double>(params, threads);
+    default: return "input must be float32 or float64";
+  }
+}
+
+}  // namespace CTXOPS_ISA
+}  // namespace ctxops
