@@ -138,6 +138,7 @@ def cases(block: Block, size: tuple[int, int], options: Options) -> list[Case]:
             (1, block.output, *size),
             both_formats(*rows),
             backward=backward,
+            kinks=positions // 1000,
         )
 
     return [case(False), case(True)]
