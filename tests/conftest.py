@@ -29,7 +29,7 @@ from ctxops import _native
 ROOT = Path(__file__).parents[1]
 
 # The same draws on every run: whether a change may land is no matter of luck.
-for profile, examples in (("quick", 12), ("all", 40)):
+for profile, examples in (("quick", 12), ("all", 30)):
     hypothesis.settings.register_profile(
         profile, derandomize=True, deadline=None, max_examples=examples
     )

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ctxops
+from covering import chosen, values
 from ctxops.nn import DatasetContextAggregation, representation_consistency_loss
 from modules import activate, assert_same, cbr, mostly_slow, randomise
 from numerics import LAYOUTS, random_like
@@ -217,8 +218,7 @@ def test_compiled_gradients(form, device):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("fusion", mostly_slow(["concat", "add", "weighted_add"], "concat"))
-@pytest.mark.parametrize("form", mostly_slow(FORMS, "alone"))
+@chosen(lambda axes: [(0, 0)], values, form=FORMS, fusion=["concat", "add", "weighted_add"])
 def test_exports_with_dynamic_sizes(form, fusion):
     steps, inputs = make(form, fusion=fusion).eval(), draw(form, (12, 10), 1)
     height, width = (torch.export.Dim(n, min=2, max=4096) for n in ("height", "width"))
