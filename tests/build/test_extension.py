@@ -57,8 +57,9 @@ def test_links_no_torch():
     done = subprocess.run(
         ["ldd", _native.extension.__file__], capture_output=True, text=True, check=True
     )
-    assert "libgomp" in done.stdout
-    assert not any(name in done.stdout for name in ("torch", "c10", "cudart"))
+    libraries = re.sub(r"\(0x\w+\)", "", done.stdout)  # an address may hold c10
+    assert "libgomp" in libraries
+    assert not any(name in libraries for name in ("torch", "c10", "cudart"))
 
 
 @pytest.mark.skipif(
