@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module ctxops._C: one submodule per backend, each with the same kernels; and what Python must
-// know of them.
+// The module ctxops._C: one submodule per backend, each with the same kernels, but for those of the
+// CPU alone; and what Python must know of them.
 #include <pybind11/pybind11.h>
 
 #include <sstream>

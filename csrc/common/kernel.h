@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel entry is a function of every backend, `const char* name(const Params&, Executor)`. It
+// A kernel entry is a function of every backend, or of those of the CPU where Triton serves CUDA,
+// `const char* name(const Params&, Executor)`. It
 // returns nullptr, or the text of what is wrong with its parameters or its launch.
 //
 // Params is a plain struct in <op>.h. Behind its members it has

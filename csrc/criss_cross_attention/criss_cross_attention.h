@@ -14,9 +14,8 @@ namespace ctxops {
 struct CrissCrossAttentionTurn {
   TensorView input;   // (C, M, N), unit stride along N
   TensorView output;  // (C, N, M), unit stride along M, same dtype
-  bool add;           // to what the output holds
 
-  CTXOPS_MEMBERS(input, output, add);
+  CTXOPS_MEMBERS(input, output);
   CTXOPS_INLINE const TensorView& like() const { return input; }
   CTXOPS_INLINE bool empty() const { return element_count(output) == 0; }
   const char* check() const;

@@ -10,7 +10,6 @@ namespace {
 struct Problem {
   TensorView input, output;
   int64_t height, width;  // of a matrix of the input
-  bool add;
 };
 
 // Lane l of the two vectors that exchange their halves of each group of 2 * kWidth lanes.
@@ -38,13 +37,8 @@ CTXOPS_INLINE void transpose(Vector<T>* rows) {
   if constexpr (kWidth > 1) transpose<T, kWidth / 2>(rows);
 }
 
-template <typename T, bool kAdd>
-CTXOPS_INLINE void put(T* to, T value) {
-  *to = kAdd ? *to + value : value;
-}
-
-// to[j][i] = from[i][j], or += it, for i below kLanes and all j below width.
-template <typename T, bool kAdd>
+// to[j][i] = from[i][j] for i below kLanes and all j below width.
+template <typename T>
 void turn_strip(const T* __restrict from, int64_t from_stride, T* __restrict to, int64_t to_stride,
                 int64_t width) {
   constexpr int kSide = kLanes<T>;
@@ -53,42 +47,38 @@ void turn_strip(const T* __restrict from, int64_t from_stride, T* __restrict to,
     Vector<T> rows[kSide];
     for (int i = 0; i < kSide; ++i) rows[i] = load_vector(from + i * from_stride + left);
     transpose<T>(rows);
-    for (int j = 0; j < kSide; ++j) {
-      T* row = to + (left + j) * to_stride;
-      store_vector<T>(row, kAdd ? load_vector(row) + rows[j] : rows[j]);
-    }
+    for (int j = 0; j < kSide; ++j) store_vector<T>(to + (left + j) * to_stride, rows[j]);
   }
   for (; left < width; ++left) {
     for (int i = 0; i < kSide; ++i) {
-      put<T, kAdd>(to + left * to_stride + i, from[i * from_stride + left]);
+      to[left * to_stride + i] = from[i * from_stride + left];
     }
   }
 }
 
 // The rows from `top` on, a strip or what is left of one.
-template <typename T, bool kAdd>
+template <typename T>
 void turn(const Problem& p, int64_t channel, int64_t top) {
   const int64_t from_stride = p.input.stride[1], to_stride = p.output.stride[1];
   const T* from =
       static_cast<const T*>(p.input.data) + channel * p.input.stride[0] + top * from_stride;
   T* to = static_cast<T*>(p.output.data) + channel * p.output.stride[0] + top;
   const int64_t height = smaller(kLanes<T>, p.height - top);
-  if (height == kLanes<T>) return turn_strip<T, kAdd>(from, from_stride, to, to_stride, p.width);
+  if (height == kLanes<T>) return turn_strip<T>(from, from_stride, to, to_stride, p.width);
   for (int64_t i = 0; i < height; ++i) {
     for (int64_t j = 0; j < p.width; ++j) {
-      put<T, kAdd>(to + j * to_stride + i, from[i * from_stride + j]);
+      to[j * to_stride + i] = from[i * from_stride + j];
     }
   }
 }
 
 template <typename T>
 const char* turn_all(const CrissCrossAttentionTurn& params, Threads threads) {
-  const Problem p{params.input, params.output, params.input.size[1], params.input.size[2],
-                  params.add};
+  const Problem p{params.input, params.output, params.input.size[1], params.input.size[2]};
   const int64_t strips = (p.height + kLanes<T> - 1) / kLanes<T>;
   parallel_for(p.input.size[0] * strips, element_count(p.input), threads, [&](int64_t item) {
     const int64_t channel = item / strips, top = item % strips * kLanes<T>;
-    p.add ? turn<T, true>(p, channel, top) : turn<T, false>(p, channel, top);
+    turn<T>(p, channel, top);
   });
   return nullptr;
 }

@@ -103,11 +103,15 @@ OPERATORS = [
             "dlogits.sub_(delta[block][:, :, None]).mul_(weights).mul_(scale)",
             "dlogits.sub_(delta[block][:, :, None]).mul_(weights)",
         ),
+    ),
+    *faults_in(
+        "ctxops/ops/criss_cross_attention/op.py",
+        "tests/ops/test_memory.py -k criss",
         (
-            "cross-turned-add",
-            "what a row adds to a turned map replaces what the column gave",
-            "launch(kernel, planes, input=planes, output=output, add=add)",
-            "launch(kernel, planes, input=planes, output=output, add=False)",
+            "cross-block-rounding",
+            "a block of lines takes up to twice its bytes",
+            "most = max(1, BLOCK_BYTES // (values * lines.element_size()))",
+            "most = 1 + BLOCK_BYTES // (values * lines.element_size())",
         ),
     ),
     *faults_in(

@@ -328,7 +328,7 @@ VARIANTS = {
     "ann": {"fusion": "common"},
     "gald": {"global_aggregation": "ppm"},
     "gff": {"fusion": "gated_fpn"},
-    "mcibi": {"context": "ppm"},
+    "mcibi": {"context": "uper"},
 }
 
 

@@ -220,6 +220,19 @@ def test_criss_cross_attention_holds_one_block_at_a_time():
     assert used <= CRISS_CROSS_BYTES + 4 * states
 
 
+def test_criss_cross_attention_puts_no_two_lines_into_a_block_for_one():
+    channels, side = 30_000, 16
+    line = side * 2 * channels * 4  # of query and key
+    assert 0.9 * CRISS_CROSS_BYTES < line < CRISS_CROSS_BYTES
+    inputs = [torch.randn(1, c, side, side) for c in (channels, channels, 8)]
+    states = side * side * 4
+    with torch.no_grad():
+        used = peak(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+    used = peak_of_backward(ctxops.criss_cross_attention, *inputs, device="cpu")
+    assert used <= CRISS_CROSS_BYTES + 4 * states
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_criss_cross_attention_copies_each_map_once(layout):

@@ -159,15 +159,12 @@ def _matrix(lines: Tensor) -> Tensor:
     return turned.mT
 
 
-def _turn(planes: Tensor, output: Tensor, add: bool = False) -> None:
-    """``output = planes.mT`` or ``output += planes.mT``, for planes (C, M, N)."""
+def _turn(planes: Tensor, output: Tensor) -> None:
+    """``output = planes.mT``, for planes (C, M, N)."""
     # A map of one row and one channel may have any strides.
     unit = all(x.shape[2] == 1 or x.stride(2) == 1 for x in (planes, output))
     if unit and not planes.is_cuda and _native.cpu is not None:
-        kernel = "criss_cross_attention_turn"
-        _operator.launch(kernel, planes, input=planes, output=output, add=add)
-    elif add:
-        output.add_(planes.mT)
+        _operator.launch("criss_cross_attention_turn", planes, input=planes, output=output)
     else:
         output.copy_(planes.mT)
 
@@ -190,19 +187,19 @@ def _put_product(output: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         output.baddbmm_(a, b) if add else torch.bmm(a, b, out=output)
         return
     product = torch.bmm(b.mT, a.mT).mT
-    if not _is_matrix(output):
-        _turn(product.permute(2, 0, 1), output.permute(2, 1, 0), add)
-    elif add:  # baddbmm_ would make one product after the other
+    if add:  # baddbmm_ would make one product after the other
         output.add_(product)
-    else:
+    elif _is_matrix(output):
         output.copy_(product)
+    else:
+        _turn(product.permute(2, 0, 1), output.permute(2, 1, 0))
 
 
 def _blocks(lines: Tensor, values: int) -> Iterator[slice]:
     """Cuts lines into equal blocks that stay below BLOCK_BYTES, with so many ``values`` a line."""
     count = len(lines)
-    blocks = -(-count * values * lines.element_size() // BLOCK_BYTES)
-    step = -(-count // blocks)
+    most = max(1, BLOCK_BYTES // (values * lines.element_size()))
+    step = -(-count // -(-count // most))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
