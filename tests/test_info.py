@@ -50,7 +50,14 @@ def ran(monkeypatch):
 
             monkeypatch.setattr(module, function, watched)
 
-    watch(_operator, "launch", "C++")
+    launch = _operator.launch
+
+    def launched(kernel, *arguments, **named):
+        if kernel != "criss_cross_attention_turn":  # it lays maps out and computes nothing
+            seen.add("C++")
+        return launch(kernel, *arguments, **named)
+
+    monkeypatch.setattr(_operator, "launch", launched)
     for name in {contract.stem or name for name, contract in CONTRACTS.items()}:
         op = importlib.import_module(f"ctxops.ops.{name}.op")
         for function in ("_forward_in_blocks", "_backward_in_blocks"):
