@@ -5,6 +5,7 @@ import ctypes
 import functools
 import importlib
 import math
+import os
 import types
 import warnings
 from typing import Any
@@ -43,9 +44,16 @@ def _cuda_versions() -> tuple[int, int]:
     return 1000 * int(major) + 10 * int(minor), version.value
 
 
+def _usable_instruction_sets() -> list[str]:
+    """What the processor can run, up to what torch's environment variable allows; slowest first."""
+    allowed = os.environ.get("ATEN_CPU_CAPABILITY", "").lower().replace("default", "baseline")
+    last = INSTRUCTION_SETS.index(allowed) + 1 if allowed in INSTRUCTION_SETS else None
+    return [name for name in INSTRUCTION_SETS[:last] if hasattr(extension, name)]
+
+
 def _best_cpu() -> types.ModuleType | None:
-    present = [getattr(extension, name, None) for name in INSTRUCTION_SETS]
-    return next((module for module in reversed(present) if module is not None), None)
+    usable = _usable_instruction_sets()
+    return getattr(extension, usable[-1]) if usable else None
 
 
 def _usable_cuda() -> types.ModuleType | None:
@@ -80,7 +88,7 @@ def build_info() -> dict[str, Any]:
     return info | {
         "compiler": extension.compiler,
         "kernels": sorted(name for name in vars(extension.baseline) if not name.startswith("_")),
-        "cpu": [name for name in INSTRUCTION_SETS if hasattr(extension, name)],
+        "cpu": _usable_instruction_sets(),
         "cuda_compiler": extension.cuda_compiler or None,
         "cuda_archs": extension.cuda_archs.replace(";", " ") or None,
         "cuda_driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else None,

@@ -261,3 +261,13 @@ def test_without_triton(monkeypatch):
         assert rows[name][1] == "torch, in blocks"
     with FakeTensorMode():
         assert not _operator.uses_triton(torch.empty(1, device="cuda"))
+
+
+@pytest.mark.parametrize("allowed", ["default", "avx2", "AVX512", "", "altivec"])
+def test_torchs_variable_limits_the_instruction_set(allowed, monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    present = _native.build_info()["cpu"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", allowed)
+    last = {"default": 1, "avx2": 2}.get(allowed, 3)
+    assert _native.build_info()["cpu"] == present[:last]
+    assert _native._best_cpu() is getattr(_native.extension, present[:last][-1])
