@@ -93,6 +93,9 @@ CTXOPS_INLINE bool is_aligned(const A* address) {
   return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
 }
 
+// Of results of more bytes than this the caches keep nothing.
+constexpr int64_t kCache = 32 << 20;
+
 // Stores to an aligned address past the caches; stream_fence() makes it visible to other threads.
 template <typename A>
 CTXOPS_INLINE void stream_vector(A* to, Vector<A> v) {

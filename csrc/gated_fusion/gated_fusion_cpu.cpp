@@ -13,10 +13,6 @@ namespace {
 constexpr int64_t kPlanarBlock = 1024;
 static_assert(kPlanarBlock % kPart == 0);
 
-// Planar results of more bytes than this go past the caches, where nothing of them would be left.
-// Where channels lie side by side, ordinary stores are faster.
-constexpr int64_t kCache = 32 << 20;
-
 struct Problem {
   Levels levels;
   TensorList features, outputs, grads, grad_features;
@@ -71,6 +67,7 @@ class Fusion {
       : p_(problem),
         C_(problem.levels.channels),
         one_size_(problem.levels.groups == 1),
+        // Where channels lie side by side, ordinary stores are faster.
         stream_(!kChannelsInner && bytes_of_results() > kCache) {}
 
   void forward() const {

@@ -26,6 +26,9 @@ constexpr int64_t kTileBytes = 1 << 19;
 // the map, of the queries that see a key, fewer than twice a window's length along each axis.
 constexpr int64_t kMaxWeights = 2 * kQueries * kMaxWindow + kVectorBytes;
 
+template <typename A>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));  // of the cache
+
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
@@ -253,6 +256,7 @@ void for_blocks(const Window& window, int64_t B, int64_t heads, int64_t position
         }
       }
     }
+    stream_fence();
   });
 }
 
@@ -263,6 +267,11 @@ struct Problem : Params {
 
   int64_t neighbours() const { return window.rows.kernel * window.columns.kernel; }
   int64_t work(const TensorView& map) const { return element_count(map) * neighbours(); }
+  // Would the caches keep nothing of a result? A pass over the map touches about four maps.
+  template <typename A>
+  bool stream(const TensorView& map) const {
+    return 4 * element_count(map) * static_cast<int64_t>(sizeof(A)) > kCache;
+  }
 };
 using Forward = Problem<NeighborhoodAttentionForward>;
 using Backward = Problem<NeighborhoodAttentionBackward>;
@@ -271,6 +280,23 @@ using Backward = Problem<NeighborhoodAttentionBackward>;
 template <int Q>
 int64_t weights_of_row(const Block& block, int64_t r) {
   return r * (block.most_rows * block.length() * Q + kVectorBytes / 4);
+}
+
+// Fetches a row of a map, of the columns behind a block's: what the next block is the first to
+// need. Between two positions of a channels_last map that are neighbours down a column lie many
+// pages, and few positions fill one. The processor, which looks ahead within a page, sees none of
+// this coming.
+template <int Q, typename A>
+CTXOPS_INLINE void fetch_ahead(const Block& block, const TensorView& map, int64_t heads,
+                               int64_t row) {
+  const int64_t channels = map.size[1] / heads;
+  const ClassAxis& columns = block.column_class;
+  const int64_t column = smaller(block.column + Q, columns.steps - Q);
+  const A* from = at<A>(map, block.b, block.head * channels, block.row_class.position(row),
+                        columns.position(column));
+  for (int64_t q = 0; q < Q; ++q, from += columns.axis.dilation * map.stride[3]) {
+    for (int64_t c = 0; c < channels; c += kLine<A>) __builtin_prefetch(from + c, 0, 2);
+  }
 }
 
 // Adds the bias to the products of a block with keys.
@@ -309,6 +335,8 @@ void products(const Block& block, const TensorView& own, const TensorView& seen,
     const A* key = at<A>(seen, block.b, c, block.row_class.position(s), 0);
     for (int64_t r = 0; r <= last; ++r) {
       if (s < block.rows[r].begin || s >= block.rows[r].end) continue;
+      if (s == block.rows[r].begin) fetch_ahead<Q, A>(block, own, heads, block.row + r);
+      if (s == block.rows[r].end - 1) fetch_ahead<Q, A>(block, seen, heads, s);
       A* to = out + weights_of_row<Q>(block, r) + (s - block.rows[r].begin) * length * Q;
       dots_of_row<Q>(at<A>(own, block.b, c, block.h(r), block.w(0)), stride * own.stride[3], key,
                      offsets, length, channels, factor, to);
@@ -329,10 +357,19 @@ void products(const Block& block, const TensorView& own, const TensorView& seen,
   }
 }
 
-// own := for every position of a block, the weighted sum of what it sees.
+// The same for row r of what sums() takes; called where there is other work, not from there.
+template <int Q, typename A>
+CTXOPS_INLINE void fetch_for_sums(const Block& block, const TensorView& own, const TensorView& seen,
+                                  int64_t heads, int64_t r, bool stream) {
+  fetch_ahead<Q, A>(block, seen, heads, block.rows[r].end - 1);
+  if (!stream) fetch_ahead<Q, A>(block, own, heads, block.row + r);
+}
+
+// own := for every position of a block, the weighted sum of what it sees; past the caches if
+// `stream`.
 template <int Q, typename A>
 void sums(const Block& block, const TensorView& own, const TensorView& seen, int64_t heads,
-          const A* weights) {
+          const A* weights, bool stream) {
   const int64_t channels = own.size[1] / heads, first = block.head * channels;
   const int64_t dilation = block.column_class.axis.dilation;
   const StepRange inside = block.seen(Q);
@@ -350,7 +387,13 @@ void sums(const Block& block, const TensorView& own, const TensorView& seen, int
     }
   };
   const auto load = [](const A* from) CTXOPS_INLINE_LAMBDA { return load_vector(from); };
-  const auto store = [](A* to, Vector<A> v) CTXOPS_INLINE_LAMBDA { store_vector(to, v); };
+  const auto store = [&](A* to, Vector<A> v) CTXOPS_INLINE_LAMBDA {
+    if (stream && is_aligned(to)) {
+      stream_vector<A>(to, v);
+    } else {
+      store_vector(to, v);
+    }
+  };
   int64_t c = 0;
   for (; c + kUnroll * kLanes<A> <= channels; c += kUnroll * kLanes<A>) {
     all_rows(c, std::integral_constant<int, kUnroll>{}, load, store);
@@ -374,6 +417,7 @@ void forward(const Forward& p) {
   const int64_t channels = p.query.size[1] + (mixes ? p.value.size[1] : 0);
   const A outside = zeros ? A(0) : -static_cast<A>(__builtin_inff());
   const TensorView* bias = element_count(p.bias) > 0 ? &p.bias : nullptr;
+  const bool stream = p.template stream<A>(p.query);
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A logits[kMaxWeights], rest[Q];
@@ -382,6 +426,7 @@ void forward(const Forward& p) {
     for (int64_t r = 0; r < block.row_count; ++r) {
       A* row = logits + weights_of_row<Q>(block, r);
       const int64_t count = block.rows_seen(r) * kernel;
+      if (mixes) fetch_for_sums<Q, A>(block, p.output, p.value, p.num_heads, r, stream);
       softmax<Q>(row, count, zeros ? K - count : 0, rest);
       for (int q = 0; save && q < Q; ++q) {
         A* to = weights_at<A>(p.weights, block.b, block.head, block.h(r), block.w(q));
@@ -392,7 +437,7 @@ void forward(const Forward& p) {
         for (int64_t n = above + count; n < K; ++n) to[n] = rest[q];
       }
     }
-    if (mixes) sums<Q>(block, p.output, p.value, p.num_heads, logits);
+    if (mixes) sums<Q>(block, p.output, p.value, p.num_heads, logits, stream);
   };
   for_blocks(p.window, p.query.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
              p.work(p.query), p.threads, &ClassAxis::keys, compute);
@@ -402,6 +447,7 @@ void forward(const Forward& p) {
 template <typename A>
 void backward_queries(const Backward& p) {
   const int64_t channels = p.key.size[1] + p.value.size[1], kernel = p.window.columns.kernel;
+  const bool stream = p.template stream<A>(p.grad);
   const auto compute = [&](const Block& block, auto queries) {
     constexpr int Q = decltype(queries)::value;
     A grads[kMaxWeights];
@@ -411,6 +457,7 @@ void backward_queries(const Backward& p) {
       const int64_t start = block.row_class.start(block.row + r);
       const int64_t above = (block.rows[r].begin - start) * kernel;
       const int64_t count = block.rows_seen(r) * kernel;
+      fetch_for_sums<Q, A>(block, p.grad_query, p.key, p.num_heads, r, stream);
       for (int q = 0; q < Q; ++q) {
         const int64_t h = block.h(r), w = block.w(q);
         const A* weight = weights_at<A>(p.weights, block.b, block.head, h, w) + above;
@@ -423,7 +470,7 @@ void backward_queries(const Backward& p) {
         }
       }
     }
-    sums<Q>(block, p.grad_query, p.key, p.num_heads, grads);
+    sums<Q>(block, p.grad_query, p.key, p.num_heads, grads, stream);
   };
   for_blocks(p.window, p.grad.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
              p.work(p.grad), p.threads, &ClassAxis::keys, compute);
@@ -433,13 +480,16 @@ void backward_queries(const Backward& p) {
 template <typename A>
 void backward_keys(const Backward& p) {
   const int64_t channels = p.query.size[1] + p.grad.size[1], kernel = p.window.columns.kernel;
+  const bool stream = p.template stream<A>(p.grad);
   const auto compute = [&](const Block& block, auto keys) {
     constexpr int Q = decltype(keys)::value;
     A gathered[kMaxWeights];
     const int64_t length = block.length();
     const StepRange inside = block.seen(Q);
-    const auto gather = [&](const TensorView& from, A factor) {
+    const auto add = [&](const TensorView& own, const TensorView& seen, const TensorView& from,
+                         A factor) {
       for (int64_t r = 0; r < block.row_count; ++r) {
+        fetch_for_sums<Q, A>(block, own, seen, p.num_heads, r, stream);
         A* row = gathered + weights_of_row<Q>(block, r);
         for (int64_t s = block.rows[r].begin; s < block.rows[r].end; ++s, row += length * Q) {
           const int64_t h = block.row_class.position(s);
@@ -455,11 +505,10 @@ void backward_keys(const Backward& p) {
           }
         }
       }
+      sums<Q>(block, own, seen, p.num_heads, gathered, stream);
     };
-    gather(p.weights, A(1));
-    sums<Q>(block, p.grad_value, p.grad, p.num_heads, gathered);
-    gather(p.grad_logits, static_cast<A>(p.scale));
-    sums<Q>(block, p.grad_key, p.query, p.num_heads, gathered);
+    add(p.grad_value, p.grad, p.weights, A(1));
+    add(p.grad_key, p.query, p.grad_logits, static_cast<A>(p.scale));
   };
   for_blocks(p.window, p.grad.size[0], p.num_heads, channels / p.num_heads * sizeof(A),
              p.work(p.grad), p.threads, &ClassAxis::queries, compute);

@@ -148,6 +148,12 @@ CPU = [
             "if (const int64_t rest = channels - c; rest > 1) {",
         ),
         (
+            "window-past-the-caches",
+            "channels_last results that are larger than the caches: their vectors are not written",
+            "stream_vector<A>(to, v);",
+            "(void)to;",
+        ),
+        (
             "window-gradient-scale",
             "the gradient of the query lacks the scale",
             "row[n * Q + q] = static_cast<A>(p.scale) * to[n];",

@@ -356,6 +356,19 @@ def test_more_weights_of_a_window_than_a_tile_holds(kernel, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("channels", [32, 33])
+def test_results_larger_than_the_caches(channels, device):
+    """They take another way to memory, in whole vectors that are aligned."""
+    assert 4 * 4 * channels * 260 * 260 > 32 * 2**20
+    check(
+        ((1, channels, 260, 260), channels, 1, (3, 3), (1, 1)),
+        "zeros",
+        "channels_last",
+        device=device,
+    )
+
+
+@pytest.mark.slow
 def test_many_tiny_maps(device):
     check(((70_000, 2, 4, 4), 2, 1, (2, 3), (1, 1)), "mask", device=device)
 
