@@ -2,14 +2,27 @@
 """What is compared: contenders, the cases that they meet in, and one of them ready to run."""
 
 import dataclasses
+import getpass
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+# What torch reads when it first imports its compiler, which may be before anything is compiled.
+# It would build and run a program for each instruction set of this processor, to see whether the
+# C++ compiler knows it. That takes seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# It looks its programs up without asking for which instruction set they were generated: one for
+# AVX-512, compiled for AVX2, leaves out half of the elements.
+if _capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    _folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{_capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_folder))
 
 FORMAT_NAMES = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
 
@@ -184,9 +197,6 @@ class Runner:
 
     def compile(self) -> None:
         """From now on the function runs under ``torch.compile``."""
-        # Torch would build and run a program for each instruction set of this processor, to see
-        # whether the compiler knows it. That takes seconds. Read when torch._dynamo is imported.
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
         # Formats, sizes and modules share a code object; each needs its own compiled version.
         torch._dynamo.config.recompile_limit = 256
         self.function = torch.compile(self.function, dynamic=False)
