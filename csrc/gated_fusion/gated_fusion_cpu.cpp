@@ -67,8 +67,7 @@ class Fusion {
       : p_(problem),
         C_(problem.levels.channels),
         one_size_(problem.levels.groups == 1),
-        // Where channels lie side by side, ordinary stores are faster.
-        stream_(!kChannelsInner && bytes_of_results() > kCache) {}
+        stream_(bytes_of_results() > kCache) {}
 
   void forward() const {
     if (!one_size_) {
@@ -158,10 +157,22 @@ class Fusion {
         block.y = in_maps(p_.outputs, block);
         block.dy = in_maps(p_.grads, block);
         block.dx = in_maps(p_.grad_features, block);
+        if constexpr (kChannelsInner) {
+          for_levels(block, [&](int i) {
+            fetch_ahead(block.x.first[i]);
+            if (p_.grads.count > 0) fetch_ahead(block.dy.first[i]);
+          });
+        }
         f(block, part);
       }
       stream_fence();
     });
+  }
+
+  // Fetches the channels of the position a page further, where the processor does not look ahead.
+  CTXOPS_INLINE void fetch_ahead(const A* position) const {
+    constexpr int64_t kPage = 4096 / sizeof(A), kLine = 64 / sizeof(A);
+    for (int64_t c = 0; c < C_; c += kLine) __builtin_prefetch(position + kPage + c, 0, 2);
   }
 
   // f(channel, which of the positions' vectors, lanes in use) for all vectors of a block.
