@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "category_statistics/category_statistics.h"
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "common/transpose.h"
 
 namespace ctxops {
 namespace CTXOPS_ISA {
@@ -191,10 +191,16 @@ class Part {
       }
       return;
     }
+    int64_t c = 0;
+    if constexpr (std::is_same_v<T, S>) {
+      for (; c + kLanes<S> <= C_; c += kLanes<S>) {
+        turn_strip(from + c * stride[1], stride[1], to + c, C_, positions_);
+      }
+    }
     // Through blocks in which neither side's strides, often powers of two, fight for a cache set.
     constexpr int64_t kSide = 16;
     S block[kSide][kSide];
-    for (int64_t c = 0; c < C_; c += kSide) {
+    for (; c < C_; c += kSide) {
       const int64_t channels = smaller(kSide, C_ - c);
       for (int64_t i = 0; i < positions_; i += kSide) {
         const int64_t positions = smaller(kSide, positions_ - i);
