@@ -12,7 +12,7 @@ import torch
 from harness.case import Case
 from harness.check import Entry, check_rows
 from harness.machine import Interference, Roofline, measure_roofline
-from harness.meters import NEEDS_NO_WARM_UP, Clock, make_clock
+from harness.meters import NEEDS_NO_WARM_UP, Clock, make_clock, make_launches
 
 # Seconds of samples of a row that suffice under a budget.
 _ENOUGH = 2.0
@@ -150,12 +150,16 @@ class Row:
 class Result:
     """The rows of one case, in the order of its contenders.
 
-    ``foreign_cores``: mean number of cores that other programs used during the rounds.
+    ``foreign_cores``: mean number of cores that other programs used during the rounds. ``launch``:
+    how the GPU got the calls of all rows, by "graph" or, if ``uncaptured`` could not be captured in
+    one, by "events"; None on the CPU and where nothing was timed.
     """
 
     case: Case
     rows: tuple[Row, ...]
     foreign_cores: float | None = None
+    launch: str | None = None
+    uncaptured: str = ""
 
     @property
     def reference(self) -> Row | None:
@@ -210,6 +214,7 @@ class Measurement:
         self.checked: list[list[Entry]] = [[] for _ in cases]
         self.samples: dict[int, list[float]] = {}
         self.foreign_cores: list[float | None] = [None for _ in cases]
+        self.launches: list[tuple[str | None, str]] = [(None, "") for _ in cases]
         self.roof: Roofline | None = None
         self.planned: list[list[int]] | None = None
 
@@ -254,13 +259,16 @@ class Measurement:
             last = len(taken) == self.planned[i][number]
             self.watch(self, "timed" if last else "", i, entry)
 
+        calls, how, uncaptured = make_launches([e.runner for e in running], self.options.device)
+        reason = "" if uncaptured is None else running[uncaptured].contender.label
+        self.launches[i] = how, reason
         interference = Interference()
         missing = [
             count - len(self.samples.get(id(entry), ()))
             for entry, count in zip(running, self.planned[i], strict=True)
         ]
         try:
-            interleave([entry.runner for entry in running], missing, clock, tick)
+            interleave(calls, missing, clock, tick)
         finally:
             self.foreign_cores[i] = interference.cores()
 
@@ -290,4 +298,5 @@ class Measurement:
             samples = self.samples.get(id(entry))
             return Row(entry, Timing(tuple(samples)) if samples else None, entry.memory)
 
-        return Result(self.cases[i], tuple(map(row, self.checked[i])), self.foreign_cores[i])
+        rows = tuple(map(row, self.checked[i]))
+        return Result(self.cases[i], rows, self.foreign_cores[i], *self.launches[i])

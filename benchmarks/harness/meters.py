@@ -4,7 +4,8 @@
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,22 +32,66 @@ def _cpu_clock(call: Callable[[], object]) -> float:
 
 
 class _CudaClock:
-    """Time between two events on the stream, after the L2 cache has been overwritten."""
+    """Time between two events on the stream, from an L2 cache that holds nothing of the call.
+
+    The cache is flushed by reading: what a call finds there after a write, it has to write back
+    first. The read takes longer than the launch of a graph, which is then not part of the time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+        self.flush = torch.zeros(cache, device=device)  # float32: four times the cache
+        self.sum = torch.empty((), device=device)
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
     def __call__(self, call: Callable[[], object]) -> float:
-        self.flush.zero_()
+        torch.sum(self.flush, dim=0, out=self.sum)
         self.start.record()
         result = call()
         self.end.record()
         self.end.synchronize()
         del result
         return self.start.elapsed_time(self.end) / 1e3
+
+
+class Launches(NamedTuple):
+    """What to time in place of the calls of a case. ``how``: "graph", where every call is a replay
+    of its CUDA graph; "events", where Python launches all of them; None on the CPU. ``uncaptured``:
+    the number of the call that is the reason for "events"."""
+
+    calls: Sequence[Callable[[], object]]
+    how: str | None = None
+    uncaptured: int | None = None
+
+
+def make_launches(calls: Sequence[Callable[[], object]], device: torch.device) -> Launches:
+    """By graphs all calls or none: to compare a replay with a launch from Python is not fair."""
+    if device.type != "cuda":
+        return Launches(calls)
+    # Graphs share their memory, as each writes what it reads and nobody keeps a result.
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    for call in calls:
+        try:
+            graphs.append(_capture(call, stream, pool))
+        except RuntimeError:  # it waits for the GPU, or has no room beside the graphs
+            torch.cuda.synchronize(device)
+            return Launches(calls, "events", len(graphs))
+    return Launches([graph.replay for graph in graphs], "graph")
+
+
+def _capture(call: Callable[[], object], stream: torch.cuda.Stream, pool) -> torch.cuda.CUDAGraph:
+    """The graph of a call, which has first run on the stream: libraries allocate at first calls."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        call()
+    return graph
 
 
 def _profiler(device: torch.device, profile_memory: bool = False) -> profile:

@@ -112,6 +112,10 @@ def _remarks(result: Result) -> list[str]:
         for row in result.rows
         if row.entry.left_out
     ]
+    if result.launch == "events":
+        lines.append(
+            f"Python launches every row: {result.uncaptured} cannot be captured in a CUDA graph."
+        )
     absent = {r.name: r for r in result.rows if r.entry.needs and not result.fastest(r.name)}
     return lines + [
         f"{name} does not fit (needs {row.entry.needs / 2**30:.1f} GiB)."
@@ -320,6 +324,7 @@ def _row_record(row: Row, result: Result, roof: Roofline) -> dict[str, object]:
         "median_ms": row.timing.median * 1e3,
         "p20_ms": row.timing.p20 * 1e3,
         "p80_ms": row.timing.p80 * 1e3,
+        "launch": result.launch,
         "samples_ms": [round(s * 1e3, 5) for s in row.timing.samples],
         "ratio": result.ratio(row),
         "lead": result.lead(row),

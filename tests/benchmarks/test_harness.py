@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import dataclasses
 import io
 import json
 import re
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from harness.case import Runner
 from harness.check import Entry, check_rows
 from harness.machine import Interference, Roofline, available_memory
 from harness.measure import Result, Row, Timing, interleave, plan
+from harness.meters import Launches, _capture, make_clock, make_launches
 from harness.report import _significant, require, result_table, summarize
 
 CPU = torch.device("cpu")
@@ -334,6 +337,84 @@ class TestCheck:
         assert entry.traffic == 4 * (4 * 30 + 4 * 8 + 8 + 8 * 30)
 
 
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+class TestLaunches:
+    """On a machine without a GPU torch's functions are replaced."""
+
+    @pytest.fixture
+    def _no_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def test_on_the_cpu_calls_are_their_own(self):
+        calls = [torch.relu]
+        assert make_launches(calls, CPU) == Launches(calls, None, None)
+
+    @pytest.mark.usefixtures("_no_gpu")
+    def test_by_graphs_all_rows_or_none(self, monkeypatch):
+        calls, shared = [lambda: "a", lambda: "b", lambda: "c"], set()
+
+        def capture(call, stream, pool):
+            shared.add((stream, pool))
+            if call is refused:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return types.SimpleNamespace(replay=lambda: f"replay of {call()}")
+
+        monkeypatch.setattr("harness.meters._capture", capture)
+        refused = None
+        launches = make_launches(calls, torch.device("cuda"))
+        assert [call() for call in launches.calls] == [f"replay of {x}" for x in "abc"]
+        assert (launches.how, launches.uncaptured) == ("graph", None)
+        assert len(shared) == 1
+        refused = calls[1]
+        assert make_launches(calls, torch.device("cuda")) == Launches(calls, "events", 1)
+
+    def test_a_call_is_warm_before_it_is_captured(self, monkeypatch):
+        calls, now = [], []
+
+        @contextlib.contextmanager
+        def doing(what):
+            now.append(what)
+            yield
+            now.pop()
+
+        side = FakeStream()
+        monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: doing(("runs", stream)))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "a graph")
+        monkeypatch.setattr(
+            torch.cuda, "graph", lambda graph, pool, stream: doing((graph, pool, stream))
+        )
+        assert _capture(lambda: calls.append(now[-1]), side, "a pool") == "a graph"
+        assert calls == [("runs", side)] * 3 + [("a graph", "a pool", side)]
+
+    @pytest.mark.cuda
+    def test_graphs_on_a_gpu(self):
+        device = torch.device("cuda")
+        x, y, z = torch.randn(3, 1000, device=device)
+
+        def into(result):
+            return lambda: result.copy_(2 * x + 1)
+
+        launches = make_launches([into(y), into(z)], device)
+        assert launches.how == "graph"
+        x += 1
+        clock = make_clock(device)
+        assert all(0 < clock(call) < 1 for call in launches.calls)
+        assert y.equal(2 * x + 1)
+        assert z.equal(y)
+        waits = [into(y), lambda: x.sum().item()]
+        assert make_launches(waits, device) == Launches(waits, "events", 1)
+        x += 1
+        assert clock(waits[0]) > 0
+        assert y.equal(2 * x + 1)
+
+
 def row(name: str, seconds: float, memory: int, channels_last: bool = False, **fields) -> Row:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     made = contender(name, memory_format=layout, **fields)
@@ -463,6 +544,21 @@ class TestProgram:
         slow, fast = json.loads(file.read_text())["cases"][0]["rows"]
         assert len(calls) == len(slow["samples_ms"]) == len(fast["samples_ms"]) == 4
         assert min(slow["samples_ms"]) > 29
+
+    def test_a_row_that_cannot_be_captured(self, capsys, tmp_path, monkeypatch):
+        file = tmp_path / "out.json"
+
+        def launches(calls, device):
+            return Launches(calls, "events", 1)
+
+        monkeypatch.setattr("harness.measure.make_launches", launches)
+        rows = contender("a"), contender("b")
+        assert run_benchmark("test", [case(*rows)], options(json=file), {}) == 0
+        (written,) = json.loads(file.read_text())["cases"]
+        assert [row["launch"] for row in written["rows"]] == ["events", "events"]
+        line = "Python launches every row: b (contiguous) cannot be captured in a CUDA graph."
+        assert line in written["summary"]
+        assert line in capsys.readouterr().out
 
     def test_interrupted(self, capsys, tmp_path):
         """What has been measured is printed; no file is written."""
