@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensors for the programs that hold a CUDA kernel against its CPU twin: random, with memory that
 // ends where the tensor ends, and poisoned where nothing was written.
+//
+// Without CTXOPS_CUDA_ON_CPU the kernels run on a GPU: host and device then share the memory.
 #pragma once
 
 #include <cmath>
@@ -12,8 +14,14 @@
 #include <utility>
 #include <vector>
 
+#if defined(CTXOPS_CUDA_ON_CPU)
 #include "common/cuda.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
 #include "common/dtype.h"
+#include "common/kernel.h"
 #include "common/tensor.h"
 
 namespace compare {
@@ -27,6 +35,33 @@ using ctxops::Threads;
   std::fprintf(stderr, "%s\n", what.c_str());
   std::exit(1);
 }
+
+#if defined(CTXOPS_CUDA_ON_CPU)
+using Memory = std::vector<unsigned char>;
+inline void finish() {}
+#else
+// Waits for the kernels, or fails as they did.
+inline void finish() {
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess) fail(cudaGetErrorString(error));
+}
+
+// An allocation for each tensor, whose bounds memcheck knows.
+template <typename T>
+struct SharedByBoth {
+  using value_type = T;
+  T* allocate(size_t count) {
+    void* memory = nullptr;
+    const cudaError_t error = cudaMallocManaged(&memory, count * sizeof(T));
+    if (error != cudaSuccess) fail(cudaGetErrorString(error));
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { cudaFree(memory); }
+  bool operator==(const SharedByBoth&) const { return true; }
+  bool operator!=(const SharedByBoth&) const { return false; }
+};
+using Memory = std::vector<unsigned char, SharedByBoth<unsigned char>>;
+#endif
 
 inline DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::float32;
@@ -175,7 +210,7 @@ class Tensor {
 
   TensorView view_ = {};
   int64_t offset_ = 0;
-  std::vector<unsigned char> memory_;
+  Memory memory_;
 };
 
 // Fails unless |expected - actual| <= relative * |expected| + absolute everywhere, in the gaps too;
@@ -199,13 +234,26 @@ inline void expect_same_bits(const std::string& what, const Tensor& one, const T
   if (!one.same_bits(other)) fail(what + ": the order of the threads changes the result");
 }
 
-// Calls f with the usual order of threads and with the other one on a grid of a few blocks.
+inline void set_order(bool ascending) {
+#if defined(CTXOPS_CUDA_ON_CPU)
+  using cuda_on_cpu::Order;
+  if (ascending) cuda_on_cpu::settings = {Order::ascending, INT32_MAX};
+  if (!ascending) cuda_on_cpu::settings = {Order::descending, 3};
+#else
+  (void)ascending;
+#endif
+}
+
+// Calls f with the usual order of threads and with the other one on a grid of a few blocks; on a
+// GPU, which has its own order, twice.
 template <typename F>
 auto in_both_orders(const F& f) {
-  cuda_on_cpu::settings = {cuda_on_cpu::Order::ascending, INT32_MAX};
+  set_order(true);
   auto ascending = f();
-  cuda_on_cpu::settings = {cuda_on_cpu::Order::descending, 3};
-  return std::make_pair(std::move(ascending), f());
+  set_order(false);
+  auto descending = f();
+  finish();
+  return std::make_pair(std::move(ascending), std::move(descending));
 }
 
 inline TensorView on_device(int32_t device, Tensor& tensor) {
@@ -218,11 +266,16 @@ inline TensorView on_device(int32_t device, Tensor& tensor) {
 // are given.
 inline void expect_launched(const std::string& what, const char* error, int device, Stream stream) {
   if (error != nullptr) fail(what + ": " + error);
+  finish();
+#if defined(CTXOPS_CUDA_ON_CPU)
   if (cuda_on_cpu::last_launch.device != device) fail(what + " ran on another device");
   if (reinterpret_cast<intptr_t>(cuda_on_cpu::last_launch.stream) != stream.handle) {
     fail(what + " ran on another stream");
   }
   if (cuda_on_cpu::current_device != device) fail(what + " changed the current device");
+#else
+  (void)device, (void)stream;
+#endif
 }
 
 }  // namespace compare

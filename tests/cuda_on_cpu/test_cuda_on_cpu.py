@@ -411,3 +411,13 @@ def test_no_race(watched, program):
     for arguments in WATCHED[program]:
         done = execute(watched[program], *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("program", WATCHED)
+def test_programs_for_a_gpu_compile(program, tmp_path):
+    """Also run where there is one: on_gpu.py says how."""
+    from cuda_on_cpu.on_gpu import build
+
+    assert build(program, tmp_path, "sm_90").exists()
