@@ -45,7 +45,8 @@ def gated_fusion(
     Dtypes: float32, float64, float16, bfloat16; sums in float32 (float64). Under autocast all maps
         take the widest dtype among them.
     Gradients: features and gates.
-    Deterministic: yes, forward and backward, for any number of threads.
+    Deterministic: yes, forward and backward, for any number of threads. On CUDA, results may differ
+        in the last bits between buffers of different alignment.
     Memory: one value of 4 bytes (8 for float64) for every position of every level, and with levels
         of several sizes so many maps of that dtype, one of each size; kept with gradient. Backward:
         as many values again, and two such maps of each size. Besides, a copy of every map that is
@@ -108,7 +109,8 @@ def self_gated_fusion(
     Dtypes: float32, float64, float16, bfloat16; sums and gates in float32 (float64). Under autocast
         all maps take the widest dtype among them, weight and bias that of the maps.
     Gradients: features, weight and bias.
-    Deterministic: yes, forward and backward, for any number of threads.
+    Deterministic: yes, forward and backward, for any number of threads. On CUDA, results may differ
+        in the last bits between buffers of different alignment.
     Memory: what :func:`gated_fusion` needs; without gradient, and with levels of one size, nothing.
         Backward, besides: L C values for every 64 positions of the largest level.
     """
