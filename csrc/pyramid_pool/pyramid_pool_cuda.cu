@@ -119,6 +119,10 @@ struct Partials {
     value[slot] = first_run ? found.value : value[slot] + found.value;
     if constexpr (kMode == Mode::maximum) at[slot] = found.at;
   }
+  __device__ void put(int slot, const Total& total) const {
+    value[slot] = total.value;
+    if constexpr (kMode == Mode::maximum) at[slot] = total.at;
+  }
   __device__ void add_to(Total* total, int slot) const {
     total->include(value[slot], kMode == Mode::maximum ? at[slot] : 0);
   }
@@ -225,6 +229,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       } while (kInRuns<A, kMode> && i < rows);
       __syncthreads();
 
+      // Of every column, what the teams found: most threads have none of the few cells below.
+      if (layout.teams > 1) {
+        for (int i = threadIdx.x; i < layout.items * strip; i += kThreads) {
+          const int slot = i / strip * slots + i % strip;
+          typename Shared::Total column;
+          for (int team = 0; team < layout.teams; ++team) {
+            partials.add_to(&column, slot + team * strip);
+          }
+          partials.put(slot, column);
+        }
+        __syncthreads();
+      }
+
       const unsigned right = left + strip < W ? left + strip : W;
       const int64_t first_q = cell_at(p.columns, left);
       const int64_t end_q = cell_at(p.columns, right - 1) + 1;
@@ -235,10 +252,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const int begin = static_cast<int>((start > left ? start : left) - left);
         const int end = static_cast<int>((stop < right ? stop : right) - left);
         if (start >= left) total = {};
-        for (int team = 0; team < layout.teams; ++team) {
-          for (int k = begin; k < end; ++k) {
-            partials.add_to(&total, to_item * slots + team * strip + slot_of<V>(k, layout.lanes));
-          }
+        for (int k = begin; k < end; ++k) {
+          partials.add_to(&total, to_item * slots + slot_of<V>(k, layout.lanes));
         }
         if (stop > right) continue;
         cells[q * C] = static_cast<A>(total.value);
