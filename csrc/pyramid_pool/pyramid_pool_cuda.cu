@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // d(map)[h, w] = sum over the bins that hold (h, w) of d(bin) / area: constant within a cell. One
 // thread for V channels of one cell.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     gather_cells_kernel(const __grid_constant__ Backward p) {
   using A = Accumulator<T>;
   const int64_t C = p.grad_input.size[1], H = p.grad_input.size[2], W = p.grad_input.size[3];
@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Writes the gradient of every cell to its positions; the counterpart of cells_width_inner_kernel.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     spread_width_inner_kernel(const __grid_constant__ Backward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   constexpr int kPacks = kElements<T> / V;
