@@ -23,7 +23,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPlanarWidth = 4;  // of packs of positions: a thread has a sum for every one of them
+// Of packs. A thread has a sum for every position of a planar one; with 8 channels in half
+// precision it runs out of registers, and of few channels most lanes of a warp have none.
+constexpr int kWidth = 4;
 
 // Where channels lie side by side, a team is a warp on one position: its lanes have neighbouring
 // channels. Of planes, it is a block on the positions of 64 bytes: neighbouring threads have
@@ -289,7 +291,8 @@ struct Team {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 3) forward_kernel(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(kThreads, S::kInner || S::V == 1 ? 3 : 2)
+    forward_kernel(const __grid_constant__ Forward p) {
   using T = typename S::T;
   using A = typename S::A;
   constexpr int V = S::V;
@@ -413,10 +416,12 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
         typename Team<S>::Packs x, dy;
         typename Team<S>::Products products = {};
         for (int64_t c = me.channel; c < me.channels; c += S::kStep) {
+          Pack<A, V> t;
+          if (p.sums) t = me.receive(p.sums, c);  // while no maps fill the registers
           me.load(p.features, c, x);
+          if (!p.sums) t = me.sum(x, gate);
           me.load(p.grads, c, dy);
           const Pack<A, V> ds = sent(dy, c);
-          const Pack<A, V> t = p.sums ? me.receive(p.sums, c) : me.sum(x, gate);
 #pragma unroll
           for (int l = 0; l < S::kLevels; ++l) {
             if (l >= group.count) break;
@@ -522,7 +527,7 @@ constexpr int kMaxTeams = kThreads / 2;
 // dS of a group: of every position, its own dT and its shares in what other groups' positions
 // received. A small map's positions may have very many of those.
 template <typename A, int V, bool kInner>
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ Gather p) {
+__global__ void __launch_bounds__(kThreads, 2) gather_kernel(const __grid_constant__ Gather p) {
   CTXOPS_SHARED(double, partial, kThreads* V);
   const Group& group = p.levels.group[p.group];
   const int64_t C = p.levels.channels, W = group.width, N = group.height * W;
@@ -601,11 +606,11 @@ bool all_packs_fit(const Levels& levels, std::initializer_list<const TensorList*
   bool fit = true;
   for (const TensorList* list : lists) {
     for (int l = 0; l < list->count; ++l) {
-      fit = fit && packs_fit<T, kElements<T>>(list->value[l], levels.channels_inner ? 1 : 3);
+      fit = fit && packs_fit<T, kWidth>(list->value[l], levels.channels_inner ? 1 : 3);
     }
   }
   for (const TensorView* buffer : buffers) {
-    fit = fit && aligned(*buffer, kElements<T> * sizeof(Accumulator<T>));
+    fit = fit && aligned(*buffer, kWidth * sizeof(Accumulator<T>));
   }
   return fit;
 }
@@ -621,7 +626,7 @@ const char* with_shape(const Levels& levels, bool packs, const F& f) {
       most = levels.group[g].count > most ? levels.group[g].count : most;
     }
     if (packs && most <= 4) {
-      return inner ? f(Shape<T, kElements<T>, true, 4>{}) : f(Shape<T, kPlanarWidth, false, 4>{});
+      return inner ? f(Shape<T, kWidth, true, 4>{}) : f(Shape<T, kWidth, false, 4>{});
     }
   }
   return inner ? f(Shape<T, 1, true, 8>{}) : f(Shape<T, 1, false, 8>{});
@@ -691,8 +696,7 @@ const char* gather(const Work& work, bool packs, void* grad_sums, void* grad_sen
     if (!work.levels.channels_inner) {
       error = run(one, std::false_type{});
     } else if (packs) {
-      error =
-          run(std::integral_constant<int, sizeof(A) < 8 ? kElements<A> : 1>{}, std::true_type{});
+      error = run(std::integral_constant<int, sizeof(A) < 8 ? kWidth : 1>{}, std::true_type{});
     } else {
       error = run(one, std::true_type{});
     }

@@ -10,13 +10,16 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // on a multiprocessor at least: 80 registers for a thread
 
 // Below this many threads the rows of a cell are divided among teams. A property of the problem and
 // not of the device, so that sums are the same on every device.
 constexpr int64_t kBusyThreads = 1 << 18;
 
 enum class Mode { mean, maximum };
+
+// On a multiprocessor at least: 80 registers for a thread. Where a maximum has its place beside it,
+// or elements are loaded one by one, that is too few.
+constexpr int blocks_of(Mode mode, int V) { return mode == Mode::maximum || V == 1 ? 2 : 3; }
 
 // A thread adds at most so many floats one to the other; the sums of such runs are added in double.
 constexpr int kRun = 16;
@@ -148,7 +151,7 @@ CTXOPS_HD int item_slots(const BlockLayout& layout, int elements) {
 // neighbouring planes: every thread reduces the rows of its columns, strip by strip, then the block
 // reduces the columns of each cell.
 template <typename T, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(kMode, V))
     cells_width_inner_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   constexpr int kPacks = kElements<T> / V;
@@ -365,7 +368,7 @@ __device__ CellTile cell_tile(int64_t index, int64_t R, int64_t Q, int64_t tiles
 
 // Cells of a map with unit stride along C. An item is a cell and a tile of channels.
 template <typename T, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(kMode, V))
     cells_channels_inner_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using A = Accumulator<T>;
   using Shared = Partials<A, kMode>;
@@ -401,7 +404,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Bins from cells. An item is a bin and a tile of channels.
 template <typename A, Mode kMode, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, blocks_of(kMode, V))
     bins_kernel(const __grid_constant__ Forward p, const BlockLayout layout) {
   using Shared = Partials<A, kMode>;
   CTXOPS_DYNAMIC_SHARED(typename Shared::Value, shared);
