@@ -18,8 +18,8 @@ from nonlocal_vs_apnb import Block
 TINY = ["--size", "9x7", "--channels", "24", "--key-channels", "8", "--seconds", "0.1"]
 ROW_KEYS = {
     "name", "format", "ours", "paper", "needs_bytes", "median_ms", "p20_ms", "p80_ms",
-    "samples_ms", "ratio", "lead", "left_out", "memory_bytes", "flops", "bytes", "bytes_per_second",
-    "flops_per_second", "roofline_share", "relative_error", "error_against",
+    "launch", "samples_ms", "ratio", "lead", "left_out", "memory_bytes", "flops", "bytes",
+    "bytes_per_second", "flops_per_second", "roofline_share", "relative_error", "error_against",
 }  # fmt: skip
 NAMES = [
     "NB as released", "NB on SDPA", "APNB as released", "APNB compiled", "ctxops APNB",
