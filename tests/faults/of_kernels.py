@@ -288,7 +288,8 @@ CUDA = [
         (
             "cuda-pool-columns-of-teams",
             "contiguous maps: a cell whose rows several teams share lacks the rows of the last",
-            "for (int team = 0; team < layout.teams; ++team) {\n            partials.add_to(&column,",
+            "for (int team = 0; team < layout.teams; ++team) {\n"
+            "            partials.add_to(&column,",
             "for (int team = 0; team < layout.teams - 1; ++team) {\n"
             "            partials.add_to(&column,",
         ),

@@ -115,7 +115,7 @@ OPERATORS = [
         ),
     ),
     *faults_in(
-        "csrc/criss_cross_attention/criss_cross_attention_cpu.cpp",
+        "csrc/common/transpose.h",
         "tests/ops/test_criss_cross_attention.py",
         (
             "cross-turn-lanes",
