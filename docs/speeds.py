@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FORMATS = ("contiguous", "channels_last")
 # These compute the same function; the other rows of Table 1 are the block that it replaces.
 APNB = ("APNB as released", "APNB compiled")
@@ -22,13 +22,15 @@ INTRODUCTION = """\
 `python docs/speeds.py --all` wrote this page from the files that the headings link. Each file names
 the processor, the versions and the commit. "3.5 x name" means: 3.5 times as fast as that rival, the
 fastest one in the same memory format. Below 1 the rival is faster. Times are medians.
-`foreign_cores` in a file tells how busy other programs kept the machine."""
+`foreign_cores` in a file tells how busy other programs kept the machine. The files in `cpu_avx2`
+were written under `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2` on a processor with AVX-512:
+there torch and `ctxops` both use AVX2."""
 
 
 class Shown(NamedTuple):
     """A line of README's table. ``rivals``: None for all that the file has."""
 
-    file: str
+    file: str  # in results/cpu
     title: str  # of the case
     measured: str
     compared: str = "plain PyTorch"
@@ -61,9 +63,9 @@ SHOWN = (
 )
 
 
-def read_cases(file: str) -> dict[str, dict]:
+def read_cases(path: Path) -> dict[str, dict]:
     """The cases of a file by their titles; none in a file of another kind."""
-    cases = json.loads((RESULTS / f"{file}.json").read_text()).get("cases", [])
+    cases = json.loads(path.read_text()).get("cases", [])
     return {case["title"]: case for case in cases}
 
 
@@ -89,7 +91,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def readme_table() -> str:
     lines = []
     for shown in SHOWN:
-        case = read_cases(shown.file)[shown.title]
+        case = read_cases(RESULTS / "cpu" / f"{shown.file}.json")[shown.title]
         ratios = [ratio(case, memory_format, shown.rivals)[0] for memory_format in FORMATS]
         link = f"[json](benchmarks/results/cpu/{shown.file}.json)"
         lines.append((shown.measured, shown.compared, *ratios, link))
@@ -98,15 +100,16 @@ def readme_table() -> str:
 
 def page() -> str:
     parts = ["# Speeds on two CPU cores", INTRODUCTION]
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("cpu*/*.json")):
         rivals = APNB if path.stem.startswith("nonlocal_vs_apnb") else None
         lines = [
             (title, *(" ".join(ratio(case, f, rivals)) for f in FORMATS))
-            for title, case in read_cases(path.stem).items()
+            for title, case in read_cases(path).items()
         ]
         if not lines:
             continue
-        parts.append(f"## [{path.stem}](../benchmarks/results/cpu/{path.name})")
+        file = path.relative_to(RESULTS)
+        parts.append(f"## [{file.with_suffix('')}](../benchmarks/results/{file})")
         parts.append(table(("case", *FORMATS), lines))
     return "\n\n".join(parts)
 
