@@ -93,6 +93,14 @@ CTXOPS_INLINE bool is_aligned(const A* address) {
   return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
 }
 
+// Asks for what is needed soon, but not at once: for the second cache. The processor looks ahead by
+// itself, but not beyond a page.
+template <typename A>
+CTXOPS_INLINE void fetch(const A* from, int64_t count) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Of results of more bytes than this the caches keep nothing.
 constexpr int64_t kCache = 32 << 20;
 

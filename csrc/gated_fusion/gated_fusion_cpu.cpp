@@ -73,6 +73,7 @@ class Fusion {
     if (!one_size_) {
       for_blocks([&](const Block& block, int64_t) {
         OfPositions gate[kMaxTensors];
+        fetch_ahead(block, block.x);
         make_gates(block, gate);
         for_vectors(block, [&](int64_t c, int64_t v, auto count) CTXOPS_INLINE_LAMBDA {
           put(in_sums(p_.sums, block, c, v), sum_sent(block, gate, c, v, count), count);
@@ -82,6 +83,7 @@ class Fusion {
     for_blocks([&](const Block& block, int64_t) {
       OfPositions gate[kMaxTensors];
       Taps taps[kMaxTensors];
+      fetch_ahead(block, block.x);
       if (one_size_) {
         make_gates(block, gate);
       } else {
@@ -103,6 +105,7 @@ class Fusion {
     if (!one_size_) {
       for_blocks([&](const Block& block, int64_t) {
         OfPositions gate[kMaxTensors];
+        fetch_ahead(block, block.dy);
         load_gates(block, gate);
         for_vectors(block, [&](int64_t c, int64_t v, auto count) CTXOPS_INLINE_LAMBDA {
           put(in_sums(p_.grad_sums, block, c, v), sum_grads(block, gate, c, v, count), count);
@@ -113,6 +116,8 @@ class Fusion {
     for_blocks([&](const Block& block, int64_t part) {
       OfPositions gate[kMaxTensors], grad_gate[kMaxTensors];
       Taps taps[kMaxTensors];
+      fetch_ahead(block, block.x);
+      fetch_ahead(block, block.dy);
       load_gates(block, gate);
       make_taps(block, taps);
       backward_of_gates(block, gate, taps, grad_gate);
@@ -157,22 +162,18 @@ class Fusion {
         block.y = in_maps(p_.outputs, block);
         block.dy = in_maps(p_.grads, block);
         block.dx = in_maps(p_.grad_features, block);
-        if constexpr (kChannelsInner) {
-          for_levels(block, [&](int i) {
-            fetch_ahead(block.x.first[i]);
-            if (p_.grads.count > 0) fetch_ahead(block.dy.first[i]);
-          });
-        }
         f(block, part);
       }
       stream_fence();
     });
   }
 
-  // Fetches the channels of the position a page further, where the processor does not look ahead.
-  CTXOPS_INLINE void fetch_ahead(const A* position) const {
-    constexpr int64_t kPage = 4096 / sizeof(A), kLine = 64 / sizeof(A);
-    for (int64_t c = 0; c < C_; c += kLine) __builtin_prefetch(position + kPage + c, 0, 2);
+  // Fetches the position a page behind the block's. Planes are long enough to look ahead in them.
+  CTXOPS_INLINE void fetch_ahead(const Block& block, const Maps& maps) const {
+    constexpr int64_t kPage = 4096 / sizeof(A);
+    if constexpr (kChannelsInner) {
+      for_levels(block, [&](int i) { fetch(maps.first[i] + kPage, C_); });
+    }
   }
 
   // f(channel, which of the positions' vectors, lanes in use) for all vectors of a block.

@@ -26,9 +26,6 @@ constexpr int64_t kTileBytes = 1 << 19;
 // the map, of the queries that see a key, fewer than twice a window's length along each axis.
 constexpr int64_t kMaxWeights = 2 * kQueries * kMaxWindow + kVectorBytes;
 
-template <typename A>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));  // of the cache
-
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t tiles(int64_t extent, int64_t tile) { return (extent + tile - 1) / tile; }
 
@@ -283,9 +280,7 @@ int64_t weights_of_row(const Block& block, int64_t r) {
 }
 
 // Fetches a row of a map, of the columns behind a block's: what the next block is the first to
-// need. Between two positions of a channels_last map that are neighbours down a column lie many
-// pages, and few positions fill one. The processor, which looks ahead within a page, sees none of
-// this coming.
+// need. A few positions of a channels_last map fill a page of memory.
 template <int Q, typename A>
 CTXOPS_INLINE void fetch_ahead(const Block& block, const TensorView& map, int64_t heads,
                                int64_t row) {
@@ -295,7 +290,7 @@ CTXOPS_INLINE void fetch_ahead(const Block& block, const TensorView& map, int64_
   const A* from = at<A>(map, block.b, block.head * channels, block.row_class.position(row),
                         columns.position(column));
   for (int64_t q = 0; q < Q; ++q, from += columns.axis.dilation * map.stride[3]) {
-    for (int64_t c = 0; c < channels; c += kLine<A>) __builtin_prefetch(from + c, 0, 2);
+    fetch(from, channels);
   }
 }
 
