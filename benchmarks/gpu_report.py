@@ -37,9 +37,8 @@ LINES = 30  # that are kept of what a part prints
 
 
 class Part(NamedTuple):
-    """A command. It is stopped after ``seconds``, and passed over where the machine has not every
-    ``tool`` (names between spaces). ``dry``: what --dry-run runs in its stead, by default the same
-    program with --help."""
+    """A command. It is stopped after ``seconds``, and passed over where the machine has no
+    ``tool``. ``dry``: what --dry-run runs in its stead, by default the same program with --help."""
 
     name: str
     command: Sequence[str]
@@ -107,26 +106,22 @@ def list_parts(folder: Path, device: str) -> list[Part]:
         dry = [*small, "--json", file] if measured else ()
         return Part(f"{name} {dtype}", [*command, "--json", file], 120, dry=dry)
 
+    on_gpu = [python, "tests/cuda_on_cpu/on_gpu.py"]
     parts = [
         Part("driver", ["nvidia-smi"], 30, tool="nvidia-smi"),
         Part(
             "build", ["env", "CTXOPS_CUDA=ON", *install, "-e", "."], 400, dry=[*install, "--help"]
         ),
         Part("what serves", info, 60, dry=info),
-    ]
-    # Without torch: what fails here is a kernel's fault.
-    on_gpu = [python, "tests/cuda_on_cpu/on_gpu.py"]
-    parts += [
+        # Without torch: what fails here is a kernel's fault.
+        Part("kernels alone", on_gpu, 120, tool="nvcc", dry=[*on_gpu, "--help"]),
         Part(
-            f"kernels alone {' '.join(tools)}".strip(),
-            [*on_gpu, *tools],
+            "kernels alone, watched",
+            [*on_gpu, "memcheck", "racecheck", "synccheck"],
             300,
-            tool=" ".join(["nvidia-smi", "nvcc", *(["compute-sanitizer"] if tools else [])]),
+            tool="compute-sanitizer",
             dry=[*on_gpu, "--help"],
-        )
-        for tools in ([], ["memcheck"], ["racecheck"], ["synccheck"])
-    ]
-    parts += [
+        ),
         tests("tests of the operators", 300, "tests/ops"),
     ]
     parts += [
@@ -194,9 +189,8 @@ def run_parts(parts: Sequence[Part], folder: Path, minutes: float, dry: bool) ->
         left = end - time.monotonic()
         if left < 1:
             break
-        missing = next((tool for tool in part.tool.split() if shutil.which(tool) is None), None)
-        if missing:
-            result = {"status": f"no {missing} here", "seconds": 0.0, "output": ""}
+        if part.tool and shutil.which(part.tool) is None:
+            result = {"status": f"no {part.tool} here", "seconds": 0.0, "output": ""}
         else:
             print(f"{part.name}: at most {min(part.seconds, left):.0f} s", flush=True)
             program = [part.tool] if part.tool else part.command[:2]

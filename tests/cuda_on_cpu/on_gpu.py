@@ -9,30 +9,25 @@ them: what nobody wrote is filled with NaN, which the values show.
 """
 
 import argparse
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cuda_on_cpu.test_cuda_on_cpu import CSRC, HERE, PROGRAMS, WATCHED
+from cuda_on_cpu.test_cuda_on_cpu import CSRC, HERE, NVCC, PROGRAMS, WATCHED
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 FLAGS = ["-std=c++17", "-O1", "-lineinfo", f"-I{CSRC}", f"-I{HERE}", "-DCTXOPS_ISA=baseline"]
-
-
-def find_nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def build(program: str, folder: Path, arch: str = "native") -> Path:
     """Whatever is no .cu file is compiled by the host's compiler alone."""
     built = folder / program
     sources = [str(source) for source in PROGRAMS[program]]
-    subprocess.run([find_nvcc(), *FLAGS, f"-arch={arch}", *sources, "-o", built], check=True)
+    subprocess.run([NVCC, *FLAGS, f"-arch={arch}", *sources, "-o", built], check=True)
     return built
 
 
@@ -40,13 +35,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}")
     tools = parser.parse_args().tools
-    if find_nvcc() is None:
+    if NVCC is None:
         print("needs nvcc: put it on PATH or set CUDACXX", file=sys.stderr)
         return 1
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for program, cases in WATCHED.items():
-            built = build(program, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        all_built = pool.map(lambda program: build(program, Path(folder)), WATCHED)
+        for (program, cases), built in zip(WATCHED.items(), all_built, strict=True):
             for dtype in ("float32", "float16"):
                 for _, *others in cases:
                     arguments = [dtype, *others]

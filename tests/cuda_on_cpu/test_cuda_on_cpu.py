@@ -21,6 +21,7 @@ from covering import product
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 GXX = shutil.which("g++")
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 MISUSE = 97  # the exit code of cuda_on_cpu.h
 RACE = 66  # that of the thread sanitizer
 
@@ -414,7 +415,7 @@ def test_no_race(watched, program):
 
 
 @slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("program", WATCHED)
 def test_programs_for_a_gpu_compile(program, tmp_path):
     """Also run where there is one: on_gpu.py says how."""
