@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of ctxops in plain torch, in the forms that people write and in faster ones."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -147,13 +151,28 @@ def make_windows_by_flex(
 def windows_by_natten(
     query: Tensor, key: Tensor, value: Tensor, *, kernel: int, dilation: int
 ) -> Tensor:
-    """NATTEN, one head: maps (B, H, W, heads, C)."""
-    # By its name in 0.17, the last that serves the CPU, as in later versions.
-    from natten.functional import na2d
+    """NATTEN, one head, by the names of 0.17, the last that serves the CPU. What it fuses is for
+    GPUs and takes maps (B, H, W, heads, C), the other functions take (B, heads, H, W, C)."""
+    functional, window = _import_natten(), {"kernel_size": kernel, "dilation": dilation}
+    query, key, value = (x.permute(0, 2, 3, 1) for x in (query, key, value))
+    if query.device.type != "cpu":
+        query, key, value = (x.unsqueeze(3) for x in (query, key, value))
+        return functional.na2d(query, key, value, **window).squeeze(3).permute(0, 3, 1, 2)
+    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    logits = functional.na2d_qk(query * query.shape[4] ** -0.5, key, **window)
+    context = functional.na2d_av(logits.softmax(dim=4), value, **window)
+    return context.squeeze(1).permute(0, 3, 1, 2)
 
-    query, key, value = (x.permute(0, 2, 3, 1).unsqueeze(3) for x in (query, key, value))
-    context = na2d(query, key, value, kernel_size=kernel, dilation=dilation)
-    return context.squeeze(3).permute(0, 3, 1, 2)
+
+def _import_natten() -> ModuleType:
+    """At its import 0.17 asks for the capability of a GPU, also where there is none, and for a name
+    that torch no longer has."""
+    absent = patch.object(torch.cuda, "get_device_capability", lambda *_: (0, 0))
+    with (
+        nullcontext() if torch.cuda.is_available() else absent,
+        patch.object(torch.cuda, "_device_t", object, create=True),
+    ):
+        return importlib.import_module("natten.functional")
 
 
 def cross_by_einsum(

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The eager twins of our modules, which the heads are compared with."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
+import ctxops.compat.natten
 from baselines.eager import eager_twin
 from baselines.functions import (
     cross_by_bmm,
     cross_by_einsum,
+    windows_by_natten,
     windows_by_shifts,
     windows_by_unfold,
 )
@@ -100,4 +105,15 @@ def test_forms_of_one_operator_agree(scale):
     torch.testing.assert_close(
         windows_by_shifts(query, key, value, **window),
         windows_by_unfold(query, key, value, **window),
+    )
+
+
+def test_form_of_natten(monkeypatch):
+    """On the CPU it calls the functions that ctxops.compat.natten has as well."""
+    monkeypatch.setitem(sys.modules, "natten", ModuleType("natten"))
+    monkeypatch.setitem(sys.modules, "natten.functional", ctxops.compat.natten)
+    query, key, value = maps((4, 9, 7), (4, 9, 7), (6, 9, 7))
+    torch.testing.assert_close(
+        windows_by_natten(query, key, value, kernel=3, dilation=2),
+        ctxops.neighborhood_attention(query, key, value, kernel_size=3, dilation=2, border="shift"),
     )
