@@ -68,14 +68,20 @@ OPERATORS = [
         (
             "anchors-one-block",
             "the CPU takes the logits of all positions at once: memory grows with the map",
-            "count = -(-positions * bytes_each // BLOCK_BYTES)",
-            "count = 1",
+            "most = max(1, min(most, BLOCK_POSITIONS))",
+            "most = positions",
         ),
         (
             "anchors-last-block",
             "several blocks: the gradient of the keys is that of the last",
             "dk.addmm_(q_block.t(), dlogits)",
             "torch.mm(q_block.t(), dlogits, out=dk)",
+        ),
+        (
+            "anchors-padding",
+            "the anchors added to fill lines of the cache take a share of the weights",
+            "(0, missing), value=-math.inf)",
+            "(0, missing))",
         ),
     ),
     *faults_in(

@@ -116,11 +116,13 @@ def test_scales(scale, device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_blocks_give_the_same(layout, dtype, monkeypatch):
+@pytest.mark.parametrize("limit", [("BLOCK_BYTES", 3000), ("BLOCK_POSITIONS", 40)], ids=str)
+def test_many_blocks_give_the_same(limit, layout, dtype, monkeypatch):
     inputs = make((2, 6, 17, 13), 9, 5, dtype)
     inputs[0] = LAYOUTS[layout](inputs[0])
-    monkeypatch.setattr(op, "BLOCK_BYTES", 2000)
-    assert len(list(op._blocks(17 * 13, 72))) > 5
+    monkeypatch.setattr(op, *limit)
+    anchors = op._Anchors.of(*(x[0] for x in inputs[1:]), 1.0, torch.float32)
+    assert len(list(op._blocks(17 * 13, anchors, others=0))) > 5
     check(inputs)
 
 
