@@ -16,8 +16,9 @@ from ctxops._checks import (
 )
 from ctxops.ops.criss_cross_attention.reference import reference, reference_weights
 
-# What the CPU needs for a block of columns or rows stays below this many bytes.
-BLOCK_BYTES = 4 * 2**20
+# What the CPU needs for a block of columns or rows stays below this many bytes. Of contiguous maps,
+# a block of few columns would read and write parts of the cache's lines.
+BLOCK_BYTES = 12 * 2**20
 # Channels that are copied at a time where a product cannot take them as they lie.
 COPIED_CHANNELS = 64
 
@@ -55,7 +56,7 @@ def criss_cross_attention(
     Gradients: query, key, value.
     Deterministic: as torch's matrix products on the CPU; yes on CUDA's Triton path.
     Memory: one float32 (float64) for each position and, for the backward, the output are kept. CPU:
-        4 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
+        12 MiB (or what one row or column takes, if that is more) at a time, in both passes; in half
         precision also one image's maps in float32. CUDA: one channels_last copy of every map that
         is not so, the output and an upstream gradient included; each pass needs one more
         float32 for each position. Maps whose rows and channels are both strided are copied.
@@ -171,7 +172,7 @@ def _turn(planes: Tensor, output: Tensor) -> None:
 
 def _needs_copies(*inputs: Tensor, outputs: tuple[Tensor, ...]) -> bool:
     """Does :func:`_matrix` or :func:`_put_product` copy any of these lines?"""
-    return not all(map(_is_matrix, inputs)) or any(x.stride(2) != 1 for x in outputs)
+    return not all(map(_is_matrix, inputs)) or not all(x.is_contiguous() for x in outputs)
 
 
 def _channel_slices(channels: int, copied: bool) -> Iterator[slice]:
@@ -183,11 +184,12 @@ def _channel_slices(channels: int, copied: bool) -> Iterator[slice]:
 
 def _put_product(output: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """``output = a @ b`` or ``output += a @ b`` for lines."""
-    if output.stride(2) == 1:
+    if output.is_contiguous():
         output.baddbmm_(a, b) if add else torch.bmm(a, b, out=output)
         return
-    product = torch.bmm(b.mT, a.mT).mT
-    if add:  # baddbmm_ would make one product after the other
+    # To other strides torch would make one product after the other.
+    product = torch.bmm(a, b) if output.stride(2) == 1 else torch.bmm(b.mT, a.mT).mT
+    if add:
         output.add_(product)
     elif _is_matrix(output):
         output.copy_(product)
