@@ -16,6 +16,14 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline int lane_of_thread() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / kWarp; }
 
+// So many lanes of a warp lie side by side on the channels, which leaves the others for other work.
+// A power of two.
+__host__ __device__ inline int lanes_on(int64_t channels, int per_lane) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes * per_lane < channels) lanes *= 2;
+  return lanes;
+}
+
 template <typename T>
 __device__ T warp_sum(T x) {
 #pragma unroll

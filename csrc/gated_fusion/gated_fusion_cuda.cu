@@ -24,12 +24,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Of packs. A thread has a sum for every position of a planar one; with 8 channels in half
-// precision it runs out of registers, and of few channels most lanes of a warp have none.
+// precision it runs out of registers.
 constexpr int kWidth = 4;
 
-// Where channels lie side by side, a team is a warp on one position: its lanes have neighbouring
-// channels. Of planes, it is a block on the positions of 64 bytes: neighbouring threads have
-// neighbouring positions of a channel. A tile is what a block has in work between two barriers.
+// Where channels lie side by side, a team is a warp: it has one position, or several where its
+// lanes are more than the channels need; neighbouring lanes have neighbouring channels. Of planes,
+// it is a block on the positions of 64 bytes: neighbouring threads have neighbouring positions of a
+// channel. Peers are threads of a team with the same positions, each with its channels. A tile is
+// what a block has in work between two barriers.
 template <typename T_, int V_, bool kInner_, int kLevels_>
 struct Shape {
   using T = T_;
@@ -37,13 +39,12 @@ struct Shape {
   static constexpr int V = V_;              // neighbours in memory that a thread loads at once
   static constexpr bool kInner = kInner_;   // channels are inner
   static constexpr int kLevels = kLevels_;  // of a group, at most; loops over them are unrolled
-  static constexpr int kTile = kInner ? 2 * kWarps : 64 / static_cast<int>(sizeof(T));
-  static constexpr int kPositions = kInner ? 1 : kTile;           // of a team
-  static constexpr int kNext = kInner ? kWarps : kTile;           // from one of them to the next
-  static constexpr int kOwn = kInner ? 1 : V;                     // of a thread
-  static constexpr int kTeam = kInner ? kWarp : kThreads;         // threads
-  static constexpr int kLanes = kInner ? kWarp : kPositions / V;  // of them side by side in memory
-  static constexpr int64_t kStep = kInner ? kWarp * V : kThreads / kLanes;  // channels
+  static constexpr int kTile = kInner ? kPart : 64 / static_cast<int>(sizeof(T));  // at most
+  static constexpr int kOwn = kInner ? 1 : V;                  // positions of a thread
+  static constexpr int kTeam = kInner ? kWarp : kThreads;      // threads
+  static constexpr int kLanes = kInner ? 1 : kTile / V;        // from a peer to the next
+  static constexpr int kPeers = kTeam / kLanes;                // at most
+  static constexpr int64_t kStep = kPeers * (kInner ? V : 1);  // channels, all of fewer peers
   static_assert(kPart % kTile == 0, "a part is made of whole tiles");
 
   // Which of its positions element k of a thread's pack belongs to.
@@ -58,6 +59,8 @@ struct Map {
 // The items that blocks take: so many neighbouring positions of an image of a group.
 struct Work {
   Levels levels;
+  int peers;
+  int at_once, tile;  // positions: of all teams of a block, of a tile
   int64_t positions;
   int64_t items[kMaxTensors];  // of an image of a group
   int64_t numbers;             // of the items of the group that has most
@@ -129,7 +132,7 @@ struct Team {
   using Products = A[S::kLevels][S::kOwn];
 
   const Work& work;
-  A* partial;         // (warps, levels, positions of a team), shared
+  A* partial;         // (warps of a team, levels, kTile), shared
   Taps<A>* taps;      // (groups, tile), shared
   int rank, channel;  // the thread's first
   int first, own;     // the position that the team starts at in a tile; the thread's in the team's
@@ -137,16 +140,21 @@ struct Team {
   int g;                    // of the group
   int64_t b, n, end, h, w;  // n: the thread's first position; end: of the item
   int64_t C, channels;      // all of them; none where the thread has no position
-  int slot, team_slot;      // the place of that position in a tile, and of the team's
+  int slot;                 // the place of that position in a tile
 
   __device__ Team(const Work& work, A* partial, Taps<A>* taps)
       : work(work), partial(partial), taps(taps), C(work.levels.channels) {
     const int thread = static_cast<int>(threadIdx.x);
     rank = thread % S::kTeam;
-    first = thread / S::kTeam;
-    channel = S::kInner ? rank * V : rank / S::kLanes;
-    own = S::kInner ? 0 : rank % S::kLanes * V;
+    first = S::kInner ? thread / kWarp * at_once() / kWarps : 0;
+    channel = S::kInner ? rank % peers() * V : rank / S::kLanes;
+    own = S::kInner ? rank * at_once() / kThreads : rank % S::kLanes * V;
   }
+
+  __device__ int peers() const { return S::kInner ? work.peers : S::kPeers; }
+  __device__ int peer() const { return S::kInner ? channel / V : channel; }
+  __device__ int at_once() const { return S::kInner ? work.at_once : S::kTile; }
+  __device__ int tile() const { return S::kInner ? work.tile : S::kTile; }
 
   __device__ void sync() const {
     if constexpr (S::kInner) {
@@ -163,8 +171,7 @@ struct Team {
     n = position + own;
     h = n / group().width;
     w = n - h * group().width;
-    team_slot = static_cast<int>(position - tile);
-    slot = team_slot + own;
+    slot = static_cast<int>(n - tile);
     channels = n < end ? C : 0;
   }
 
@@ -193,38 +200,39 @@ struct Team {
   template <typename F>
   __device__ void for_gates(const F& f) const {
     const int64_t N = group().height * group().width;
-    for (int i = rank; i < group().count * S::kPositions; i += S::kTeam) {
-      const int l = i / S::kPositions, k = i % S::kPositions;
-      const int64_t position = n - own + k;
-      if (position < end) {
-        f(l, team_slot + k, work.levels.gates[group().level[l]] + b * N + position);
-      }
+    for (int i = peer(); i < group().count * S::kOwn; i += peers()) {
+      const int l = i / S::kOwn, k = i % S::kOwn;
+      if (n + k < end) f(l, slot + k, work.levels.gates[group().level[l]] + b * N + n + k);
     }
   }
 
   // Adds up the products of the team; f(level, slot, place, sum) as above. All its threads call it.
   template <typename F>
-  __device__ void collect(const Products& products, const F& f) const {
-    constexpr int kApart = S::kInner ? 1 : S::kLanes;  // lanes with the same positions
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  __device__ void collect(Products& products, const F& f) const {
+    const int across = S::kInner ? peers() : kWarp;  // lanes among which a warp's peers are
+    for (int lanes = S::kLanes; lanes < across; lanes *= 2) {
 #pragma unroll
-    for (int l = 0; l < S::kLevels; ++l) {  // absent ones as well: no branch between the shuffles
+      for (int l = 0; l < S::kLevels; ++l) {  // absent ones as well: no branch between the shuffles
 #pragma unroll
-      for (int k = 0; k < S::kOwn; ++k) {
-        A sum = products[l][k];
-#pragma unroll
-        for (int lanes = kApart; lanes < kWarp; lanes *= 2) {
-          sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+        for (int k = 0; k < S::kOwn; ++k) {
+          products[l][k] += __shfl_xor_sync(kAllLanes, products[l][k], lanes);
         }
-        if (lane < kApart) partial[(warp * kMaxTensors + l) * S::kPositions + own + k] = sum;
+      }
+    }
+    if (rank % across < S::kLanes) {
+#pragma unroll
+      for (int l = 0; l < S::kLevels; ++l) {
+#pragma unroll
+        for (int k = 0; k < S::kOwn; ++k) {
+          partial[(rank / kWarp * kMaxTensors + l) * S::kTile + slot + k] = products[l][k];
+        }
       }
     }
     sync();
     for_gates([&](int l, int at, int64_t place) {
-      const A* const found = partial + l * S::kPositions + at - team_slot;
       A sum = 0;
       for (int i = 0; i < S::kTeam / kWarp; ++i) {
-        sum += found[(first + i) * kMaxTensors * S::kPositions];
+        sum += partial[(i * kMaxTensors + l) * S::kTile + at];
       }
       f(l, at, place, sum);
     });
@@ -232,17 +240,17 @@ struct Team {
   }
 
   __device__ void make_taps() const {
-    for (int i = rank; i < work.levels.groups * S::kPositions; i += S::kTeam) {
-      const Group& other = work.levels.group[i / S::kPositions];
-      const int k = i % S::kPositions;
-      const int64_t position = n - own + k;
-      if (i / S::kPositions == g || position >= end) continue;
+    for (int i = peer(); i < work.levels.groups * S::kOwn; i += peers()) {
+      const int o = i / S::kOwn, k = i % S::kOwn;
+      const Group& other = work.levels.group[o];
+      const int64_t position = n + k;
+      if (o == g || position >= end) continue;
       const bool corners = work.align_corners;
       const Tap row =
           tap_at(make_resize_axis(other.height, group().height, corners), position / group().width);
       const Tap column =
           tap_at(make_resize_axis(other.width, group().width, corners), position % group().width);
-      Taps<A>& tap = taps[i / S::kPositions * S::kTile + team_slot + k];
+      Taps<A>& tap = taps[o * tile() + slot + k];
       for (int t = 0; t < 4; ++t) {
         tap.at[t] =
             (t < 2 ? row.low : row.high) * other.width + (t % 2 == 0 ? column.low : column.high);
@@ -260,7 +268,7 @@ struct Team {
       const Group& other = work.levels.group[o];
       if (o == g) continue;
       const A* const from = in_sums(sums, other, 0, c);
-      const Taps<A>* const tap = taps + o * S::kTile + slot;
+      const Taps<A>* const tap = taps + o * tile() + slot;
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         if constexpr (S::kInner) {
@@ -296,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, S::kInner || S::V == 1 ? 3 : 2)
   using T = typename S::T;
   using A = typename S::A;
   constexpr int V = S::V;
-  CTXOPS_SHARED(A, partial, kWarps * kMaxTensors * S::kPositions);
+  CTXOPS_SHARED(A, partial, S::kTeam / kWarp * kMaxTensors * S::kTile);
   CTXOPS_SHARED(A, gates, kMaxTensors * S::kTile);
   CTXOPS_DYNAMIC_SHARED(Taps<A>, taps);
   Team<S> me(p.work, partial, taps);
@@ -307,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, S::kInner || S::V == 1 ? 3 : 2)
 
   for (int64_t number = blockIdx.x; number < p.work.numbers; number += gridDim.x) {
     const Item item = item_at(p.work, blockIdx.y, number);
-    for (int64_t n = item.begin + me.first; n < item.end; n += S::kNext) {
+    for (int64_t n = item.begin + me.first; n < item.end; n += me.at_once()) {
       me.go_to(item, item.begin, n);
       const Group& group = p.work.levels.group[item.group];
       typename Team<S>::Packs x;
@@ -371,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
   using T = typename S::T;
   using A = typename S::A;
   constexpr int V = S::V;
-  CTXOPS_SHARED(A, partial, kWarps * kMaxTensors * S::kPositions);
+  CTXOPS_SHARED(A, partial, S::kTeam / kWarp * kMaxTensors * S::kTile);
   CTXOPS_SHARED(A, gates, kMaxTensors * S::kTile);
   CTXOPS_SHARED(A, grad_gates, kMaxTensors * S::kTile);
   CTXOPS_DYNAMIC_SHARED(Taps<A>, taps);
@@ -404,9 +412,9 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
       }
     }
 
-    for (int64_t tile = item.begin; tile < item.end; tile += S::kTile) {
-      const int64_t tile_end = tile + S::kTile < item.end ? tile + S::kTile : item.end;
-      for (int64_t n = tile + me.first; n < tile_end; n += S::kNext) {
+    for (int64_t tile = item.begin; tile < item.end; tile += me.tile()) {
+      const int64_t tile_end = tile + me.tile() < item.end ? tile + me.tile() : item.end;
+      for (int64_t n = tile + me.first; n < tile_end; n += me.at_once()) {
         me.go_to(item, tile, n);
         me.for_gates(
             [&](int l, int slot, int64_t place) { gates[l * S::kTile + slot] = all_gates[place]; });
@@ -632,12 +640,16 @@ const char* with_shape(const Levels& levels, bool packs, const F& f) {
   return inner ? f(Shape<T, 1, true, 8>{}) : f(Shape<T, 1, false, 8>{});
 }
 
-// Items of so many positions: one block for each, and for each of the groups.
-dim3 divide(Work* work, int64_t positions) {
-  work->positions = positions;
+// Items that are parts, or tiles: one block for each, and for each of the groups.
+template <typename S>
+dim3 divide(Work* work, bool parts) {
+  work->peers = S::kInner ? lanes_on(work->levels.channels, S::V) : S::kPeers;
+  work->at_once = kThreads / work->peers * S::kOwn;
+  work->tile = 2 * work->at_once < S::kTile ? 2 * work->at_once : S::kTile;
+  work->positions = parts ? kPart : work->tile;
   for (int g = 0; g < work->levels.groups; ++g) {
     const Group& group = work->levels.group[g];
-    work->items[g] = divide_up(group.height * group.width, positions);
+    work->items[g] = divide_up(group.height * group.width, work->positions);
     const int64_t numbers = work->levels.batch * work->items[g];
     work->numbers = numbers > work->numbers ? numbers : work->numbers;
   }
@@ -646,15 +658,18 @@ dim3 divide(Work* work, int64_t positions) {
 
 template <typename S>
 size_t taps_bytes(const Work& work) {
+  using A = typename S::A;
+  constexpr size_t most = sizeof(Taps<A>) + (S::kTeam / kWarp + 2) * sizeof(A);  // with the gates
+  static_assert(kMaxTensors * S::kTile * most <= 48 * 1024, "shared memory of a block");
   const int groups = work.levels.groups;
-  return groups == 1 ? 0 : groups * S::kTile * sizeof(Taps<typename S::A>);
+  return groups == 1 ? 0 : groups * work.tile * sizeof(Taps<A>);
 }
 
 template <typename T>
 const char* launch(Forward p, bool packs, cudaStream_t stream) {
   return with_shape<T>(p.work.levels, packs, [&](auto shape) {
     using S = decltype(shape);
-    const dim3 grid = divide(&p.work, S::kTile);
+    const dim3 grid = divide<S>(&p.work, false);
     return CTXOPS_LAUNCH((forward_kernel<S>), grid, kThreads, taps_bytes<S>(p.work), stream, p);
   });
 }
@@ -663,7 +678,7 @@ template <typename T>
 const char* launch(Backward p, bool packs, cudaStream_t stream) {
   return with_shape<T>(p.work.levels, packs, [&](auto shape) {
     using S = decltype(shape);
-    const dim3 grid = divide(&p.work, p.weight ? kPart : S::kTile);
+    const dim3 grid = divide<S>(&p.work, p.weight != nullptr);
     return CTXOPS_LAUNCH((backward_kernel<S>), grid, kThreads, taps_bytes<S>(p.work), stream, p);
   });
 }

@@ -123,16 +123,9 @@ __device__ Site site_of(int64_t item, const Window& window, int64_t heads) {
           class_steps(window.columns, w)};
 }
 
-// So many lanes of a warp lie side by side on the channels; the others take other neighbours. A
-// power of two.
-__device__ int lanes_on(int64_t channels, int per_lane) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes * per_lane < channels) lanes *= 2;
-  return lanes;
-}
-
 // to[c] = sum over m < count of the coefficient times the map's channel c; visit(m, &coefficient)
-// returns the neighbour's channels, or nullptr where it has no part.
+// returns the neighbour's channels, or nullptr where it has no part. Lanes that are not on the
+// channels of one neighbour take other neighbours.
 template <int V, typename T, typename F>
 __device__ void sum_neighbours(T* to /* (channels,) */, int64_t channels, int count,
                                const F& visit) {

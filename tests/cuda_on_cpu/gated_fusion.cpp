@@ -39,6 +39,13 @@ const std::vector<Case> kOneSize = {
     {1, 37, {{3, 7}, {3, 7}}, "planes"},
     {2, 8, {{6, 12}, {6, 12}}, "pixels"},  // several parts of an image, the last not whole
     {2, 3, {{6, 12}, {6, 12}}, "planes"},
+    // Few channels: several positions a warp, the last warp's not all there.
+    {1, 1, {{5, 13}, {5, 13}}, "pixels"},
+    {1, 4, {{5, 15}, {5, 15}}, "pixels"},
+    {1, 12, {{7, 11}, {7, 11}, {7, 11}}, "pixels"},
+    {1, 20, {{7, 7}, {7, 7}}, "wide_pixels"},
+    {1, 60, {{3, 13}, {3, 13}}, "pixels"},
+    {1, 72, {{3, 7}, {3, 7}}, "pixels"},
 };
 const std::vector<Case> kSizes = {
     {1, 4, {{4, 4}, {2, 2}}, "pixels"},
@@ -53,6 +60,9 @@ const std::vector<Case> kSizes = {
     {1, 4, {{1, 9}, {7, 1}, {3, 3}, {2, 2}, {1, 1}, {5, 2}, {4, 6}, {1, 9}}, "pixels", true},
     {2, 8, {{9, 8}, {3, 4}, {9, 8}}, "pixels"},  // parts that only the large levels have
     {2, 3, {{3, 4}, {9, 8}, {3, 4}}, "planes"},
+    {1, 16, {{7, 11}, {3, 5}}, "pixels"},  // few channels, as above
+    {2, 28, {{5, 9}, {4, 3}, {5, 9}}, "pixels", true},
+    {1, 52, {{5, 7}, {3, 3}}, "wide_pixels"},
 };
 // Very many positions receive from one.
 const std::vector<Case> kMany = {

@@ -361,6 +361,18 @@ CUDA = [
             "if (weight) sum *= g * (1 - g);",
             "if (!weight) sum *= g * (1 - g);",
         ),
+        (
+            "cuda-gates-few-channels",
+            "channels_last: of few channels a gate is made of all positions of a warp",
+            "const int across = S::kInner ? peers() : kWarp;",
+            "const int across = kWarp;",
+        ),
+        (
+            "cuda-gates-absent-positions",
+            "a warp or a block goes on beyond the last position of its item",
+            "channels = n < end ? C : 0;",
+            "channels = C;",
+        ),
     ),
     *faults_in(
         "csrc/category_statistics/category_statistics_cuda.cu",
