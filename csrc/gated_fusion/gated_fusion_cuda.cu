@@ -544,6 +544,12 @@ __global__ void __launch_bounds__(kThreads, 2) gather_kernel(const __grid_consta
   const int thread = static_cast<int>(threadIdx.x), packs = kThreads / p.teams;
   const int team = kInner ? thread / packs : thread % p.teams;
   const int pack = kInner ? thread % packs : thread / p.teams;
+  // A warp has so many of a pack's teams, so many lanes apart, and adds up what they found: so many
+  // pieces are left.
+  const int in_warp =
+      kInner ? (p.teams > kWarps ? p.teams / kWarps : 1) : (p.teams < kWarp ? p.teams : kWarp);
+  const int apart = kInner ? packs : 1;
+  const int pieces = p.teams / in_warp;
 
   const int64_t all_packs = p.levels.batch * C * N / V;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * packs; first < all_packs;
@@ -580,13 +586,20 @@ __global__ void __launch_bounds__(kThreads, 2) gather_kernel(const __grid_consta
         for (int k = 0; k < V; ++k) total[k] += run[k];
       }
     }
-    if (p.teams > 1) {
+    for (int lanes = apart; lanes < apart * in_warp; lanes *= 2) {
 #pragma unroll
-      for (int k = 0; k < V; ++k) partial[(pack * V + k) * p.teams + team] = total[k];
+      for (int k = 0; k < V; ++k) total[k] += __shfl_xor_sync(kAllLanes, total[k], lanes);
+    }
+    if (pieces > 1) {
+      double* const found = partial + pack * V * pieces;
+      if (team % in_warp == 0) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) found[k * pieces + team / in_warp] = total[k];
+      }
       __syncthreads();
-      for (int i = 1; team == 0 && i < p.teams; ++i) {
+      for (int i = 1; team == 0 && i < pieces; ++i) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) total[k] += partial[(pack * V + k) * p.teams + i];
+        for (int k = 0; k < V; ++k) total[k] += found[k * pieces + i];
       }
       __syncthreads();
     }

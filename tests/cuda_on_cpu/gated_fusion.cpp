@@ -69,6 +69,7 @@ const std::vector<Case> kMany = {
     {1, 4, {{17, 20}, {1, 1}, {2, 3}}, "pixels"},
     {1, 2, {{17, 20}, {1, 1}, {2, 3}}, "planes"},
     {1, 1, {{1, 1}, {33, 32}}, "planes"},
+    {1, 2, {{1, 1}, {33, 32}}, "planes"},           // teams of several warps
     {2, 64, {{17, 20}, {1, 1}, {2, 3}}, "pixels"},  // several teams, each with several positions
 };
 

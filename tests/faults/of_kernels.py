@@ -352,8 +352,14 @@ CUDA = [
         (
             "cuda-gates-last-team",
             "small maps beside large ones lose a part of their gradient",
-            "for (int i = 1; team == 0 && i < p.teams; ++i) {",
-            "for (int i = 1; team == 0 && i < p.teams - 1; ++i) {",
+            "for (int i = 1; team == 0 && i < pieces; ++i) {",
+            "for (int i = 1; team == 0 && i < pieces - 1; ++i) {",
+        ),
+        (
+            "cuda-gates-teams-of-a-warp",
+            "small maps beside much larger ones get the gradient of one team a warp",
+            "for (int lanes = apart; lanes < apart * in_warp; lanes *= 2) {",
+            "for (int lanes = apart; lanes < apart; lanes *= 2) {",
         ),
         (
             "cuda-gates-sigmoid-derivative",
