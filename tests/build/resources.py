@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every CUDA kernel takes of a multiprocessor, as ptxas says.
+"""What every CUDA kernel takes of a multiprocessor, as ptxas says, and how it is launched.
 
     python tests/build/resources.py > docs/kernels.md
     python tests/build/resources.py --all                  # every instantiation by itself
 
 It finds the kernels by itself: all of csrc/*/*_cuda.cu. ``test_resources.py`` holds them to the
-page.
+page, and ``test_launches.py`` their launches.
 """
 
 import os
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +38,36 @@ the page, and with `--all` prints every instantiation:
 python tests/build/resources.py > docs/kernels.md
 ```
 
-A row is the largest of each figure over the instantiations of a kernel for a dtype. Half is float16
-and bfloat16. Where a kernel has the accumulator as its only dtype, float32 serves half precision
-too. Two figures with a slash are those of sm_80 and of sm_90. Spills are bytes of stores + loads,
-shared memory is the static part. A test fails where a kernel needs more registers than its row
-says, or spills more.
+Of every operator the first table has its kernels. A row is the largest of each figure over the
+instantiations of a kernel for a dtype. Half is float16 and bfloat16. Where a kernel has the
+accumulator as its only dtype, float32 serves half precision too. Two figures with a slash are those
+of sm_80 and of sm_90. Spills are bytes of stores + loads, shared memory is the static part. A test
+fails where a kernel needs more registers than its row says, or spills more.
+
+The second table has what is launched at the papers' shapes, those of `benchmarks/operators.py`. A
+test holds it to the operators. Without a GPU it tells what no measurement is needed for:
+
+- MB and GFLOP of all launches of a pass are the benchmark's: every input is read once, every output
+  is written once, and only products count. The roofline is the least time for them on an H200, with
+  4.8 TB/s and 67 TFLOP/s. So many its float32 units have; no kernel here uses tensor cores.
+- Maps are contiguous or channels_last. Any: the launches are the same, after a copy of what is not
+  channels_last. What torch launches for copies and sums is not in the table.
+- A number before a kernel says how often it is launched in a row. Shared is the dynamic part, in
+  bytes.
+- Resident are the blocks that a multiprocessor of sm_80 / sm_90 holds at once, as registers,
+  threads and shared memory allow. Waves are the blocks over all that the 132 multiprocessors of an
+  H200 hold at once.
 """
 COLUMNS = ("kernel", "dtype", "forms", "registers", "spills", "shared bytes", "stack bytes")
+LAUNCH_COLUMNS = (
+    "case", "dtype", "maps", "pass", "MB", "GFLOP", "roofline us", "kernel", "blocks", "threads",
+    "shared", "resident", "waves",
+)  # fmt: skip
+
+# Bytes of shared memory of a multiprocessor. All have 65536 registers in four parts, and place for
+# 64 warps and 32 blocks.
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
+MULTIPROCESSORS = 132
 
 
 class Kernel(NamedTuple):
@@ -139,7 +162,34 @@ def rows(kernels: Iterable[Kernel]) -> dict[tuple[str, str, str], list[Kernel]]:
     return found
 
 
-def page(kernels: Iterable[Kernel], version: str) -> str:
+def resident_blocks(kernel: Kernel, threads: int, shared: int) -> int:
+    """How many blocks a multiprocessor holds at once; ``shared`` is a launch's dynamic part."""
+    warps = -(-threads // 32)
+    # Registers are given out by 256 to a warp, which lies in one part; shared memory by 128 bytes,
+    # and CUDA takes 1 KiB of it for every block.
+    warps_of_part = 65536 // 4 // (-(-kernel.registers * 32 // 256) * 256)
+    bytes_of_block = -(-(kernel.shared + shared + 1024) // 128) * 128
+    by_registers = 4 * warps_of_part // warps
+    return min(by_registers, SHARED_BYTES[kernel.arch] // bytes_of_block, 64 // warps, 32)
+
+
+def _occupancy(row: Sequence[str], kernels: Sequence[Kernel]) -> tuple[str, str]:
+    """The last columns of a row of launches."""
+    name, (blocks, threads, shared) = row[-4].split("`")[1], map(int, row[-3:])
+    resident = [
+        resident_blocks(
+            next(k for k in kernels if (k.name, k.arch) == (name, arch)), threads, shared
+        )
+        for arch in ARCHS
+    ]
+    waves = blocks / (MULTIPROCESSORS * resident[-1])
+    return " / ".join(map(str, resident)), f"{waves:.2f}"
+
+
+def page(
+    kernels: Sequence[Kernel], launches: Mapping[str, Sequence[Sequence[str]]], version: str
+) -> str:
+    """``launches``: of every operator the rows of its second table, without the last columns."""
     found = rows(kernels)
     lines = [HEADER.format(version=version)]
     for operator in dict.fromkeys(operator for operator, _, _ in found):
@@ -147,6 +197,9 @@ def page(kernels: Iterable[Kernel], version: str) -> str:
         for (owner, template, dtype), forms in found.items():
             if owner == operator:
                 lines.append(_line([f"`{template}`", dtype, *_figures(forms)]))
+        lines += ["", _line(LAUNCH_COLUMNS), _line(["---"] * len(LAUNCH_COLUMNS))]
+        own = [k for k in kernels if k.operator == operator]
+        lines += [_line([*row, *_occupancy(row, own)]) for row in launches.get(operator, ())]
         lines.append("")
     return "\n".join(lines)
 
@@ -192,7 +245,10 @@ def main(arguments: Sequence[str]) -> int:
                 f"{k.loads}, {k.shared} bytes shared, stack {k.stack}"
             )
     else:
-        print(page(kernels, nvcc_version()), end="")
+        sys.path.append(str(ROOT / "benchmarks"))
+        from launches import record, rows_of  # here, as they need torch and our extension
+
+        print(page(kernels, rows_of(record()), nvcc_version()), end="")
     return 0
 
 

@@ -32,13 +32,41 @@ ptxas info    : Used 7 registers
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_the_page_of_what_ptxas_says():
-    written = resources.page(resources.parse("op", SAID), "1.2")
+    launches = {"op": [("at 8", "bfloat16", "2 x `f<float>`", "1056", "320", "1000")]}
+    written = resources.page(resources.parse("op", SAID), launches, "1.2")
     assert "| `f` | float32 | 1 | 30 / 32 | 0 + 0 / 8 + 12 | 64 / 0 | 0 / 16 |" in written
     assert "| `g` | any | 1 | 6 / 7 | 0 + 0 / 0 + 0 | 0 / 0 | 0 / 0 |" in written
+    assert "| at 8 | bfloat16 | 2 x `f<float>` | 1056 | 320 | 1000 | 6 / 6 | 1.33 |" in written
     assert limits(written, 90) == {
         ("op", "f", "float32"): (32, 8, 12),
         ("op", "g", "any"): (7, 0, 0),
     }
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "blocks"),
+    [
+        (32, 256, 0, (8, 8)),  # 64 warps
+        (33, 256, 0, (6, 6)),  # as 40 registers
+        (128, 384, 0, (1, 1)),  # 16 warps, where 12 are a block
+        (255, 32, 0, (8, 8)),
+        (16, 32, 0, (32, 32)),
+        (32, 32, 4000, (32, 32)),
+        (32, 32, 20 * 1024, (7, 10)),
+        (32, 256, 48 * 1024, (3, 4)),
+        (32, 33, 7 * 1024 + 1, (20, 28)),  # 8320 bytes with CUDA's
+    ],
+)
+def test_blocks_that_a_multiprocessor_holds(registers, threads, shared, blocks):
+    """By the rules of NVIDIA's occupancy calculator."""
+    half = shared // 2
+    held = [
+        resources.resident_blocks(
+            resources.Kernel("op", "f", arch, registers, 0, 0, half, 0), threads, shared - half
+        )
+        for arch in (80, 90)
+    ]
+    assert tuple(held) == blocks
 
 
 def test_every_source_is_on_the_page():

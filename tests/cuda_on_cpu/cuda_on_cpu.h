@@ -559,9 +559,11 @@ void copy_wait() {
 #define CTXOPS_DYNAMIC_SHARED(T, name) \
   T* const name = reinterpret_cast<T*>(::cuda_on_cpu::machine.dynamic_shared)
 
+#if !defined(CTXOPS_LAUNCH)  // who only notes launches has one of its own
 #define CTXOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
   ([&]() -> const char* {                                                                        \
     ::cuda_on_cpu::last_error = ::cuda_on_cpu::launch((grid), (block), (shared_bytes), (stream), \
                                                       [&] { kernel(__VA_ARGS__); });             \
     return ::ctxops::error_text(cudaGetLastError());                                             \
   }())
+#endif
