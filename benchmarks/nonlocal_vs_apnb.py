@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
+from baselines.functions import SDPA_BACKENDS
 from baselines.released import ReleasedAPNB, ReleasedNonLocal2d, SdpaNonLocal2d, randomize
 from ctxops.nn import APNB, NonLocal2d
 from harness import (
@@ -112,18 +114,19 @@ class Block:
 
 
 def build_case(block: Block, options: Options, backward: bool, train: bool) -> Case:
-    """NB and APNB as released, NB on SDPA, APNB compiled, and ours, in both memory formats."""
+    """NB and APNB as released, NB on SDPA (on a GPU also on single backends), APNB compiled, and
+    ours, in both memory formats."""
     c, k = block.channels, block.key_channels
     weights = randomize(ReleasedNonLocal2d(c, k, k)).state_dict()
     itemsize = options.dtype.itemsize
 
-    def module(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
+    def module(kind: Callable[..., nn.Module], dtype: torch.dtype) -> nn.Module:
         block = kind(c, k, k)
         block.load_state_dict(weights)
         # Rounded to the benchmark's dtype first, so that float64 computes with the same weights.
         return block.to(options.dtype).to(dtype).to(options.device).train(train)
 
-    def row(name: str, kind: type[nn.Module], family: str, peak_family: str) -> Contender:
+    def row(name: str, kind: Callable[..., nn.Module], family: str, peak_family: str) -> Contender:
         return Contender(
             name,
             lambda: module(kind, options.dtype),
@@ -144,7 +147,12 @@ def build_case(block: Block, options: Options, backward: bool, train: bool) -> C
     nb = dataclasses.replace(
         row("NB as released", ReleasedNonLocal2d, "NB", "NB"), paper=block.paper("NB")
     )
-    sdpa = row("NB on SDPA", SdpaNonLocal2d, "NB", "APNB")
+    sdpa = [row("NB on SDPA", SdpaNonLocal2d, "NB", "APNB")]
+    if options.device.type == "cuda":
+        sdpa += [
+            row(f"NB on {name}", functools.partial(_nb_on, backend), "NB", "APNB")
+            for name, backend in SDPA_BACKENDS.items()
+        ]
     apnb = row("APNB as released", ReleasedAPNB, "APNB", "APNB")
     compiled = dataclasses.replace(apnb, name="APNB compiled", compile=True)
     apnb = dataclasses.replace(apnb, paper=block.paper("APNB"))
@@ -169,11 +177,17 @@ def build_case(block: Block, options: Options, backward: bool, train: bool) -> C
         _title(block, backward, train),
         inputs,
         (block.batch, c, block.height, block.width),
-        both_formats(nb, sdpa, apnb, compiled, ours),
+        both_formats(nb, *sdpa, apnb, compiled, ours),
         {"NB": oracle("NB", ReleasedNonLocal2d), "APNB": oracle("APNB", ReleasedAPNB)},
         backward,
         _make_probe(probed, options, train) if block.positions > PROBED_POSITIONS else None,
     )
+
+
+def _nb_on(backend: SDPBackend, *widths: int) -> nn.Module:
+    block = SdpaNonLocal2d(*widths)
+    block.backend = backend
+    return block
 
 
 @functools.cache

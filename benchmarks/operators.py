@@ -24,6 +24,7 @@ from torch import Tensor
 import ctxops
 from baselines.functions import (
     IGNORED,
+    SDPA_BACKENDS,
     adaptive_pools,
     category_means_as_released,
     category_means_factorised,
@@ -36,6 +37,7 @@ from baselines.functions import (
     make_bin_product,
     make_windows_by_flex,
     sdpa,
+    sdpa_on,
     softmax_attention,
     windows_by_natten,
     windows_by_shifts,
@@ -124,11 +126,20 @@ def asymmetric_attention(shape: Shape, options: Options) -> list[Case]:
     batch, channels, height, width = shape
     anchors = (batch, channels, ANCHORS)
     per_value = options.dtype.itemsize * batch * height * width
+    rivals = [
+        Rival("softmax", lambda: softmax_attention),
+        Rival("SDPA", lambda: sdpa, compiled=False),
+    ]
+    if options.device.type == "cuda":
+        rivals += [
+            Rival(name, lambda backend=backend: partial(sdpa_on, backend=backend), compiled=False)
+            for name, backend in SDPA_BACKENDS.items()
+        ]
     return compare(
         "asymmetric_attention",
         shape,
         ctxops.asymmetric_attention,
-        [Rival("softmax", lambda: softmax_attention), Rival("SDPA", lambda: sdpa, compiled=False)],
+        rivals,
         lambda: random(options, shape, anchors, anchors),
         shape,
         peak_bytes=[per_value * (maps * channels + 4 * ANCHORS) for maps in (3, 8)],

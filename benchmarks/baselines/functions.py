@@ -10,9 +10,15 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctxops.nn.resize import resize
 
+# What torch's SDPA may choose on a GPU, and what a row is called that leaves it no choice.
+SDPA_BACKENDS = {
+    "SDPA, Flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 IGNORED = 255  # the label, of category means
 
 
@@ -72,6 +78,12 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Query (B, C, H, W), key and value (B, C, ...) -> (B, C, H, W)."""
     context = F.scaled_dot_product_attention(as_rows(query), as_rows(key), as_rows(value))
     return context.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
+
+
+def sdpa_on(query: Tensor, key: Tensor, value: Tensor, *, backend: SDPBackend) -> Tensor:
+    """SDPA where torch has no choice."""
+    with sdpa_kernel(backend):
+        return sdpa(query, key, value)
 
 
 def windows_by_unfold(

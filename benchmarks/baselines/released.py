@@ -6,9 +6,12 @@ Child modules carry the names that ``ctxops.nn`` uses, so that weights travel by
 ``ours.load_state_dict(released.state_dict())``.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["ReleasedAPNB", "ReleasedNonLocal2d", "SdpaNonLocal2d", "randomize"]
 
@@ -88,13 +91,17 @@ class SdpaNonLocal2d(ReleasedNonLocal2d):
     """NB on ``scaled_dot_product_attention``, laid out so that a fused backend takes it.
 
     The shared convolution runs once, and the channels of every operand lie side by side: a copy of
-    the small maps where the format is contiguous, none where it is channels_last.
+    the small maps where the format is contiguous, none where it is channels_last. With ``backend``
+    torch has no choice among its own.
     """
+
+    backend: SDPBackend | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         query = self._rows(self.query(x))
         value = self._rows(self.value(x))
-        context = F.scaled_dot_product_attention(query, query, value, scale=self.scale)
+        with sdpa_kernel(self.backend) if self.backend else nullcontext():
+            context = F.scaled_dot_product_attention(query, query, value, scale=self.scale)
         return self.out(context.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
     @staticmethod

@@ -144,10 +144,9 @@ def check_rows(
         try:
             results = _first_run(entry, *formatted[layout], outputs, device, counted)
         except Exception as error:
-            # A compiler's own fault on this processor shall not hide the other rows.
-            if contender.ours or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            entry.runner, entry.left_out = None, why_it_fails(contender, error, device)
+            if not entry.left_out:
                 raise
-            entry.runner, entry.left_out = None, "torch cannot compile it here"
             yield entry
             continue
         where = f"{contender.label} at {case.title}"
@@ -163,6 +162,20 @@ def check_rows(
         if entry.seconds > long and contender.label in probed:
             long_rows[contender.name] = contender
         yield entry
+
+
+def why_it_fails(contender: Contender, error: Exception, device: torch.device) -> str:
+    """Why the other rows are measured nevertheless, or nothing: then the error is ours.
+
+    On a GPU a rival may ask for a backend, a package or memory that is not there."""
+    if contender.ours:
+        return ""
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return "torch cannot compile it here"
+    if device.type == "cpu":
+        return ""
+    said = str(error).strip().partition("\n")[0]
+    return f"it fails here with {type(error).__name__}: {said}"
 
 
 def sorted_by_format(
@@ -189,13 +202,18 @@ def _probe(build: Callable[[], Case], device: torch.device) -> dict[str, float]:
         if key not in probed:
             formatted = tuple(as_format(x, layout) for x in inputs)
             runner = Runner(_build(contender, device), formatted, ())
-            runner()
+            try:
+                runner()
+            except Exception as error:
+                if not why_it_fails(contender, error, device):
+                    raise
+                continue
             probed[key] = min(_timed(runner, device)[0] for _ in range(2))
     names = [contender.name for contender in case.contenders]
     return {
         c.label: probed[c.build, c.memory_format]
         for c in case.contenders
-        if names.count(c.name) > 1
+        if names.count(c.name) > 1 and (c.build, c.memory_format) in probed
     }
 
 

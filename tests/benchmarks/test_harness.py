@@ -21,6 +21,7 @@ from harness import (
     Paper,
     Rival,
     both_formats,
+    check,
     check_case,
     compare,
     peak_memory,
@@ -30,7 +31,7 @@ from harness import (
     time_by_operation,
 )
 from harness.case import Runner
-from harness.check import Entry, check_rows
+from harness.check import Entry, check_rows, why_it_fails
 from harness.machine import Interference, Roofline, available_memory
 from harness.measure import Result, Row, Timing, interleave, plan
 from harness.meters import Launches, _capture, make_clock, make_launches
@@ -273,6 +274,31 @@ class TestCheck:
         ours = contender("b", fail, ours=True)
         with pytest.raises(torch._dynamo.exc.TorchDynamoException):
             check_case(case(contender("a"), ours), CPU, torch.float32)
+
+    def test_on_a_gpu_a_rival_that_fails_is_left_out(self):
+        error = RuntimeError("No available kernel.\nAborting.")
+        gpu = torch.device("cuda")
+        said = "it fails here with RuntimeError: No available kernel."
+        assert why_it_fails(contender("a"), error, gpu) == said
+        assert not why_it_fails(contender("a", ours=True), error, gpu)
+        assert not why_it_fails(contender("a"), error, CPU)
+
+        def fail(x):
+            raise error
+
+        with pytest.raises(RuntimeError):
+            check_case(case(contender("a"), contender("b", fail)), CPU, torch.float32)
+
+    def test_a_rival_that_fails_is_not_probed(self, monkeypatch):
+        monkeypatch.setattr(check, "why_it_fails", lambda *_: "it fails here")
+
+        def fail(x):
+            raise RuntimeError
+
+        rows = both_formats(contender("a"), contender("b", fail))
+        probed = case(*rows)
+        entries = list(check_rows(case(*rows, probe=lambda: probed), CPU, torch.float32, long=1.0))
+        assert [bool(entry.left_out) for entry in entries] == [False, False, True, True]
 
     def test_families_are_apart(self):
         rows = contender("a", family="x"), contender("b", torch.exp, family="y")
