@@ -25,26 +25,54 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = ("bfloat16", "float32", "float16")
-OPERATORS = (
-    "asymmetric_attention",
-    "neighborhood_attention",
-    "criss_cross_attention",
-    "pyramid_pool",
-    "self_gated_fusion",
-    "category_statistics",
+CUDA_TOOLS = "/usr/local/cuda/bin"  # which often is not on PATH
+
+
+class Benchmark(NamedTuple):
+    """A program, or some of its cases: what takes long is cut into parts. ``compiled``: has it
+    rivals that torch may tune when it compiles them?"""
+
+    name: str
+    program: str
+    options: Sequence[str]
+    cases: str = ""
+    compiled: bool = True
+
+
+def _operator(name: str, *options: str, cases: str = "", compiled: bool = True) -> Benchmark:
+    options = (name, "--seconds", "4", *options)
+    return Benchmark(name, "operators.py", options, cases, compiled)
+
+
+# In the order of their worth.
+BENCHMARKS = (
+    Benchmark("nonlocal_vs_apnb", "nonlocal_vs_apnb.py", ("--budget", "40")),
+    _operator("asymmetric_attention"),
+    _operator("neighborhood_attention", "--window", "5x6", cases="5x6"),
+    _operator("criss_cross_attention"),
+    _operator("self_gated_fusion"),
+    # Its 19 classes alone.
+    _operator("category_statistics", "--quick", "--shape", "2x512x64x128", cases="19 classes"),
+    _operator("pyramid_pool"),
+    _operator("neighborhood_attention", "--window", "3x1", cases="3x1", compiled=False),
+    _operator("neighborhood_attention", "--window", "7x3", cases="7x3", compiled=False),
 )
+CUT = "cut by the end of the time"
 LINES = 30  # that are kept of what a part prints
 
 
 class Part(NamedTuple):
     """A command. It is stopped after ``seconds``, and passed over where the machine has no
-    ``tool``. ``dry``: what --dry-run runs in its stead, by default the same program with --help."""
+    ``tool``. ``dry``: what --dry-run runs in its stead, by default the same program with --help.
+    ``measures``: benchmark and dtype of what it writes into ``file``."""
 
     name: str
     command: Sequence[str]
     seconds: float
     tool: str = ""
     dry: Sequence[str] = ()
+    measures: tuple[str, str] = ("", "")
+    file: Path | None = None
 
 
 class Aim(NamedTuple):
@@ -66,9 +94,10 @@ class Aim(NamedTuple):
 
 
 NONLOCAL = ("nonlocal_vs_apnb", "256 x 128")
+NB_ON_SDPA = ("NB on SDPA", "NB on SDPA, Flash", "NB on SDPA, cuDNN")
 AIMS = (
     Aim(*NONLOCAL, 25, rivals=["NB as released"], dtypes=["bfloat16"]),
-    Aim(*NONLOCAL, 5, rivals=["NB on SDPA"], dtypes=["bfloat16"]),
+    Aim(*NONLOCAL, 5, rivals=NB_ON_SDPA, dtypes=["bfloat16"]),
     Aim(*NONLOCAL, roofline=0.5, dtypes=["bfloat16"]),
     Aim("neighborhood_attention", "", 1, dtypes=["float32", "bfloat16"]),
     Aim("neighborhood_attention", "", roofline=0.6, dtypes=["float32", "bfloat16"]),
@@ -98,33 +127,31 @@ def list_parts(folder: Path, device: str) -> list[Part]:
     def tests(name: str, seconds: float, *paths: str) -> Part:
         return Part(name, [*pytest, *paths], seconds, dry=[*pytest, "--help"])
 
-    def benchmark(dtype: str, name: str, program: str, *options: str) -> Part:
-        command = [python, f"benchmarks/{program}", *options, "--device", device, "--dtype", dtype]
-        file = str(folder / f"{name}_{dtype}.json")
+    def measure(
+        benchmark: Benchmark, dtype: str, seconds: float = 150, tuned: bool = False
+    ) -> Part:
+        variant = "max-autotune" if tuned else ""
+        name = " ".join(filter(None, (benchmark.name, benchmark.cases, dtype, variant)))
+        file = folder / f"{name.replace(' ', '_').replace('-', '_')}.json"
+        command = [python, f"benchmarks/{benchmark.program}", *benchmark.options]
+        command += ["--device", device, "--dtype", dtype]
         small = ["env", "TORCH_COMPILE_DISABLE=1", *command, "--quick", "--shape", "1x8x17x17"]
-        measured = name == "criss_cross_attention" and dtype == "float32"
-        dry = [*small, "--json", file] if measured else ()
-        return Part(f"{name} {dtype}", [*command, "--json", file], 120, dry=dry)
+        shown = name == "criss_cross_attention float32"
+        dry = [*small, "--json", str(file)] if shown else [*command, "--help"]
+        tune = ["env", "TORCHINDUCTOR_MAX_AUTOTUNE=1"] if tuned else []
+        command = [*tune, *command, "--json", str(file)]
+        return Part(name, command, seconds, "", dry, (benchmark.name, dtype), file)
 
     on_gpu = [python, "tests/cuda_on_cpu/on_gpu.py"]
-    parts = [
-        Part("driver", ["nvidia-smi"], 30, tool="nvidia-smi"),
-        Part(
-            "build", ["env", "CTXOPS_CUDA=ON", *install, "-e", "."], 400, dry=[*install, "--help"]
-        ),
-        Part("what serves", info, 60, dry=info),
-        # Without torch: what fails here is a kernel's fault.
-        Part("kernels alone", on_gpu, 120, tool="nvcc", dry=[*on_gpu, "--help"]),
-        Part(
-            "kernels alone, watched",
-            [*on_gpu, "memcheck", "racecheck", "synccheck"],
-            300,
-            tool="compute-sanitizer",
-            dry=[*on_gpu, "--help"],
-        ),
-        tests("tests of the operators", 300, "tests/ops"),
-    ]
-    parts += [
+    alone = Part("kernels alone", on_gpu, 120, tool="nvcc", dry=[*on_gpu, "--help"])
+    watched = Part(
+        "kernels alone, watched",
+        [*on_gpu, "memcheck", "racecheck", "synccheck"],
+        300,
+        tool="compute-sanitizer",
+        dry=[*on_gpu, "--help"],
+    )
+    watched_tests = [
         Part(
             f"compute-sanitizer {tool}",
             [*sanitizer, tool, *pytest, "tests/ops/test_pyramid_pool.py"],
@@ -133,18 +160,37 @@ def list_parts(folder: Path, device: str) -> list[Part]:
         )
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
     ]
-    for dtype in DTYPES:
-        parts.append(benchmark(dtype, "nonlocal_vs_apnb", "nonlocal_vs_apnb.py", "--budget", "40"))
-        parts += [
-            benchmark(dtype, name, "operators.py", name, "--seconds", "4") for name in OPERATORS
-        ]
+    all_classes = _operator("category_statistics", cases="all")
+    heads = Benchmark("whole_networks", "papers/whole_networks.py", ("--heads",), "heads")
     overhead = [python, "benchmarks/overhead.py"]
+    operators = {each.options[0] for each in BENCHMARKS if each.program == "operators.py"}
     ncu = ["ncu", "--kernel-name-base", "demangled", "--kernel-name", "regex:ctxops::"]
-    ncu += ["--launch-count", "20", python, "benchmarks/operators.py", "--quick", *OPERATORS]
+    ncu += [
+        "--launch-count",
+        "20",
+        python,
+        "benchmarks/operators.py",
+        "--quick",
+        *sorted(operators),
+    ]
     return [
-        *parts,
+        Part("driver", ["nvidia-smi"], 30, tool="nvidia-smi"),
+        Part(
+            "build", ["env", "CTXOPS_CUDA=ON", *install, "-e", "."], 400, dry=[*install, "--help"]
+        ),
+        Part("what serves", info, 60, dry=info),
+        alone,  # without torch: what fails here is a kernel's fault
+        # A benchmark compares its results as well before it takes a time.
+        *(measure(benchmark, "bfloat16") for benchmark in BENCHMARKS),
+        tests("tests of the operators", 300, "tests/ops"),
+        *(measure(benchmark, "float32") for benchmark in BENCHMARKS),
+        watched,
+        *watched_tests,
+        *(measure(each, "bfloat16", 300, tuned=True) for each in BENCHMARKS if each.compiled),
+        *(measure(benchmark, "float16") for benchmark in BENCHMARKS),
+        *(measure(all_classes, dtype, 300) for dtype in DTYPES),
         tests("all other tests", 600, "tests", "--ignore=tests/ops"),
-        benchmark("bfloat16", "whole_networks_heads", "papers/whole_networks.py", "--heads"),
+        measure(heads, "bfloat16", 120),
         Part("overhead", overhead, 120),
         Part("ncu", ncu, 180, tool="ncu"),
     ]
@@ -176,14 +222,20 @@ def run_part(command: Sequence[str], seconds: float) -> dict[str, object]:
 
 
 def run_parts(parts: Sequence[Part], folder: Path, minutes: float, dry: bool) -> dict:
-    """Runs what has not yet succeeded at this commit, and writes the page after every part."""
+    """Runs what has not yet succeeded at this commit, and writes the page after every part.
+
+    What failed before comes last, unless it is the build, on which all others rest: it may do so
+    again, and take the time of what has not been tried."""
     file = folder / "gpu_report.json"
-    commit = run_part(["git", "rev-parse", "--short=12", "HEAD"], 60)["output"]
+    head = run_part(["git", "rev-parse", "--short=12", "HEAD"], 60)
+    commit = head["output"] if head["status"] == "ok" else "unknown"
     state = json.loads(file.read_text()) if file.exists() else {}
     if (state.get("commit"), state.get("dry")) != (commit, dry):
         state = {"commit": commit, "dry": dry, "parts": {}}
     end = time.monotonic() + 60 * minutes
-    for part in parts:
+    untried = ("not run", CUT)
+    failed = {p.name for p in parts if _status(state, p.name) not in untried} - {"build"}
+    for part in sorted(parts, key=lambda part: part.name in failed):
         if _status(state, part.name) == "ok":
             continue
         left = end - time.monotonic()
@@ -196,6 +248,8 @@ def run_parts(parts: Sequence[Part], folder: Path, minutes: float, dry: bool) ->
             program = [part.tool] if part.tool else part.command[:2]
             command = part.command if not dry else part.dry or [*program, "--help"]
             result = run_part(command, min(part.seconds, left))
+            if left < part.seconds and result["status"].startswith("stopped"):
+                result["status"] = CUT
             print(f"  {result['status']}, {result['seconds']} s", flush=True)
         state["parts"][part.name] = result
         partial = file.with_name(f"{file.name}.partial")
@@ -205,12 +259,10 @@ def run_parts(parts: Sequence[Part], folder: Path, minutes: float, dry: bool) ->
     return state
 
 
-def measured(aim: Aim, dtype: str, folder: Path) -> float | None:
+def measured(aim: Aim, files: Sequence[Path]) -> float | None:
     """The figure of an aim in its worst case; None where it was not measured."""
-    file = folder / f"{aim.benchmark}_{dtype}.json"
-    cases = json.loads(file.read_text())["cases"] if file.exists() else []
     figures = []
-    for case in cases:
+    for case in (case for file in files for case in json.loads(file.read_text())["cases"]):
         if case["backward"] or aim.case not in case["title"]:
             continue
         rows = [row for row in case["rows"] if row.get("median_ms")]
@@ -236,14 +288,16 @@ def page(parts: Sequence[Part], state: dict, folder: Path) -> str:
     lines, reached, missed = [], 0, 0
     for aim in AIMS:
         for dtype in aim.dtypes:
+            every = [part for part in parts if part.measures == (aim.benchmark, dtype)]
             # A file of a part that did not succeed is of another commit.
-            succeeded = _status(state, f"{aim.benchmark} {dtype}") == "ok"
-            figure = measured(aim, dtype, folder) if succeeded else None
+            done = [p for p in every if _status(state, p.name) == "ok" and p.file.exists()]
+            figure = measured(aim, [part.file for part in done])
             text, verdict = "not measured", ""
             if figure is not None:
                 good = figure >= (aim.roofline or aim.times)
                 reached, missed = reached + good, missed + (not good)
                 text = f"{figure:.0%}" if aim.roofline else f"{figure:.2f} x"
+                text += f" in {len(done)} of {len(every)} parts"
                 verdict = "reached" if good else "missed"
             what = f"{aim.benchmark} {aim.case}".strip()
             lines.append((what, dtype, aim.text, text, verdict))
@@ -285,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<the GPU's name>")
     parser.add_argument("--dry-run", action="store_true", help="start every part, measure little")
     chosen = parser.parse_args(arguments)
+    os.environ["PATH"] += os.pathsep + CUDA_TOOLS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and the part that runs ends too
     folder = chosen.output
     if folder is None:

@@ -58,8 +58,27 @@ def test_it_goes_on_where_it_was_cut(parts, tmp_path):
 
 def test_it_keeps_its_time(parts, tmp_path):
     assert gpu_report.run_parts(parts, tmp_path, 0, dry=False)["parts"] == {}
-    state = gpu_report.run_parts(parts[2:3], tmp_path, 1.2 / 60, dry=False)
-    assert state["parts"]["slow"]["status"].startswith("stopped after")
+    slow = [parts[2]._replace(seconds=60)]
+    state = gpu_report.run_parts(slow, tmp_path, 1.2 / 60, dry=False)
+    assert state["parts"]["slow"]["status"] == "cut by the end of the time"
+
+
+def test_what_failed_comes_after_the_rest(tmp_path):
+    order = tmp_path / "order"
+
+    def part(name, code):
+        program = f"open({str(order)!r}, 'a').write('{name} '); raise SystemExit({code})"
+        return Part(name, python(program), 60)
+
+    parts = [part("build", 1), part("bad", 1), part("good", 0)]
+    gpu_report.run_parts(parts[:2], tmp_path, 5, dry=False)
+    gpu_report.run_parts(parts, tmp_path, 5, dry=False)
+    assert order.read_text().split() == ["build", "bad", "build", "good", "bad"]
+
+
+def test_it_needs_no_git(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)  # no repository
+    assert gpu_report.run_parts(parts[:1], tmp_path, 5, dry=False)["commit"] == "unknown"
 
 
 def row(name, milliseconds, **more):
@@ -94,26 +113,34 @@ def test_an_aim_is_judged_by_its_worst_case(aim, figure, tmp_path):
         },
         {"title": "large", "backward": True, "rows": [row("ctxops", 9.0), row("quick", 1.0)]},
     ]
-    (tmp_path / "fuse_float32.json").write_text(json.dumps({"cases": cases}))
-    assert gpu_report.measured(aim, "float32", tmp_path) == figure
+    files = [tmp_path / f"{number}.json" for number in range(len(cases))]
+    for case, file in zip(cases, files, strict=True):
+        file.write_text(json.dumps({"cases": [case]}))
+    assert gpu_report.measured(aim, files if aim.benchmark == "fuse" else []) == figure
 
 
 def test_the_page_has_every_aim(tmp_path):
     parts = gpu_report.list_parts(tmp_path, "cuda")
-    rows = [row("ctxops", 2.0, roofline_share=0.4), row("einsum", 5.0)]
-    cases = [{"title": "criss_cross_attention", "backward": False, "rows": rows}]
-    (tmp_path / "criss_cross_attention_float32.json").write_text(json.dumps({"cases": cases}))
+    name = "neighborhood_attention 5x6 float32"
+    (file,) = (part.file for part in parts if part.name == name)
+    rows = [row("ctxops", 2.0, roofline_share=0.4), row("unfold", 5.0)]
+    cases = [{"title": "neighborhood_attention", "backward": False, "rows": rows}]
+    file.write_text(json.dumps({"cases": cases}))
     state = {"commit": "1234", "dry": False, "parts": {}}
-    line = "| criss_cross_attention | float32 | 2 x the fastest rival | {} |"
+    line = "| neighborhood_attention | float32 | 1 x the fastest rival | {} |"
     # The file of another commit does not count.
     assert line.format("not measured | ") in gpu_report.page(parts, state, tmp_path)
-    state["parts"] = {"criss_cross_attention float32": {"status": "ok", "seconds": 3.0}}
+    state["parts"] = {name: {"status": "ok", "seconds": 3.0}}
     page = gpu_report.page(parts, state, tmp_path)
-    assert line.format("2.50 x | reached") in page
-    assert "1 aims are reached, 0 are missed" in page
+    assert line.format("2.50 x in 1 of 3 parts | reached") in page
+    assert "1 aims are reached, 1 are missed" in page
 
 
 def test_every_aim_has_its_benchmark(tmp_path):
-    names = {part.name for part in gpu_report.list_parts(tmp_path, "cuda")}
+    parts = gpu_report.list_parts(tmp_path, "cuda")
+    measured = {part.measures for part in parts}
     for aim in gpu_report.AIMS:
-        assert {f"{aim.benchmark} {dtype}" for dtype in aim.dtypes} <= names
+        assert {(aim.benchmark, dtype) for dtype in aim.dtypes} <= measured
+    files = [part.file for part in parts if part.file]
+    assert len({part.name for part in parts}) == len(parts)
+    assert len(set(files)) == len(files)
