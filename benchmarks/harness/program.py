@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ def run_benchmark(
         print(f"nothing was measured, results differ: {mismatch}", file=sys.stderr)
         return 1
     settings = {"dtype": str(dtype).removeprefix("torch."), "device": str(device)} | settings
+    if os.environ.get("TORCHINDUCTOR_MAX_AUTOTUNE") == "1":
+        settings["max_autotune"] = True
     results = [r for r in measurement.results() if r.rows or not interrupted]
     report = Report(name, machine, settings, measurement.roof, results)
     if interrupted:
