@@ -188,6 +188,8 @@ struct Block {
   int64_t rows_seen(int64_t r) const { return rows[r].end - rows[r].begin; }
   int64_t h(int64_t r) const { return row_class.position(row + r); }
   int64_t w(int64_t q) const { return column_class.position(column + q); }
+  // Behind the last step that `count` columns see.
+  int64_t seen_end(int64_t count) const { return columns.end + count - 1; }
   // Of `count` columns and what they see: those inside the class, counted from columns.begin.
   StepRange seen(int64_t count) const {
     const StepRange all = column_class.inside({columns.begin, columns.end + count - 1});
@@ -208,10 +210,12 @@ void for_blocks(const Window& window, int64_t B, int64_t heads, int64_t position
   const int64_t row_weights = reach * rows.kernel * columns.kernel * kQueries + kVectorBytes / 4;
   const int64_t block_rows = clamp(kMaxWeights / row_weights, 1, kRows);
   const int64_t rows_seen = smaller(rows.kernel + block_rows - 1, class_steps(rows, 0));
-  const int64_t tile_columns =
+  const int64_t most_columns =
       larger(kTileBytes / (position_bytes * rows_seen) - columns.kernel, 4 * kQueries);
   const int64_t row_tiles = tiles(class_steps(rows, 0), kTileRows);
-  const int64_t column_tiles = tiles(class_steps(columns, 0), tile_columns);
+  // Of nearly one width, whole blocks wide.
+  const int64_t steps = class_steps(columns, 0), column_tiles = tiles(steps, most_columns);
+  const int64_t tile_columns = tiles(tiles(steps, column_tiles), kQueries) * kQueries;
   const int64_t items = B * heads * row_classes * row_tiles * column_tiles * column_classes;
   parallel_for(items, work, threads, [&](int64_t item) {
     const auto next = [&](int64_t count) {
@@ -279,16 +283,16 @@ int64_t weights_of_row(const Block& block, int64_t r) {
   return r * (block.most_rows * block.length() * Q + kVectorBytes / 4);
 }
 
-// Fetches a row of a map, of the columns behind a block's: what the next block is the first to
-// need. A few positions of a channels_last map fill a page of memory.
+// Fetches Q columns of a row of a map, what the next block is the first to need: from
+// block.column + Q on, or from block.seen_end(Q) of what it sees. A few positions of a
+// channels_last map fill a page of memory.
 template <int Q, typename A>
 CTXOPS_INLINE void fetch_ahead(const Block& block, const TensorView& map, int64_t heads,
-                               int64_t row) {
+                               int64_t row, int64_t column) {
   const int64_t channels = map.size[1] / heads;
   const ClassAxis& columns = block.column_class;
-  const int64_t column = smaller(block.column + Q, columns.steps - Q);
   const A* from = at<A>(map, block.b, block.head * channels, block.row_class.position(row),
-                        columns.position(column));
+                        columns.position(smaller(column, columns.steps - Q)));
   for (int64_t q = 0; q < Q; ++q, from += columns.axis.dilation * map.stride[3]) {
     fetch(from, channels);
   }
@@ -330,8 +334,10 @@ void products(const Block& block, const TensorView& own, const TensorView& seen,
     const A* key = at<A>(seen, block.b, c, block.row_class.position(s), 0);
     for (int64_t r = 0; r <= last; ++r) {
       if (s < block.rows[r].begin || s >= block.rows[r].end) continue;
-      if (s == block.rows[r].begin) fetch_ahead<Q, A>(block, own, heads, block.row + r);
-      if (s == block.rows[r].end - 1) fetch_ahead<Q, A>(block, seen, heads, s);
+      if (s == block.rows[r].begin) {
+        fetch_ahead<Q, A>(block, own, heads, block.row + r, block.column + Q);
+      }
+      if (s == block.rows[r].end - 1) fetch_ahead<Q, A>(block, seen, heads, s, block.seen_end(Q));
       A* to = out + weights_of_row<Q>(block, r) + (s - block.rows[r].begin) * length * Q;
       dots_of_row<Q>(at<A>(own, block.b, c, block.h(r), block.w(0)), stride * own.stride[3], key,
                      offsets, length, channels, factor, to);
@@ -356,8 +362,8 @@ void products(const Block& block, const TensorView& own, const TensorView& seen,
 template <int Q, typename A>
 CTXOPS_INLINE void fetch_for_sums(const Block& block, const TensorView& own, const TensorView& seen,
                                   int64_t heads, int64_t r, bool stream) {
-  fetch_ahead<Q, A>(block, seen, heads, block.rows[r].end - 1);
-  if (!stream) fetch_ahead<Q, A>(block, own, heads, block.row + r);
+  fetch_ahead<Q, A>(block, seen, heads, block.rows[r].end - 1, block.seen_end(Q));
+  if (!stream) fetch_ahead<Q, A>(block, own, heads, block.row + r, block.column + Q);
 }
 
 // own := for every position of a block, the weighted sum of what it sees; past the caches if
