@@ -62,8 +62,14 @@ OPERATORS = [
         (
             "anchors-backward-flops",
             "FlopCounterMode counts one product of the backward less",
-            "(3 * channels + 2 * grad[1])",
-            "(2 * channels + 2 * grad[1])",
+            "(2 if len(kept) == 3 else 3) * channels",
+            "2 * channels",
+        ),
+        (
+            "anchors-kept-always",
+            "all weights are kept for the backward, however large they are",
+            "save = save and math.prod(kept) * dtype.itemsize <= KEPT_BYTES",
+            "pass",
         ),
         (
             "anchors-one-block",

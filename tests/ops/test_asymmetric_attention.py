@@ -10,6 +10,7 @@ import ctxops
 from ctxops import _operator
 from ctxops.ops.asymmetric_attention import op
 from ctxops.ops.asymmetric_attention.reference import reference
+from modules import flop_counter
 from numerics import LAYOUTS, check_operator, random_like
 from ops.contract import OperatorContract
 
@@ -60,10 +61,14 @@ class TestAsymmetricAttention(OperatorContract):
         st.booleans(),
     )
     valid = dict(zip(("query", "key", "value", "bias"), make((2, 4, 3, 3), 5, 6), strict=True))
-    # 18 positions, 5 anchors, 4 and 6 channels; backward three times the 4 and twice the 6
+    # 18 positions, 5 anchors, 4 and 6 channels; backward twice the 4 and the 6. Triton makes the
+    # logits anew, but not in float64.
     products = (
-        ({}, {"asymmetric_attention": 1800, "asymmetric_attention_backward": 4320}),
-    )  # fmt: skip
+        (
+            {name: x.double() for name, x in valid.items()},
+            {"asymmetric_attention": 1800, "asymmetric_attention_backward": 3600},
+        ),
+    )
     errors = (
         ({"query": torch.ones(2, 4, 9)}, ValueError, r"query must have shape \(B, C, H, W\)"),
         ({"query": torch.ones(2, 4, 0, 3)}, ValueError, "query must have C, H and W"),
@@ -117,13 +122,27 @@ def test_scales(scale, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("limit", [("BLOCK_BYTES", 3000), ("BLOCK_POSITIONS", 40)], ids=str)
-def test_many_blocks_give_the_same(limit, layout, dtype, monkeypatch):
+@pytest.mark.parametrize("keeps", [True, False], ids=["kept", "anew"])
+def test_many_blocks_give_the_same(limit, layout, dtype, keeps, monkeypatch):
     inputs = make((2, 6, 17, 13), 9, 5, dtype)
     inputs[0] = LAYOUTS[layout](inputs[0])
     monkeypatch.setattr(op, *limit)
+    if not keeps:
+        monkeypatch.setattr(op, "KEPT_BYTES", 0)
+    kept = op._allocate(*inputs, 1.0, save=True)[1]
+    assert kept.shape == ((2, 17 * 13, 16) if keeps else (0,))
     anchors = op._Anchors.of(*(x[0] for x in inputs[1:]), 1.0, torch.float32)
-    assert len(list(op._blocks(17 * 13, anchors, others=0))) > 5
+    assert len(list(op._blocks(17 * 13, anchors, others=0, kept=None))) > 5
     check(inputs)
+
+
+@pytest.mark.parametrize(("limit", "products"), [(4 * 12 * 16, 2 + 4), (0, 2 + 5)], ids=str)
+def test_products_of_weights_that_are_kept_or_not(limit, products, monkeypatch):
+    monkeypatch.setattr(op, "KEPT_BYTES", limit)
+    query, key, value, _ = make((1, 4, 3, 4), 5, 4, bias=False)
+    with flop_counter() as counter:
+        attend(query.requires_grad_(), key, value).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 12 * 5 * 4
 
 
 def test_logits_up_to_the_range_of_half_precision(device):

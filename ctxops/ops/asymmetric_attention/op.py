@@ -23,6 +23,8 @@ from ctxops.ops.asymmetric_attention.reference import reference
 # than these bytes.
 BLOCK_POSITIONS = 2048
 BLOCK_BYTES = 16 * 2**20
+# Weights of so many bytes are kept for the backward on the CPU.
+KEPT_BYTES = 16 * 2**20
 # Rows of whole lines of the cache: torch's products are up to 1.8 times as fast with them.
 LINE_BYTES = 64
 
@@ -67,9 +69,10 @@ def asymmetric_attention(
     Deterministic: as torch's matrix products on the CPU; yes on CUDA's Triton path.
     Memory: CPU: at most 16 MiB (or what one position takes, if that is more) for a block of logits
         and weights, in half precision also for its inputs and outputs in float32; keys and values
-        once more, in float32 for half precision; never N * S at once. CUDA: B * N float32 are kept
-        for the backward, which takes 64 MiB. An upstream gradient in the other memory format is
-        copied.
+        once more, in float32 for half precision. All B * N * S weights are kept for the backward
+        where they take at most 16 MiB in float32 (float64), S rounded up to a multiple of 64 bytes;
+        else it makes them anew, block by block. CUDA: B * N float32 are kept for the backward,
+        which takes 64 MiB. An upstream gradient in the other memory format is copied.
     """
     _check(query, key, value, bias)
     scale = resolve_scale(scale, query.shape[1])
@@ -79,8 +82,7 @@ def asymmetric_attention(
         output = reference(query, key, value, bias, scale)
         return output.contiguous(memory_format=_layout.memory_format(query))
     check_forward_mode("asymmetric_attention", query, key, value, bias)
-    grad = _operator.needs_grad(query, key, value, bias)
-    save = grad and _operator.uses_triton(query)
+    save = _operator.needs_grad(query, key, value, bias)
     return _FORWARD(query, key, value, bias, scale, save)[0]
 
 
@@ -103,32 +105,43 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     batch, _, height, width = query.shape
     output = _layout.empty_map((batch, value.shape[1], height, width), query)
-    # The logarithm of each position's softmax denominator, (B, N): spares the backward a pass.
-    lse = query.new_empty((batch, height * width) if save else (0,), dtype=torch.float32)
-    return output, lse
+    dtype = _operator.accumulator(query.dtype)
+    # What spares the backward a pass or a product: of each position the logarithm of its softmax's
+    # denominator, (B, N), from Triton, the weights (B, N, P) from others if they are small.
+    kept: tuple[int, ...] = (batch, height * width)
+    if not _operator.uses_triton(query):
+        kept = (*kept, _padded(key.shape[2], dtype))
+        save = save and math.prod(kept) * dtype.itemsize <= KEPT_BYTES
+    return output, query.new_empty(kept if save else (0,), dtype=dtype)
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
-    output, lse = _allocate(query, key, value, bias, scale, save)
+    output, kept = _allocate(query, key, value, bias, scale, save)
     if output.numel() == 0:
-        return output, lse
+        return output, kept
     query = query.contiguous(memory_format=_layout.memory_format(query))
     with _autocast.disabled(query.device.type):
         if _operator.uses_triton(query):
             from ctxops.ops.asymmetric_attention import triton_kernels
 
-            triton_kernels.forward(query, key, value, bias, scale, output, lse if save else None)
+            triton_kernels.forward(query, key, value, bias, scale, output, kept if save else None)
         else:
-            _forward_in_blocks(query, key, value, bias, scale, output)
-    return output, lse
+            _forward_in_blocks(query, key, value, bias, scale, output, kept)
+    return output, kept
 
 
 def _positions(x: Tensor, image: int) -> Tensor:
     """One image of a map as a matrix (N, C), a view in either memory format."""
     _, channels, height, width = x.shape
     return x[image].permute(1, 2, 0).view(height * width, channels)
+
+
+def _padded(anchors: int, dtype: torch.dtype) -> int:
+    """P: so many fill whole lines of the cache."""
+    line = LINE_BYTES // dtype.itemsize
+    return -(-anchors // line) * line
 
 
 class _Anchors(NamedTuple):
@@ -141,7 +154,7 @@ class _Anchors(NamedTuple):
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype):
-        missing = -key.shape[1] % (LINE_BYTES // dtype.itemsize)
+        missing = _padded(key.shape[1], dtype) - key.shape[1]
         bias = key.new_zeros(key.shape[1]) if bias is None else bias
         key, value, bias = key.to(dtype) * scale, value.to(dtype), bias.to(dtype)
         if missing == 0:  # no copy
@@ -156,22 +169,31 @@ class _Anchors(NamedTuple):
 
 
 def _blocks(
-    positions: int, anchors: _Anchors, others: int
+    positions: int, anchors: _Anchors, others: int, kept: Tensor | None
 ) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
     """Cuts positions into equal blocks, each with two matrices (n, P) to work in. Together with
-    ``others`` elements for each position they stay below BLOCK_BYTES."""
+    ``others`` elements for each position they stay below BLOCK_BYTES. The second is a part of
+    ``kept`` (N, P), if that is there."""
     padded = anchors.bias.numel()
     most = BLOCK_BYTES // (anchors.bias.itemsize * (2 * padded + others))
     most = max(1, min(most, BLOCK_POSITIONS))
     size = -(-positions // -(-positions // most))
-    first, second = anchors.bias.new_empty((2, size, padded))
+    first = anchors.bias.new_empty((size, padded))
+    second = torch.empty_like(first) if kept is None else None
     for start in range(0, positions, size):
-        end = min(start + size, positions)
-        yield slice(start, end), (first[: end - start], second[: end - start])
+        block = slice(start, min(start + size, positions))
+        count = block.stop - start
+        yield block, (first[:count], kept[block] if second is None else second[:count])
 
 
 def _forward_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, output: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    output: Tensor,
+    kept: Tensor,
 ) -> None:
     dtype = _operator.accumulator(query.dtype)
     exact = dtype == query.dtype
@@ -181,7 +203,8 @@ def _forward_in_blocks(
             key[image], value[image], None if bias is None else bias[image], scale, dtype
         )
         q, o = _positions(query, image), _positions(output, image)
-        for block, (logits, weights) in _blocks(len(q), anchors, others):
+        all_weights = kept[image] if kept.numel() > 0 else None
+        for block, (logits, weights) in _blocks(len(q), anchors, others, all_weights):
             anchors.weigh(q[block].to(dtype), logits, weights)
             if exact:
                 torch.mm(weights, anchors.value.t(), out=o[block])
@@ -195,7 +218,7 @@ def _allocate_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -212,10 +235,10 @@ def _backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = _allocate_backward(grad, query, key, value, bias, lse, scale)
+    grads = _allocate_backward(grad, query, key, value, bias, kept, scale)
     if query.numel() == 0:
         return grads
     layout = _layout.memory_format(query)
@@ -226,10 +249,10 @@ def _backward(
 
             grad_bias = grads[3] if bias is not None else None
             triton_kernels.backward(
-                grad, query, key, value, bias, scale, lse, *grads[:3], grad_bias
+                grad, query, key, value, bias, scale, kept, *grads[:3], grad_bias
             )
         else:
-            _backward_in_blocks(grad, query, key, value, bias, scale, *grads)
+            _backward_in_blocks(grad, query, key, value, bias, kept, scale, *grads)
     return grads
 
 
@@ -239,6 +262,7 @@ def _backward_in_blocks(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    kept: Tensor,
     scale: float,
     grad_query: Tensor,
     grad_key: Tensor,
@@ -255,9 +279,11 @@ def _backward_in_blocks(
         )
         q, dq, do = (_positions(x, image) for x in (query, grad_query, grad))
         dk, dv, db = (torch.zeros_like(x) for x in anchors)
-        for block, (dlogits, weights) in _blocks(len(q), anchors, others):
+        all_weights = kept[image] if kept.numel() > 0 else None
+        for block, (dlogits, weights) in _blocks(len(q), anchors, others, all_weights):
             q_block, do_block = q[block].to(dtype), do[block].to(dtype)
-            anchors.weigh(q_block, dlogits, weights)
+            if all_weights is None:
+                anchors.weigh(q_block, dlogits, weights)
             dv.addmm_(do_block.t(), weights)
             # d(logits) = weights * (d(weights) - sum of weights * d(weights))
             torch.mm(do_block, anchors.value, out=dlogits).mul_(weights)
@@ -276,17 +302,17 @@ def _backward_in_blocks(
 
 def _setup_context(ctx, inputs, output):
     query, key, value, bias, ctx.scale, _ = inputs
-    lse = output[1]
+    kept = output[1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, bias, lse)
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(query, key, value, bias, kept)
 
 
 def _autograd(ctx, grad, _):
     if grad is None:
         return None, None, None, None, None, None
-    *tensors, lse = ctx.saved_tensors
-    dq, dk, dv, db = _BACKWARD(grad, *tensors, lse, ctx.scale)
+    *tensors, kept = ctx.saved_tensors
+    dq, dk, dv, db = _BACKWARD(grad, *tensors, kept, ctx.scale)
     return dq, dk, dv, None if tensors[3] is None else db, None, None
 
 
@@ -296,10 +322,20 @@ def _flops(query: torch.Size, key: torch.Size, value: torch.Size, *_) -> int:
     return 2 * batch * height * width * key[2] * (channels + value[1])
 
 
-def _flops_backward(grad: torch.Size, query: torch.Size, key: torch.Size, *_) -> int:
-    """The logits again, d(weights) and the gradients of query, key and value."""
+def _flops_backward(
+    grad: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    bias: torch.Size | None,
+    kept: torch.Size,
+    scale: float,
+) -> int:
+    """The logits again, if their softmax was not kept, d(weights) and the gradients of query, key
+    and value."""
     batch, channels, height, width = query
-    return 2 * batch * height * width * key[2] * (3 * channels + 2 * grad[1])
+    products = (2 if len(kept) == 3 else 3) * channels + 2 * grad[1]
+    return 2 * batch * height * width * key[2] * products
 
 
 _KERNELS = ("cpu", "cuda")
@@ -314,7 +350,7 @@ _FORWARD = _operator.Operator(
 )
 _BACKWARD = _operator.Operator(
     "asymmetric_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
-    "Tensor? bias, Tensor lse, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor kept, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_allocate_backward,
     kernels=dict.fromkeys(_KERNELS, _backward),
     backward=_operator.no_second_derivative("asymmetric_attention"),
