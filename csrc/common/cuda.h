@@ -79,6 +79,14 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(blocks < CTXOPS_LARGEST_GRID ? blocks : CTXOPS_LARGEST_GRID);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

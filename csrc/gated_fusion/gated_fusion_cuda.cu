@@ -292,7 +292,7 @@ struct Team {
     for (int l = 0; l < S::kLevels; ++l) {
       if (l >= group().count) break;
 #pragma unroll
-      for (int k = 0; k < V; ++k) total.x[k] += factor(l, k) * ctxops::load(maps[l].x[k]);
+      for (int k = 0; k < V; ++k) total.x[k] += factor(l, k) * maps[l].value(k);
     }
     return total;
   }
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, S::kInner || S::V == 1 ? 3 : 2)
             const auto w = load_pack<S::kInner ? V : 1>(weight + group.level[l] * C + c);
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-              products[l][S::own(k)] += w.x[S::kInner ? k : 0] * load(x[l].x[k]);
+              products[l][S::own(k)] += w.x[S::kInner ? k : 0] * x[l].value(k);
             }
           }
         }
@@ -363,7 +363,7 @@ __global__ void __launch_bounds__(kThreads, S::kInner || S::V == 1 ? 3 : 2)
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             const A g = gate(l, k);
-            store(&y.x[k], (1 + g * g) * load(x[l].x[k]) + (1 - g) * sum.x[k]);
+            store(&y.x[k], (1 + g * g) * x[l].value(k) + (1 - g) * sum.x[k]);
           }
           store_pack(me.at(p.to[group.level[l]], c), y);
         }
@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
             Pack<T, V> dx;
 #pragma unroll
             for (int k = 0; k < V; ++k) {
-              const A g = gate(l, k), xk = load(x[l].x[k]), dyk = load(dy[l].x[k]);
+              const A g = gate(l, k), xk = x[l].value(k), dyk = dy[l].value(k);
               products[l][S::own(k)] += (2 * g * xk - t.x[k]) * dyk + xk * ds.x[k];
               store(&dx.x[k], (1 + g * g) * dyk + g * ds.x[k]);
             }
@@ -472,8 +472,8 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
               for (int k = 0; k < V; ++k) {
                 const A g = gate(l, k), dz = grad_gate(l, k);
                 store(&dx.x[k],
-                      (1 + g * g) * load(dy[l].x[k]) + g * ds.x[k] + dz * w.x[S::kInner ? k : 0]);
-                if constexpr (!S::kInner) dw += dz * load(x[l].x[k]);
+                      (1 + g * g) * dy[l].value(k) + g * ds.x[k] + dz * w.x[S::kInner ? k : 0]);
+                if constexpr (!S::kInner) dw += dz * x[l].value(k);
               }
               store_pack(me.at(p.grad_features[group.level[l]], c), dx);
             }
@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, S::kLevels <= 4 ? 2 : 1)
             const Pack<T, V> pack = load_pack<V>(x);
             const A dz = grad_gates[l * S::kTile + n];
 #pragma unroll
-            for (int k = 0; k < V; ++k) dw.x[k] += dz * load(pack.x[k]);
+            for (int k = 0; k < V; ++k) dw.x[k] += dz * pack.value(k);
             const bool row_ends = ++w == group.width;
             x += row_ends ? to_next_row : map.stride[3];
             w = row_ends ? 0 : w;

@@ -9,6 +9,7 @@
 // Tiled kernels serve square windows of 3, 5 and 7, general ones everything else, with a warp for
 // a position.
 #include <cmath>
+#include <utility>
 
 #include "common/cuda.h"
 #include "common/pack.h"
@@ -141,7 +142,7 @@ __device__ void sum_neighbours(T* to /* (channels,) */, int64_t channels, int co
       if (from == nullptr) continue;
       const Pack<T, V> x = load_pack<V>(from + c);
 #pragma unroll
-      for (int e = 0; e < V; ++e) sums[e] += coefficient * load(x.x[e]);
+      for (int e = 0; e < V; ++e) sums[e] += coefficient * x.value(e);
     }
 #pragma unroll 1
     for (int mask = lanes; mask < kWarp; mask *= 2) {
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int64_t c = lane % lanes * V; c < D; c += lanes * V) {
           const Pack<T, V> a = load_pack<V>(centre + c), b = load_pack<V>(neighbour + c);
 #pragma unroll
-          for (int e = 0; e < V; ++e) product += load(a.x[e]) * load(b.x[e]);
+          for (int e = 0; e < V; ++e) product += a.value(e) * b.value(e);
         }
       }
       for (int mask = lanes / 2; mask > 0; mask /= 2) {
@@ -340,15 +341,15 @@ constexpr int kRows = 4;     // queries of a thread
 constexpr int kWidth = 4;    // channels of a pack
 constexpr int kPacks = 4;    // of a chunk
 constexpr int kStages = 2;   // chunks in shared memory
-constexpr int kGroups = 32;  // threads' queries of a tile
-// So many teams share the packs of a chunk: a multiprocessor has many warps even where a small map
-// gives it no more than one tile.
+constexpr int kGroups = 22;  // threads' queries of a tile, at most
+// So many teams share the packs of a chunk.
 template <int k>
-constexpr int kTeams = k == 7 ? 2 : 4;
+constexpr int kTeams = k == 3 ? 4 : 2;
 template <int k>
-constexpr int kTileThreads = kGroups * k * kTeams<k>;
-template <int k>
-constexpr int kTileBlocks = k == 3 ? 2 : 1;  // on a multiprocessor at least
+constexpr int kTileThreads = (kGroups * k * kTeams<k> + kWarp - 1) / kWarp * kWarp;
+// One block works while another waits. In float32 7 x 7 needs the registers of both.
+template <typename T, int k>
+constexpr int kTileBlocks = k == 7 && sizeof(T) > 2 ? 1 : 2;  // on a multiprocessor at least
 
 template <typename T>
 using Packed = Pack<T, kWidth>;
@@ -398,27 +399,47 @@ CTXOPS_HD int stage_pitch(int positions) {
   return positions + ((kOffset - positions) & (kAtOnce - 1));
 }
 
-template <typename T, int k>
-CTXOPS_HD int stage_packs(const Tiling& tiling) {
-  const int halo = (tiling.width + k - 1) * (tiling.height + k - 1);
-  return kPacks * stage_pitch<T>(tiling.width * tiling.height + halo);
+// Of `left` the queries, of `right` what they see.
+template <int k>
+CTXOPS_HD int staged_positions(const Tiling& tiling) {
+  return tiling.width * tiling.height + (tiling.width + k - 1) * (tiling.height + k - 1);
 }
 
-// Starts to bring `count` positions of a map, from (row, column) of the grid on, and kPacks packs
-// from channel c on into shared memory; zeros where the map has none. `walk` goes over them.
+template <typename T, int k>
+CTXOPS_HD int stage_packs(const Tiling& tiling) {
+  return kPacks * stage_pitch<T>(staged_positions<k>(tiling));
+}
+
+// Where the staged positions lie; nullptr: not in the map. To be found once for all chunks.
+template <typename T, int k>
+__device__ void find_sources(const T** sources /* (staged_positions,) */, const Tiling& tiling,
+                             const Tile& tile, const Grid<T>& left, const Grid<T>& right) {
+  const int queries = tiling.width * tiling.height, count = staged_positions<k>(tiling);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const bool is_query = i < queries;
+    const int n = is_query ? i : i - queries, before = is_query ? 0 : k / 2;
+    const int width = tiling.width + 2 * before;
+    const int h = tile.row + n / width - before, w = tile.column + n % width - before;
+    const bool inside = h >= 0 && h < tile.rows && w >= 0 && w < tile.columns;
+    sources[i] = !inside ? nullptr : is_query ? left.at(h, w) : right.at(h, w);
+  }
+}
+
+// Starts to bring kPacks packs, from channel c on, of `count` positions into shared memory; zeros
+// where the map has none.
 template <typename T>
-__device__ void stage(Packed<T>* to, int pitch, const Grid<T>& map, const Tile& tile, int row,
-                      int column, int count, Walk walk, int c, int channels) {
+__device__ void stage(Packed<T>* to /* (kPacks, pitch) */, int pitch,
+                      const T* const* sources /* (count,) */, int count, int c, int channels) {
   const int pack = threadIdx.x % kPacks, threads = blockDim.x / kPacks;
   c += pack * kWidth;
+  to += pack * pitch;
 #pragma unroll 1
-  for (int i = threadIdx.x / kPacks; i < count; i += threads, walk.next()) {
-    const int h = row + walk.row(), w = column + walk.column();
-    Packed<T>* const slot = to + pack * pitch + i;
-    if (c < channels && h >= 0 && h < tile.rows && w >= 0 && w < tile.columns) {
-      copy_async<sizeof *slot>(slot, map.at(h, w) + c);
+  for (int i = threadIdx.x / kPacks; i < count; i += threads) {
+    const T* const source = sources[i];
+    if (source != nullptr && c < channels) {
+      copy_async<sizeof *to>(to + i, source + c);
     } else {
-      *slot = {};
+      to[i] = {};
     }
   }
 }
@@ -430,30 +451,24 @@ __device__ void multiply(Weights* weights /* (k * k, groups) */, const Tiling& t
                          int channels) {
   CTXOPS_DYNAMIC_SHARED(Packed<T>, stages);  // (kStages, kPacks, pitch)
   const int width = tiling.width, around = width + k - 1, groups = tiling.groups();
-  const int queries = width * tiling.height, halo = around * (tiling.height + k - 1);
-  const int pitch = stage_pitch<T>(queries + halo), packs = stage_packs<T, k>(tiling);
+  const int queries = width * tiling.height, positions = staged_positions<k>(tiling);
+  const int pitch = stage_pitch<T>(positions), packs = stage_packs<T, k>(tiling);
+  const T** const sources = reinterpret_cast<const T**>(stages + kStages * packs);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread % groups, j = thread / groups % k, team = thread / groups / k;
   const int y = group / width * kRows, x = group % width;
-  const Walk queries_walk(thread / kPacks, blockDim.x / kPacks, width);
-  const Walk halo_walk(thread / kPacks, blockDim.x / kPacks, around);
-
-  const auto bring = [&](int chunk) {
-    const int c = chunk * kPacks * kWidth;
-    Packed<T>* const to = stages + chunk % kStages * packs;
-    if (c < channels) {
-      stage(to, pitch, left, tile, tile.row, tile.column, queries, queries_walk, c, channels);
-      stage(to + queries, pitch, right, tile, tile.row - k / 2, tile.column - k / 2, halo,
-            halo_walk, c, channels);
-    }
-    copy_commit();
-  };
+  find_sources<T, k>(sources, tiling, tile, left, right);
+  __syncthreads();
 
   float sums[kRows][k] = {};
 #pragma unroll 1
   for (int next = 0; next * kPacks * kWidth < channels + kPacks * kWidth; ++next) {
-    bring(next);
+    const int c = next * kPacks * kWidth;
+    if (c < channels) {
+      stage(stages + next % kStages * packs, pitch, sources, positions, c, channels);
+    }
+    copy_commit();
     if (next == 0) continue;  // nothing is there to work on
     const int chunk = next - 1;
     copy_wait<kStages - 1>();
@@ -468,14 +483,14 @@ __device__ void multiply(Weights* weights /* (k * k, groups) */, const Tiling& t
       for (int q = 0; q < kRows; ++q) {
         const Packed<T> loaded = my_left[q * width];
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) a[q][e] = load(loaded.x[e]);
+        for (int e = 0; e < kWidth; ++e) a[q][e] = loaded.value(e);
       }
 #pragma unroll
       for (int r = 0; r < kRows + k - 1; ++r) {
         const Packed<T> loaded = my_right[r * around];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const float b = load(loaded.x[e]);
+          const float b = loaded.value(e);
 #pragma unroll
           for (int q = 0; q < kRows; ++q) {
             if (q <= r && r < q + k) sums[q][r - q] += a[q][e] * b;
@@ -620,7 +635,7 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
         from += map.row;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const float x = load(loaded.x[e]);
+          const float x = loaded.value(e);
 #pragma unroll
           for (int q = 0; q < kRows; ++q) {
             if (q <= r && r < q + k) sums[q][e] += mine[r - q].x[q] * x;
@@ -641,7 +656,7 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
 }
 
 template <typename T, int k>
-__global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
+__global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
     attend_tiles_kernel(const __grid_constant__ Attend p, const __grid_constant__ Tiling tiling) {
   CTXOPS_DYNAMIC_SHARED(Weights, weights);
   const int groups = tiling.groups();
@@ -672,7 +687,7 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
 // The windows that hold a key are, for odd windows that do not shift, those of the positions in
 // the window around the key; there the key is neighbour k * k - 1 - n.
 template <typename T, int k>
-__global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<k>)
+__global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
     gather_tiles_kernel(const __grid_constant__ Gather p, const __grid_constant__ Tiling tiling) {
   CTXOPS_DYNAMIC_SHARED(Weights, weights);
   const int groups = tiling.groups();
@@ -707,7 +722,8 @@ bool heads_in_packs(const TensorView& map, int64_t heads) {
 
 template <typename T, int k>
 int64_t tile_bytes(const Tiling& tiling) {
-  const int64_t stages = kStages * stage_packs<T, k>(tiling) * sizeof(Packed<T>);
+  const int64_t stages = kStages * stage_packs<T, k>(tiling) * sizeof(Packed<T>) +
+                         staged_positions<k>(tiling) * sizeof(const T*);
   const int64_t weights = k * k * tiling.groups() * sizeof(Weights);
   return stages > weights ? stages : weights;
 }
@@ -715,12 +731,19 @@ int64_t tile_bytes(const Tiling& tiling) {
 // Tiles count steps and channels in 32 bits.
 constexpr int64_t kLongAxis = 1 << 24;
 
-// The tiles of `maps` maps that read the fewest positions and fit in shared memory.
+// Estimates, in products of two packs: what the read of a position into shared memory takes, and
+// how much work a multiprocessor needs not to wait for memory.
+constexpr int64_t kRead = 8;
+constexpr int64_t kBusy = 5000;
+
+// The tiles of `maps` maps: the busiest multiprocessor shall have little to do, and then all of
+// them little to read. The results do not depend on the choice.
 template <typename T, int k>
 Tiling make_tiling(const Window& window, int64_t maps) {
   const int64_t rows = class_steps(window.rows, 0), columns = class_steps(window.columns, 0);
+  const int64_t blocks = kTileBlocks<T, k>, at_once = blocks * multiprocessors();
   Tiling best = {};
-  int64_t best_cost = INT64_MAX;
+  std::pair<int64_t, int64_t> best_cost = {INT64_MAX, 0};
   for (int down = 1; down * kRows < rows + kRows && down <= kGroups; ++down) {
     for (int width = 1; width <= columns && width * down <= kGroups; ++width) {
       Tiling t = {};
@@ -728,16 +751,19 @@ Tiling make_tiling(const Window& window, int64_t maps) {
       t.height = down * kRows;
       t.across = divide_up(columns, t.width);
       t.down = divide_up(rows, t.height);
-      const int64_t halo = (t.width + k - 1) * (t.height + k - 1);
-      const int64_t cost = t.across * t.down * (t.width * t.height + halo);
+      t.classes_down = smaller(window.rows.dilation, window.rows.extent);
+      t.classes_across = smaller(window.columns.dilation, window.columns.extent);
+      t.tiles = maps * t.classes_down * t.classes_across * t.down * t.across;
+      const int64_t queries = t.width * t.height;
+      const int64_t read = queries + (t.width + k - 1) * (t.height + k - 1);
+      const int64_t work = blocks * (k * k * queries + kRead * read);
+      const std::pair<int64_t, int64_t> cost = {
+          divide_up(t.tiles, at_once) * (work > kBusy ? work : kBusy), t.tiles * read};
       if (cost >= best_cost || tile_bytes<T, k>(t) > kSharedBytes) continue;
       best = t;
       best_cost = cost;
     }
   }
-  best.classes_down = smaller(window.rows.dilation, window.rows.extent);
-  best.classes_across = smaller(window.columns.dilation, window.columns.extent);
-  best.tiles = maps * best.classes_down * best.classes_across * best.down * best.across;
   return best;
 }
 

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kMode, V))
                 const int32_t first = position + static_cast<int32_t>(h * W) + n * layout.lanes * V;
 #pragma unroll
                 for (int k = 0; k < V; ++k) {
-                  column[n * V + k].include(load(x[u][n].x[k]), first + k);
+                  column[n * V + k].include(x[u][n].value(k), first + k);
                 }
               }
             }
@@ -336,7 +336,7 @@ __device__ void reduce_rectangles(const Partials<A, kMode>& partials, const Bloc
       for (int u = 0; u < kUnroll; ++u) {
         if (i + u * teams < count) {
 #pragma unroll
-          for (int k = 0; k < V; ++k) found[k].include(load(x[u].value.x[k]), x[u].at(k));
+          for (int k = 0; k < V; ++k) found[k].include(x[u].value.value(k), x[u].at(k));
         }
       }
     }
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                   const double share = 1.0 / static_cast<double>(area);
                   const Pack<T, V> grad = load_pack<V>(row<T>(p.grad_output, my.b, s, my.c));
 #pragma unroll
-                  for (int k = 0; k < V; ++k) sum[k] += load(grad.x[k]) * share;
+                  for (int k = 0; k < V; ++k) sum[k] += grad.value(k) * share;
                 });
     Pack<A, V> result;
 #pragma unroll

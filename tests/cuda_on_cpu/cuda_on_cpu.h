@@ -260,6 +260,9 @@ inline void fiber_main() {
 #endif
   for (;;) {
     races::acquire(&machine.launch_tag);
+    // Other blocks had other numbers of threads.
+    machine.fibers[machine.running]->block_barriers = 0;
+    machine.fibers[machine.running]->warp_barriers = 0;
     machine.body();
     Fiber& fiber = *machine.fibers[machine.running];
     if (!fiber.copies.empty()) misuse("a thread returned before its copies arrived");
@@ -501,6 +504,14 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_cpu::current_device;
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+// An H200 has so many.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 132;
   return cudaSuccess;
 }
 

@@ -23,6 +23,8 @@ __global__ void sum_of_a_warp(float* y /* (kBlock,) */) {
   y[threadIdx.x] = total[0];
 }
 
+__global__ void one_barrier() { __syncthreads(); }
+
 __global__ void half_a_warp(float* y /* (kBlock,) */) {
   float x = static_cast<float>(threadIdx.x);
   if (threadIdx.x % 32 < 16) {
@@ -175,6 +177,8 @@ int main(int argc, char** argv) {
   for (const Named& named : kKernels) {
     if (argc != 2 || std::strcmp(named.name, argv[1]) != 0) continue;
     std::vector<float> y(kBlock, -1.0f);
+    // The threads of this block have come to one barrier more than the others.
+    CTXOPS_LAUNCH(one_barrier, 1, kBlock / 2, 0, cudaStream_t());
     const char* error = CTXOPS_LAUNCH(named.kernel, named.grid, kBlock, kBlock * sizeof(float),
                                       cudaStream_t(), y.data());
     if (error != nullptr) {

@@ -27,6 +27,7 @@ const std::vector<Case> kTiled = {
     {1, 24, 16, 9, 11, 2, 5, 5, 2, 3, "wide", true},
     {1, 16, 4, 3, 8, 1, 7, 7, 1, 1, "dense"},          // a window larger than the map
     {1, 12, 24, 7, 10, 3, 7, 7, 1, 2, "dense", true},  // heads of one and two packs
+    {1, 8, 4, 9, 13, 1, 7, 7, 1, 1, "dense", true},    // several tiles
     {1, 8, 0, 6, 5, 2, 3, 3, 1, 1, "dense", true},     // only the weights
     {2, 8, 4, 9, 7, 2, 3, 3, 2, 1, "dense", true, true},
     {1, 4, 8, 6, 7, 1, 5, 5, 1, 2, "wide", false, true},
