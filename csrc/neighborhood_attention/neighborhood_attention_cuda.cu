@@ -405,6 +405,12 @@ CTXOPS_HD int staged_positions(const Tiling& tiling) {
   return tiling.width * tiling.height + (tiling.width + k - 1) * (tiling.height + k - 1);
 }
 
+// Of their pointers in shared memory, in whole 16 bytes.
+template <int k>
+CTXOPS_HD int source_places(const Tiling& tiling) {
+  return (staged_positions<k>(tiling) + 1) / 2 * 2;
+}
+
 template <typename T, int k>
 CTXOPS_HD int stage_packs(const Tiling& tiling) {
   return kPacks * stage_pitch<T>(staged_positions<k>(tiling));
@@ -446,20 +452,17 @@ __device__ void stage(Packed<T>* to /* (kPacks, pitch) */, int pitch,
 
 // weights[n][group].x[y] = <left, right_n> of query y of the group.
 template <typename T, int k>
-__device__ void multiply(Weights* weights /* (k * k, groups) */, const Tiling& tiling,
-                         const Tile& tile, const Grid<T>& left, const Grid<T>& right,
+__device__ void multiply(Weights* weights /* (k * k, groups) */,
+                         const T* const* sources /* (staged_positions,) */, const Tiling& tiling,
                          int channels) {
-  CTXOPS_DYNAMIC_SHARED(Packed<T>, stages);  // (kStages, kPacks, pitch)
+  Packed<T>* const stages = reinterpret_cast<Packed<T>*>(weights);  // (kStages, kPacks, pitch)
   const int width = tiling.width, around = width + k - 1, groups = tiling.groups();
   const int queries = width * tiling.height, positions = staged_positions<k>(tiling);
   const int pitch = stage_pitch<T>(positions), packs = stage_packs<T, k>(tiling);
-  const T** const sources = reinterpret_cast<const T**>(stages + kStages * packs);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int group = thread % groups, j = thread / groups % k, team = thread / groups / k;
   const int y = group / width * kRows, x = group % width;
-  find_sources<T, k>(sources, tiling, tile, left, right);
-  __syncthreads();
 
   float sums[kRows][k] = {};
 #pragma unroll 1
@@ -501,7 +504,7 @@ __device__ void multiply(Weights* weights /* (k * k, groups) */, const Tiling& t
     __syncthreads();
   }
 
-  // The weights lie where the stages were.
+  // The weights lie where the stages were: nobody reads those now.
 #pragma unroll 1
   for (int turn = 0; turn < kTeams<k>; ++turn) {
     if (team == turn) {
@@ -658,14 +661,16 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
 template <typename T, int k>
 __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
     attend_tiles_kernel(const __grid_constant__ Attend p, const __grid_constant__ Tiling tiling) {
-  CTXOPS_DYNAMIC_SHARED(Weights, weights);
+  CTXOPS_DYNAMIC_SHARED(const T*, sources);
+  Weights* const weights = reinterpret_cast<Weights*>(sources + source_places<k>(tiling));
   const int groups = tiling.groups();
   for (int64_t item = blockIdx.x; item < tiling.tiles; item += gridDim.x) {
     const Tile tile = tile_of(item, tiling, p.window, p.heads);
     if (tile.row >= tile.rows || tile.column >= tile.columns) continue;  // a shorter class
-    multiply<T, k>(weights, tiling, tile, grid_of<T>(p.left, tile.place(), p.window, p.heads),
-                   grid_of<T>(p.right, tile.place(), p.window, p.heads),
-                   static_cast<int>(p.left.size[1] / p.heads));
+    find_sources<T, k>(sources, tiling, tile, grid_of<T>(p.left, tile.place(), p.window, p.heads),
+                       grid_of<T>(p.right, tile.place(), p.window, p.heads));
+    __syncthreads();  // the weights of the last tile have been read, too
+    multiply<T, k>(weights, sources, tiling, static_cast<int>(p.left.size[1] / p.heads));
 
     // Each query has a thread: a block has at least k > kRows / 2 of them, twice, for a group.
     const int group = threadIdx.x / kRows, q = threadIdx.x % kRows;
@@ -680,7 +685,6 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
                    grid_of<T>(p.sum, tile.place(), p.window, p.heads),
                    static_cast<int>(p.map.size[1] / p.heads));
     }
-    __syncthreads();
   }
 }
 
@@ -722,10 +726,10 @@ bool heads_in_packs(const TensorView& map, int64_t heads) {
 
 template <typename T, int k>
 int64_t tile_bytes(const Tiling& tiling) {
-  const int64_t stages = kStages * stage_packs<T, k>(tiling) * sizeof(Packed<T>) +
-                         staged_positions<k>(tiling) * sizeof(const T*);
+  const int64_t sources = source_places<k>(tiling) * sizeof(const T*);
+  const int64_t stages = kStages * stage_packs<T, k>(tiling) * sizeof(Packed<T>);
   const int64_t weights = k * k * tiling.groups() * sizeof(Weights);
-  return stages > weights ? stages : weights;
+  return sources + (stages > weights ? stages : weights);
 }
 
 // Tiles count steps and channels in 32 bits.

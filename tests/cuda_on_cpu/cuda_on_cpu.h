@@ -8,6 +8,7 @@
 //
 // Under the thread sanitizer every thread of a block is a thread to it, and only barriers order
 // what they do to memory: a missing one is a data race, whatever the order. Shuffles order nothing.
+// With CTXOPS_BLOCKS=unordered in the environment nothing orders the blocks of a launch.
 #pragma once
 
 #include <ucontext.h>
@@ -79,6 +80,12 @@ inline Settings initial_settings() {
   return settings;
 }
 
+// CTXOPS_BLOCKS=unordered in the environment: not to the thread sanitizer.
+inline bool are_blocks_ordered() {
+  const char* blocks = std::getenv("CTXOPS_BLOCKS");
+  return blocks == nullptr || std::strcmp(blocks, "unordered") != 0;
+}
+
 inline Settings settings = initial_settings();
 
 // What the last launch was given.
@@ -102,6 +109,7 @@ using Thread = void*;
 #if defined(__SANITIZE_THREAD__)
 inline Thread current() { return __tsan_get_current_fiber(); }
 inline Thread create() { return __tsan_create_fiber(0); }
+inline void destroy(Thread thread) { __tsan_destroy_fiber(thread); }
 inline void become(Thread thread) { __tsan_switch_to_fiber(thread, 1 /* orders nothing */); }
 // All that came before a release of the tag comes before what follows an acquire of it.
 inline void release(char* tag) { __tsan_release(tag); }
@@ -124,6 +132,7 @@ struct Unwatched {
 #else
 inline Thread current() { return nullptr; }
 inline Thread create() { return nullptr; }
+inline void destroy(Thread) {}
 inline void become(Thread) {}
 inline void release(char*) {}
 inline void acquire(char*) {}
@@ -191,14 +200,21 @@ struct Fiber {
   unsigned char exchange[8];  // what a shuffle offers to other lanes
   std::vector<Copy> copies;
   int64_t group = 0;
+
+  ~Fiber() { races::destroy(thread); }
+};
+
+// Of the barriers of a block, each in two: who comes to the next one early must not be ordered
+// before who leaves this one late.
+struct Tags {
+  char block[2], warps[1024 / kWarp][2];
 };
 
 struct Machine {
   Context scheduler;
   races::Thread thread = races::current();
-  // Of the barriers, each in two: who comes to the next one early must not be ordered before who
-  // leaves this one late.
-  char launch_tag, end_tag, block_tags[2], warp_tags[1024 / kWarp][2];
+  char launch_tag, end_tag;
+  std::unique_ptr<Tags> tags{new Tags};
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -253,7 +269,8 @@ inline void pause(Fiber& fiber) {
 #endif
 }
 
-// A fiber lives as long as the program and runs one thread of one block after the other.
+// A fiber lives as long as the program, unless blocks are unordered, and runs one thread of one
+// block after the other.
 inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
@@ -288,7 +305,7 @@ inline void wait(State state, uint32_t mask, const char* place) {
 }
 
 inline void block_barrier(const char* place) {
-  char* const tag = &machine.block_tags[machine.fibers[machine.running]->block_barriers++ % 2];
+  char* const tag = &machine.tags->block[machine.fibers[machine.running]->block_barriers++ % 2];
   races::release(tag);
   wait(State::at_block_barrier, 0, place);
   races::acquire(tag);
@@ -306,7 +323,7 @@ inline void warp_barrier(const char* place, uint32_t mask = 0xffffffffu) {
 inline void sync_warp(const char* place, uint32_t mask = 0xffffffffu) {
   const bool whole = mask == 0xffffffffu;
   Fiber& fiber = *machine.fibers[machine.running];
-  char* const tag = &machine.warp_tags[machine.running / kWarp][fiber.warp_barriers % 2];
+  char* const tag = &machine.tags->warps[machine.running / kWarp][fiber.warp_barriers % 2];
   fiber.warp_barriers += whole;
   if (whole) races::release(tag);
   warp_barrier(place, mask);
@@ -467,7 +484,6 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stre
   }
   last_launch = {current_device, stream};
   machine.threads = static_cast<int>(threads);
-  while (machine.owned.size() < static_cast<size_t>(threads)) add_fiber();
   machine.body = body;
   gridDim = grid;
   blockDim = block;
@@ -479,6 +495,11 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stre
                     static_cast<unsigned>(n / grid.x / grid.y));
     machine.dynamic_shared = static_cast<unsigned char*>(std::malloc(shared_bytes));
     std::memset(machine.dynamic_shared, 0xff, shared_bytes);
+    if (!are_blocks_ordered()) {  // other threads, other tags: ten times as slow
+      machine.owned.clear();
+      machine.tags.reset(new Tags);
+    }
+    while (machine.owned.size() < static_cast<size_t>(threads)) add_fiber();
     run_block();
     std::free(machine.dynamic_shared);
     for (const auto& declared : machine.shared) std::free(declared.second);

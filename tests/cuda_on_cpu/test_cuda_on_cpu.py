@@ -118,12 +118,13 @@ def watched(tmp_path_factory) -> Programs:
     return programs
 
 
-def execute(program: Path, *arguments: str, order: str = "ascending"):
+def execute(program: Path, *arguments: str, order: str = "ascending", **others: str):
     environment = os.environ | {
         # Leaks are looked for with ptrace, which containers often forbid.
         "ASAN_OPTIONS": "detect_leaks=0:handle_sigill=1",
         "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}",
         "CTXOPS_THREAD_ORDER": order,
+        **others,
     }
     return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
 
@@ -175,6 +176,11 @@ def test_race(watched, kernel, order):
     assert done.returncode == RACE
     assert "ThreadSanitizer: data race" in done.stderr
     assert kernel in done.stderr
+
+
+def test_race_of_two_blocks(watched):
+    done = execute(watched["harness"], "neighbour", CTXOPS_BLOCKS="unordered")
+    assert done.returncode == RACE
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
