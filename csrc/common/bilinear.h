@@ -10,12 +10,16 @@ namespace {
 struct ResizeAxis {
   int64_t from, to;  // positions of the source and of the target
   bool align_corners;
-  double scale;  // positions of the source per position of the target
+  double scale;    // positions of the source per position of the target,
+  double inverse;  // and of the target per position of the source; 0 where there is only one
 };
 
 CTXOPS_HD ResizeAxis make_resize_axis(int64_t from, int64_t to, bool align_corners) {
-  if (!align_corners) return {from, to, false, static_cast<double>(from) / to};
-  return {from, to, true, to > 1 ? static_cast<double>(from - 1) / (to - 1) : 0.0};
+  if (!align_corners) {
+    return {from, to, false, static_cast<double>(from) / to, static_cast<double>(to) / from};
+  }
+  return {from, to, true, to > 1 ? static_cast<double>(from - 1) / (to - 1) : 0.0,
+          from > 1 ? static_cast<double>(to - 1) / (from - 1) : 0.0};
 }
 
 // A target position is (1 - weight) * source[low] + weight * source[high].
@@ -47,16 +51,15 @@ CTXOPS_HD double share_of(const Tap& tap, int64_t position) {
 
 // The first target whose tap starts at `position` or behind it.
 CTXOPS_HD int64_t first_target(const ResizeAxis& axis, int64_t position) {
-  int64_t begin = 0, end = axis.to;
-  while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
-    if (tap_at(axis, middle).low < position) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
+  if (position <= 0) return 0;
+  if (position >= axis.from) return axis.to;
+  // source_of solved for the target, a step too small at most: of the sizes of tensors, which are
+  // far below 2^50, no rounding reaches the target behind.
+  const double x =
+      axis.align_corners ? axis.inverse * position : axis.inverse * (position + 0.5) - 0.5;
+  int64_t target = x < axis.to ? static_cast<int64_t>(x) : axis.to;
+  while (target < axis.to && tap_at(axis, target).low < position) ++target;
+  return target;
 }
 
 struct TargetRange {

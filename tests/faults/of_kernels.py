@@ -71,6 +71,12 @@ CPU = [
             "return x < 0 ? 0 : x;",
             "return x;",
         ),
+        (
+            "bilinear-next-target",
+            "a target in front of a position counts as its first",
+            "while (target < axis.to && tap_at(axis, target).low < position) ++target;",
+            "",
+        ),
     ),
     *faults_in(
         "csrc/common/dtype.h",
