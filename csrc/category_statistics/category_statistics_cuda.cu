@@ -3,8 +3,9 @@
 // A warp takes a cell and one of the classes among its pixels at a time, in ascending order: its
 // lanes share the channels, or the pixels. With directions, a first kernel writes a of every pixel.
 // Then a block takes a part of the cells: its warps turn them into terms, each a class and the
-// coefficients of the four corners, and its threads, each with a channel of its own, add the terms.
-// A class's sum in a part belongs to one thread: the order of the additions is always the same.
+// coefficients of the four corners. In the order of their classes these are dealt to teams, whose
+// threads, each with a channel of its own, add them. Of a class that two teams have, the first one
+// sums into memory and the other hands on: the order of the additions is always the same.
 #include <cmath>
 
 #include "category_statistics/category_statistics.h"
@@ -18,8 +19,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocks = 3;          // on a multiprocessor at a time
-constexpr int kTerms = 8 * kWarps;  // that a block makes and adds between two barriers
+constexpr int kBlocks = 3;  // on a multiprocessor at a time
+// Of the kernel that sums.
+constexpr int kSumThreads = 512;
+constexpr int kSumWarps = kSumThreads / kWarp;
+constexpr int kSumBlocks = 2;
+constexpr int kTerms = 4 * kSumWarps;  // that a block makes and adds between two barriers
+// All blocks of a part make its terms, so that they have as many channels as they have threads,
+// unless there were fewer blocks than this: about one for each multiprocessor of a large GPU. No
+// property of the device, so that sums are the same on every one.
+constexpr int64_t kBusyBlocks = 128;
 // Terms whose features a thread loads before it adds them: as many as its registers hold.
 template <typename T>
 constexpr int kAtOnce = sizeof(T) < 8 ? 2 : 1;
@@ -47,35 +56,31 @@ struct Corners {
 };
 
 struct Cell {
-  int64_t at;                 // its upper left corner in the features
-  bool has_right, has_below;  // are there corners on the right, and below?
-  int b, top, left;           // of its pixels
-  int rows, columns;          // likewise, perhaps none
+  int64_t y, x;       // its upper left corner
+  int b;              // its image
+  int top, left;      // of its pixels
+  int rows, columns;  // likewise, perhaps none
 
   __device__ Corners corners(const Problem& p) const {
-    return {at, has_right ? p.features.stride[3] : 0, has_below ? p.features.stride[2] : 0};
+    const int64_t* const stride = p.features.stride;
+    const bool has_right = x + 1 < p.features.size[3] && step_of(p.across) > 0;
+    const bool has_below = y + 1 < p.features.size[2] && step_of(p.down) > 0;
+    return {b * stride[0] + y * stride[2] + x * stride[3], has_right ? stride[3] : 0,
+            has_below ? stride[2] : 0};
   }
 };
 
 // A warp calls it.
 __device__ Cell cell_at(const Problem& p, int64_t number) {
   const int64_t h = p.features.size[2], w = p.features.size[3];
-  const int64_t x = number % w, y = number / w % h, b = number / w / h;
+  const int64_t row = number / w, x = number - row * w, b = row / h, y = row - b * h;
   // Four lanes look for a side each.
   const int lane = lane_of_thread();
-  const ResizeAxis axis = lane % 4 < 2 ? p.down : p.across;
+  const ResizeAxis& axis = lane % 4 < 2 ? p.down : p.across;
   const int side = static_cast<int>(first_target(axis, (lane % 4 < 2 ? y : x) + lane % 2));
   const int top = __shfl_sync(kAllLanes, side, 0), bottom = __shfl_sync(kAllLanes, side, 1);
   const int left = __shfl_sync(kAllLanes, side, 2), right = __shfl_sync(kAllLanes, side, 3);
-  const int64_t* const stride = p.features.stride;
-  return {b * stride[0] + y * stride[2] + x * stride[3],
-          x + 1 < w && step_of(p.across) > 0,
-          y + 1 < h && step_of(p.down) > 0,
-          static_cast<int>(b),
-          top,
-          left,
-          bottom - top,
-          right - left};
+  return {y, x, static_cast<int>(b), top, left, bottom - top, right - left};
 }
 
 // The label with that number of elements in front of it.
@@ -92,11 +97,10 @@ __device__ int64_t load_label(const void* labels, DType dtype, int64_t offset) {
 // f(label, Y, X) for the lane's share of the cell's pixels.
 template <typename F>
 __device__ void for_pixels(const Problem& p, const Cell& cell, const F& f) {
-  if (cell.rows == 0 || cell.columns == 0) return;
+  if (cell.columns == 0) return;
   const int64_t* const stride = p.labels.stride;
-  const int64_t count = static_cast<int64_t>(cell.rows) * cell.columns;
-  Walk walk(lane_of_thread(), kWarp, cell.columns);
-  for (int64_t i = lane_of_thread(); i < count; i += kWarp, walk.next()) {
+#pragma unroll 1  // registers are few
+  for (Walk walk(lane_of_thread(), kWarp, cell.columns); walk.row() < cell.rows; walk.next()) {
     const int64_t Y = cell.top + walk.row(), X = cell.left + walk.column();
     f(load_label(p.labels.data, p.labels.dtype, cell.b * stride[0] + Y * stride[1] + X * stride[2]),
       Y, X);
@@ -142,14 +146,13 @@ __device__ int64_t scratch_at(const Problem& p, const Cell& cell, int64_t Y, int
   return (cell.b * p.labels.size[1] + Y) * p.labels.size[2] + X;
 }
 
-// The shares of a cell's corners in one of its pixels.
-struct Shares {
-  double of[4];
+// Where a pixel lies in its cell: how far down and across, from 0 to 1.
+struct Inside {
+  double v, u;
 };
 
-__device__ Shares shares_at(const Problem& p, int64_t Y, int64_t X) {
-  const double v = tap_at(p.down, Y).weight, u = tap_at(p.across, X).weight;
-  return {{(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u}};
+__device__ Inside inside(const Problem& p, const Cell& cell, int64_t Y, int64_t X) {
+  return {source_of(p.down, Y) - cell.y, source_of(p.across, X) - cell.x};
 }
 
 // Nothing is summed yet.
@@ -176,7 +179,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
        number < p.cells; number += static_cast<int64_t>(gridDim.x) * kWarps) {
     const Cell cell = cell_at(p, number);
     const Corners corners = cell.corners(p);
-    double product[10] = {};  // <f, f'>, the corners' with themselves and those in front
+    // |r|^2 is a quadratic of u, its coefficients are quadratics of v: the sums of (1 - t)^2,
+    // 2 (1 - t) t and t^2 times what is [v][u] here, <f, f'> of two corners or the mean of two
+    // such.
+    double square[3][3] = {};
     bool measured = false;
     for (int32_t k = first_class(p, cell, false); k != kNone;) {
       const double* const m = p.directions + k * C;  // (C,)
@@ -190,30 +196,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int i = 0; i < 4; ++i) along[i] += f[i] * m[c];
         if (measured) continue;
 #pragma unroll
-        for (int i = 0, n = 0; i < 4; ++i) {
-#pragma unroll
-          for (int j = 0; j <= i; ++j, ++n) product[n] += f[i] * f[j];
+        for (int i = 0; i < 2; ++i) {  // a row of corners, a column
+          square[2 * i][0] += f[2 * i] * f[2 * i];
+          square[2 * i][1] += f[2 * i] * f[2 * i + 1];
+          square[2 * i][2] += f[2 * i + 1] * f[2 * i + 1];
+          square[1][2 * i] += f[i] * f[i + 2];
         }
+        square[1][1] += f[0] * f[3] + f[1] * f[2];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) along[i] = warp_sum(along[i]);
 #pragma unroll
-      for (int n = 0; n < 10 && !measured; ++n) product[n] = warp_sum(product[n]);
+      for (int n = 0; n < 9 && !measured; ++n)
+        square[n / 3][n % 3] = warp_sum(square[n / 3][n % 3]);
+      if (!measured) square[1][1] *= 0.5;
       measured = true;
 
       k = for_pixels_of(p, cell, k, [&](int64_t Y, int64_t X) {
-        const Shares share = shares_at(p, Y, X);
-        double dot = 0, square = 0;
+        const auto [v, u] = inside(p, cell, Y, X);
+        const double dot =
+            (1 - v) * ((1 - u) * along[0] + u * along[1]) + v * ((1 - u) * along[2] + u * along[3]);
+        const double of_u[3] = {(1 - u) * (1 - u), 2 * (1 - u) * u, u * u};
+        double of_v[3];
 #pragma unroll
-        for (int i = 0, n = 0; i < 4; ++i) {
-          dot += share.of[i] * along[i];
-#pragma unroll
-          for (int j = 0; j <= i; ++j, ++n) {
-            square += (i == j ? 1 : 2) * share.of[i] * share.of[j] * product[n];
-          }
+        for (int i = 0; i < 3; ++i) {
+          of_v[i] = of_u[0] * square[i][0] + of_u[1] * square[i][1] + of_u[2] * square[i][2];
         }
+        const double length =
+            (1 - v) * (1 - v) * of_v[0] + 2 * (1 - v) * v * of_v[1] + v * v * of_v[2];
         // Of an inexact square; written so that NaN stays.
-        double norm = sqrt(square < 0 ? 0 : square);
+        double norm = sqrt(length < 0 ? 0 : length);
         norm = norm < kShortest ? kShortest : norm;
         scratch[scratch_at(p, cell, Y, X)] = static_cast<Accumulator<T>>(weight_of(dot / norm));
       });
@@ -229,7 +241,7 @@ struct Term {
   int64_t count;          // of the pixels
 };
 
-// The terms of every kWarps-th cell of a range. A warp has one.
+// The terms of every kSumWarps-th cell of a range. A warp has one.
 template <typename A>
 class Terms {
  public:
@@ -239,10 +251,14 @@ class Terms {
         end_(cells.end),
         counts_outside_(counts_outside) {}
 
+  // To be called first, and where other things than next() were called: registers are few, so that
+  // the cell is not kept.
+  __device__ void resume() { cell_ = k_ == kNone ? Cell{} : cell_at(p_, number_ - kSumWarps); }
+
   __device__ Term next() {
     while (k_ == kNone && number_ < end_) {
       cell_ = cell_at(p_, number_);
-      number_ += kWarps;
+      number_ += kSumWarps;
       k_ = first_class(p_, cell_, counts_outside_);
     }
     Term term = {};
@@ -253,9 +269,12 @@ class Terms {
       double a = 1;
       if (p_.directions != nullptr)
         a = static_cast<const A*>(p_.scratch)[scratch_at(p_, cell_, Y, X)];
-      const Shares share = shares_at(p_, Y, X);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) term.coefficient[i] += a * share.of[i];
+      const auto [v, u] = inside(p_, cell_, Y, X);
+      const double above = a * (1 - v), below = a * v;
+      term.coefficient[0] += above * (1 - u);
+      term.coefficient[1] += above * u;
+      term.coefficient[2] += below * (1 - u);
+      term.coefficient[3] += below * u;
       ++count;
     });
 #pragma unroll
@@ -273,67 +292,115 @@ class Terms {
   int32_t k_ = kNone;  // of the next term
 };
 
-// The sums of a part. A block has the channels that its threads can take at once.
+// The sums of a part. A block has so many channels, a team each of them.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    sums_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    sums_kernel(const __grid_constant__ Problem p, const int lanes) {
   CTXOPS_SHARED(Term, terms, kTerms);
+  CTXOPS_SHARED(int32_t, class_of_term, kTerms);
+  CTXOPS_SHARED(int32_t, classes, kTerms);  // in ascending order,
+  CTXOPS_SHARED(int32_t, order, kTerms);    // and the terms that they belong to
+  CTXOPS_SHARED(int32_t, count_of_terms, 1);
+  CTXOPS_SHARED(double, handed_on, kSumThreads);
   const T* const features = static_cast<const T*>(p.features.data);
-  const int64_t C = p.channels, K = p.classes, tiles = divide_up(C, kThreads);
+  const int64_t C = p.channels, K = p.classes, tiles = divide_up(C, lanes);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int team = thread / lanes, teams = kSumThreads / lanes;
   for (int64_t item = blockIdx.x; item < p.parts * tiles; item += gridDim.x) {
     const int part = static_cast<int>(item / tiles);
-    const int64_t tile = item % tiles, c = tile * kThreads + threadIdx.x;
+    const int64_t c = item % tiles * lanes + (thread & (lanes - 1));
     const Span cells = span_of_part(part, p.parts, p.cells);
-    Terms<Accumulator<T>> own(p, cells, tile == 0);
+    Terms<Accumulator<T>> own(p, cells, c < lanes);
     for (bool more = true; more;) {
-      for (int i = warp_of_thread(); i < kTerms; i += kWarps) {
+      own.resume();
+      for (int i = warp_of_thread(); i < kTerms; i += kSumWarps) {
         const Term term = own.next();
-        if (lane_of_thread() == 0) terms[i] = term;
+        if (lane_of_thread() == 0) {
+          terms[i] = term;
+          class_of_term[i] = term.k;
+        }
       }
       __syncthreads();
 
+      if (thread < kTerms) {
+        const int32_t k = class_of_term[thread];
+        int place = 0, count = 0;
+#pragma unroll 8
+        for (int i = 0; i < kTerms; ++i) {
+          const int32_t other = class_of_term[i];
+          place += other < k || (other == k && i < thread);
+          count += other != kNone;
+        }
+        classes[place] = k;
+        order[place] = thread;
+        if (thread == 0) count_of_terms[0] = count;
+      }
+      __syncthreads();
+
+      const int count = count_of_terms[0];
+      const auto begin_of = [&](int team) { return team * lanes * count / kSumThreads; };
+      // Does a team go on with the last class of the one in front?
+      const auto goes_on = [&](int team) {
+        const int begin = begin_of(team);
+        return begin > 0 && begin < begin_of(team + 1) && classes[begin - 1] == classes[begin];
+      };
+      const int end = c < C ? begin_of(team + 1) : 0;
+      bool hands_on = goes_on(team);
       double sum = 0;
       int32_t k = kNone;  // whose sum
-      for (int first = 0; c < C && first < kTerms; first += kAtOnce<T>) {
+      const auto keep = [&] {
+        if (hands_on) {
+          handed_on[thread] = sum;
+        } else {
+          p.part_sums[(part * K + k) * C + c] += sum;
+        }
+        hands_on = false;
+      };
+      for (int first = begin_of(team); first < end; first += kAtOnce<T>) {
         T f[kAtOnce<T>][4];
 #pragma unroll
         for (int n = 0; n < kAtOnce<T>; ++n) {
-          const Term& term = terms[first + n];
-          if (term.k == kNone) continue;
+          if (first + n >= end) continue;
+          const Corners& corners = terms[order[first + n]].corners;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) f[n][i] = features[term.corners.offset(i) + c];
+          for (int i = 0; i < 4; ++i) f[n][i] = features[corners.offset(i) + c];
         }
 #pragma unroll
         for (int n = 0; n < kAtOnce<T>; ++n) {
-          const Term& term = terms[first + n];
-          if (term.k == kNone) continue;
-          if (term.k != k) {
-            if (k != kNone) p.part_sums[(part * K + k) * C + c] += sum;
-            k = term.k;
+          if (first + n >= end) continue;
+          if (classes[first + n] != k) {
+            if (k != kNone) keep();
+            k = classes[first + n];
             sum = 0;
           }
+          const Term& term = terms[order[first + n]];
 #pragma unroll
           for (int i = 0; i < 4; ++i) sum += term.coefficient[i] * load(f[n][i]);
         }
       }
-      if (k != kNone) p.part_sums[(part * K + k) * C + c] += sum;
+      if (k != kNone) keep();
 
-      // The shares of a pixel add up to 1.
-      for (int64_t j = threadIdx.x; tile == 0 && j < K; j += kThreads) {
+      // The first term of a class: the shares of a pixel add up to 1.
+      if (c < lanes && thread < count && (thread == 0 || classes[thread - 1] != classes[thread])) {
         double weight = 0;
-        int64_t count = 0;
-        for (int i = 0; i < kTerms; ++i) {
-          const Term& term = terms[i];
-          if (term.k != j) continue;
+        int64_t pixels = 0;
+        for (int n = thread; n < count && classes[n] == classes[thread]; ++n) {
+          const Term& term = terms[order[n]];
           for (const double coefficient : term.coefficient) weight += coefficient;
-          count += term.count;
+          pixels += term.count;
         }
-        p.part_weights[part * K + j] += weight;
-        p.part_counts[part * K + j] += count;
+        p.part_weights[part * K + classes[thread]] += weight;
+        p.part_counts[part * K + classes[thread]] += pixels;
       }
       more = false;  // a warp that has more has filled the last of its places
-      for (int i = kTerms - kWarps; i < kTerms; ++i) more = more || terms[i].k != kNone;
+      for (int i = kTerms - kSumWarps; i < kTerms; ++i) more = more || class_of_term[i] != kNone;
       __syncthreads();
+
+      for (int other = 1; team == 0 && c < C && other < teams; ++other) {
+        if (goes_on(other))
+          p.part_sums[(part * K + classes[begin_of(other)]) * C + c] +=
+              handed_on[other * lanes + thread];
+      }
     }
   }
 }
@@ -406,6 +473,16 @@ Problem make_problem(const CategoryStatistics& params) {
   return p;
 }
 
+// So many channels has a block that sums, a power of two.
+int lanes_of_sums(const Problem& p) {
+  int lanes = kSumThreads;
+  while (lanes > kWarp &&
+         (lanes / 2 >= p.channels || p.parts * divide_up(p.channels, lanes) < kBusyBlocks)) {
+    lanes /= 2;
+  }
+  return lanes;
+}
+
 template <typename T>
 const char* launch(const CategoryStatistics& params, cudaStream_t stream) {
   using A = Accumulator<T>;
@@ -419,8 +496,9 @@ const char* launch(const CategoryStatistics& params, cudaStream_t stream) {
                           stream, p);
   }
   if (error == nullptr) {
-    error = CTXOPS_LAUNCH((sums_kernel<T>), grid_size(p.parts * divide_up(p.channels, kThreads)),
-                          kThreads, 0, stream, p);
+    const int lanes = lanes_of_sums(p);
+    error = CTXOPS_LAUNCH((sums_kernel<T>), grid_size(p.parts * divide_up(p.channels, lanes)),
+                          kSumThreads, 0, stream, p, lanes);
   }
   if (error != nullptr) return error;
   return CTXOPS_LAUNCH((add_parts_kernel<A>),

@@ -61,7 +61,11 @@ const std::vector<Case> kMany = {
     {1, 3, 300, 2, 2, 17, 18, 2, true, "blobs"},
     {1, 2, 3, 9, 11, 18, 22, 1, false, "blobs"},  // cells in a part
     {1, 2, 3, 9, 11, 18, 22, 2},
-    {1, 1, 2, 2, 2, 4, 4, 70},  // parts
+    {1, 1, 2, 2, 2, 4, 4, 70},    // parts
+    {1, 300, 3, 3, 4, 9, 9, 70},  // both: larger tiles of channels
+    {1, 300, 3, 3, 4, 9, 9, 130},
+    {1, 40, 1, 9, 11, 18, 22, 2},  // terms of one class, which all teams have
+    {1, 40, 2, 9, 11, 18, 22, 1, true, "blobs"},
 };
 
 std::vector<Case> drawn_cases() {

@@ -399,6 +399,12 @@ def test_category_statistics_of(programs, cases, weights):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_category_statistics_where_neighbours_cancel(programs):
+    """In double: no rounding to the accumulator hides what the length of a vector loses."""
+    done = execute(programs["category_statistics"], "float64", "weighted", "numbers")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # The fewest that come to every barrier.
 WATCHED = {
     "pyramid_pool": [

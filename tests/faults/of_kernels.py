@@ -392,8 +392,20 @@ CUDA = [
         (
             "cuda-category-weights",
             "weights hold only the last terms of every part",
-            "p.part_weights[part * K + j] += weight;",
-            "p.part_weights[part * K + j] = weight;",
+            "p.part_weights[part * K + classes[thread]] += weight;",
+            "p.part_weights[part * K + classes[thread]] = weight;",
+        ),
+        (
+            "cuda-category-handed-on",
+            "of a class whose terms two teams have, both write the sum at once",
+            "bool hands_on = goes_on(team);",
+            "bool hands_on = false;",
+        ),
+        (
+            "cuda-category-length",
+            "the length of a resized vector lacks the product of opposite corners",
+            "square[1][1] += f[0] * f[3] + f[1] * f[2];",
+            "square[1][1] += f[0] * f[3];",
         ),
         (
             "cuda-category-outside",
