@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Corners corners = cell.corners(p);
     // |r|^2 is a quadratic of u, its coefficients are quadratics of v: the sums of (1 - t)^2,
     // 2 (1 - t) t and t^2 times what is [v][u] here, <f, f'> of two corners or the mean of two
-    // such.
+    // such. The weights are positive and add up to 1: where neighbours cancel, the square is off by
+    // a few roundings of the largest <f, f>, as a sum over the shares is, and by no more.
     double square[3][3] = {};
     bool measured = false;
     for (int32_t k = first_class(p, cell, false); k != kNone;) {
