@@ -10,9 +10,12 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// Of blocks whose threads have nothing to share: few, so that few items lie on many
+// multiprocessors.
+constexpr int kThreadsAlone = 64;
 
-// Below this many threads the rows of a cell are divided among teams. A property of the problem and
-// not of the device, so that sums are the same on every device.
+// Below this many threads the rows of a cell, or the cells of a bin, are divided among teams. A
+// property of the problem and not of the device, so that sums are the same on every device.
 constexpr int64_t kBusyThreads = 1 << 18;
 
 enum class Mode { mean, maximum };
@@ -448,14 +451,14 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kMode, V))
 // d(map)[h, w] = sum over the bins that hold (h, w) of d(bin) / area: constant within a cell. One
 // thread for V channels of one cell.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreadsAlone, 10)
     gather_cells_kernel(const __grid_constant__ Backward p) {
   using A = Accumulator<T>;
   const int64_t C = p.grad_input.size[1], H = p.grad_input.size[2], W = p.grad_input.size[3];
   const int64_t R = p.rows.count, Q = p.columns.count, packs = C / V;
   const int64_t items = p.grad_input.size[0] * R * Q * packs;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreadsAlone + threadIdx.x; item < items;
+       item += static_cast<int64_t>(gridDim.x) * kThreadsAlone) {
     const CellTile my = cell_tile(item, R, Q, packs, V);
     double sum[V] = {};  // a cell of a tiny map may get thousands of bins
     for_bins_at(p.sizes, H, W, cell_start(p.rows, my.r), cell_start(p.columns, my.q),
@@ -569,12 +572,13 @@ __global__ void __launch_bounds__(kThreads)
 // A maximum sends its gradient to one position of a map of zeros. One thread for one channel of one
 // bin; the first of the bins that chose a position writes the sum of all, in their order.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) send_maxima_kernel(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(kThreadsAlone, 10)
+    send_maxima_kernel(const __grid_constant__ Backward p) {
   using A = Accumulator<T>;
   const int64_t C = p.grad_input.size[1], H = p.grad_input.size[2], W = p.grad_input.size[3];
   const int64_t S = p.grad_output.size[1], items = p.grad_input.size[0] * S * C;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; item < items;
-       item += static_cast<int64_t>(gridDim.x) * kThreads) {
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreadsAlone + threadIdx.x; item < items;
+       item += static_cast<int64_t>(gridDim.x) * kThreadsAlone) {
     const CellTile my = cell_tile(item, 1, S, C, 1);
     const int32_t position = *row<int32_t>(p.argmax, my.b, my.q, my.c);
     const int64_t h = position / W, w = position % W;
@@ -616,6 +620,19 @@ BlockLayout channels_inner_layout(const TensorView& map, int V, int64_t cells) {
   return block_layout(map.size[1], V, map.size[2] * map.size[3] / cells);
 }
 
+// A team for every cell of an average bin; for more cells where threads are few, as the largest bin
+// then takes the longest.
+BlockLayout bins_layout(const Forward& p, int V) {
+  const int64_t C = p.input.size[1], S = p.output.size[2];
+  const int64_t cells = p.rows.count * p.columns.count;
+  const BlockLayout one_team = block_layout(C, V, 1);
+  const int64_t tiles = divide_up(C, one_team.lanes * V);
+  const int64_t threads = p.input.size[0] * S * tiles * one_team.lanes;
+  const int64_t wanted = smaller(cells, divide_up(kBusyThreads, threads));
+  const int64_t average = p.sizes.count * cells / S;
+  return block_layout(C, V, average < wanted ? wanted : average);
+}
+
 template <typename T, Mode kMode>
 const char* launch_cells(const Forward& p, cudaStream_t stream) {
   using A = Accumulator<T>;
@@ -644,11 +661,10 @@ const char* launch_cells(const Forward& p, cudaStream_t stream) {
 template <typename A, Mode kMode>
 const char* launch_bins(const Forward& p, cudaStream_t stream) {
   const int64_t C = p.input.size[1], S = p.output.size[2];
-  const int64_t cells_of_a_bin = p.sizes.count * p.rows.count * p.columns.count / S;
   const bool packs = packs_fit<A, kElements<A>>(p.cells, 3) && aligned(p.cell_argmax, 16);
   return with_packs<A>(packs, [&](auto width) {
     constexpr int V = decltype(width)::value;
-    const BlockLayout layout = block_layout(C, V, cells_of_a_bin);
+    const BlockLayout layout = bins_layout(p, V);
     const int64_t items = p.input.size[0] * S * divide_up(C, layout.lanes * V);
     return CTXOPS_LAUNCH(
         (bins_kernel<A, kMode, V>), grid_size(divide_up(items, layout.items)), kThreads,
@@ -671,8 +687,8 @@ const char* launch_gather_cells(const Backward& p, cudaStream_t stream) {
   return with_packs<T>(packs, [&](auto width) {
     constexpr int V = decltype(width)::value;
     const int64_t items = element_count(p.grad_cells) / V;
-    return CTXOPS_LAUNCH((gather_cells_kernel<T, V>), grid_size(divide_up(items, kThreads)),
-                         kThreads, 0, stream, p);
+    return CTXOPS_LAUNCH((gather_cells_kernel<T, V>), grid_size(divide_up(items, kThreadsAlone)),
+                         kThreadsAlone, 0, stream, p);
   });
 }
 
@@ -711,8 +727,8 @@ const char* backward(const Backward& p, cudaStream_t stream) {
   }
   if (const char* error = launch_spread<T>(p, stream)) return error;
   const int64_t items = element_count(p.grad_output);
-  return CTXOPS_LAUNCH((send_maxima_kernel<T>), grid_size(divide_up(items, kThreads)), kThreads, 0,
-                       stream, p);
+  return CTXOPS_LAUNCH((send_maxima_kernel<T>), grid_size(divide_up(items, kThreadsAlone)),
+                       kThreadsAlone, 0, stream, p);
 }
 
 }  // namespace

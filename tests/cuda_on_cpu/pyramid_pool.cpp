@@ -24,6 +24,7 @@ const std::vector<Case> kSmall = {
     {1, 8, 5, 576, {1, 7}},     // likewise, in packs
     {1, 2, 64, 8, {1, 2}},      // few planes: several teams
     {1, 3, 40, 300, {1, 3}},    // likewise, and more columns than a strip
+    {1, 16, 24, 24, {1, 8}},    // few bins, one with far more cells than the others
     {0, 3, 4, 4, {1, 2}},
 };
 const std::vector<Case> kBoundaries = {{1, 1, 1, 263, {131}}};  // more than kMaxCells

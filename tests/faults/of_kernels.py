@@ -292,6 +292,12 @@ CUDA = [
             "total = {};",
         ),
         (
+            "cuda-pool-teams",
+            "a cell or a bin that several teams share lacks the part of the last",
+            "for (int team = 0; team < teams; ++team) {",
+            "for (int team = 0; team < teams - 1; ++team) {",
+        ),
+        (
             "cuda-pool-columns-of-teams",
             "contiguous maps: a cell whose rows several teams share lacks the rows of the last",
             "for (int team = 0; team < layout.teams; ++team) {\n"
