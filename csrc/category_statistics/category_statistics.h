@@ -124,6 +124,26 @@ CTXOPS_INLINE const char* CategoryStatistics::check() const {
       !is_dense(part_counts, features, DType::int64, parts, classes)) {
     return "the parts' sums must be (P, K, C) and (P, K), P >= 1";
   }
+  const bool on_cuda = features.cuda_device >= 0;
+  if (!unit_stride(features, 1) && (on_cuda || !unit_stride(features, 3))) {
+    return "features must have their channels, or on the CPU their columns, side by side";
+  }
+  if (!on_cuda) {
+    const int64_t positions = scratch.ndim == 3 ? scratch.size[1] : 0;
+    if (positions < 2 || !is_dense(scratch, features, DType::float64, parts, positions,
+                                   scratch_of_position(features.dtype == DType::float64, channels,
+                                                       classes, labels.size[2], positions))) {
+      return "on the CPU scratch must be (P, N, M) in double, N >= 2";
+    }
+    return nullptr;
+  }
+  for (int i = 0; i < 3; ++i) {
+    if (labels.size[i] > INT32_MAX) return "on CUDA labels must have B, H, W below 2^31";
+  }
+  if (element_count(directions) > 0 &&
+      !is_dense(scratch, features, accumulator, labels.size[0], labels.size[1], labels.size[2])) {
+    return "on CUDA scratch must be (B, H, W), an accumulator";
+  }
   return nullptr;
 }
 

@@ -386,12 +386,9 @@ void add_parts(const Problem& p, int64_t k, A* sums, A* weights, int64_t* counts
 }
 
 template <typename A>
-const char* statistics(const CategoryStatistics& params, Threads threads) {
+void statistics(const CategoryStatistics& params, Threads threads) {
   const TensorView &features = params.features, &labels = params.labels;
   const TensorView& scratch = params.scratch;
-  if (!unit_stride(features, 1) && !unit_stride(features, 3)) {
-    return "features must have their channels or their columns side by side";
-  }
   Problem p;
   p.features = features;
   p.labels = labels;
@@ -407,15 +404,10 @@ const char* statistics(const CategoryStatistics& params, Threads threads) {
   p.height = features.size[2];
   p.width = features.size[3];
   p.ignore_index = params.ignore_index;
-  p.columns = scratch.ndim == 3 ? scratch.size[1] : 0;
+  p.columns = scratch.size[1];
+  p.scratch_each = scratch.size[2];
   p.down = make_resize_axis(p.height, labels.size[1], params.align_corners);
   p.across = make_resize_axis(p.width, labels.size[2], params.align_corners);
-  if (p.columns < 2) return "scratch must be (P, N, M), N >= 2";
-  p.scratch_each = scratch_of_position(std::is_same_v<A, double>, p.channels, p.classes,
-                                       labels.size[2], p.columns);
-  if (!is_dense(scratch, features, DType::float64, p.parts, p.columns, p.scratch_each)) {
-    return "scratch must be (P, N, M) in double";
-  }
   int64_t* found = static_cast<int64_t*>(params.outside.data);
   found[0] = found[1] = 0;
   parallel_for(p.parts, element_count(features), threads,
@@ -429,14 +421,14 @@ const char* statistics(const CategoryStatistics& params, Threads threads) {
     add_parts(p, k, static_cast<A*>(params.sums.data), static_cast<A*>(params.weights.data),
               static_cast<int64_t*>(params.counts.data));
   });
-  return nullptr;
 }
 
 }  // namespace
 
 const char* category_statistics(const CategoryStatistics& params, Threads threads) {
-  return dispatch(params, [&](auto tag) {
-    return statistics<Accumulator<typename decltype(tag)::type>>(params, threads);
+  return dispatch(params, [&](auto tag) -> const char* {
+    statistics<Accumulator<typename decltype(tag)::type>>(params, threads);
+    return nullptr;
   });
 }
 

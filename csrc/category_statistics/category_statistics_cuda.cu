@@ -438,20 +438,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-const char* check_for_cuda(const CategoryStatistics& params) {
-  const TensorView &features = params.features, &labels = params.labels;
-  if (!unit_stride(features, 1)) return "features must have their channels side by side";
-  for (int i = 0; i < 3; ++i) {
-    if (labels.size[i] > INT32_MAX) return "labels must have B, H, W below 2^31";
-  }
-  if (element_count(params.directions) > 0 &&
-      !is_dense(params.scratch, features, accumulator_dtype(features.dtype), labels.size[0],
-                labels.size[1], labels.size[2])) {
-    return "scratch must be (B, H, W), an accumulator";
-  }
-  return nullptr;
-}
-
 Problem make_problem(const CategoryStatistics& params) {
   const TensorView &features = params.features, &labels = params.labels;
   const bool weighted = element_count(params.directions) > 0;
@@ -487,7 +473,6 @@ int lanes_of_sums(const Problem& p) {
 template <typename T>
 const char* launch(const CategoryStatistics& params, cudaStream_t stream) {
   using A = Accumulator<T>;
-  if (const char* error = check_for_cuda(params)) return error;
   const Problem p = make_problem(params);
   const int64_t values = p.parts * p.classes * p.channels;
   const char* error = CTXOPS_LAUNCH(clear_kernel, grid_size(divide_up(values, 4 * kThreads)),
