@@ -14,7 +14,7 @@ _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Of torch.nn.functional.cosine_similarity: shorter vectors count as that long.
 _EPS = 1e-8
 # Parts of the map have sums of their own, which are added in the end: so many bytes at most, and
-# no fewer rows of the map in a part. On CUDA, where blocks take the parts, no fewer positions, two
+# no fewer rows of the map in a part. On CUDA, where blocks take the parts, no fewer positions, one
 # for each of a block's warps, and no more parts than keep a large GPU busy.
 _PART_BYTES = 32 << 20
 _PART_ROWS = 8
