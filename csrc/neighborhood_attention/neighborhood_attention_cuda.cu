@@ -7,7 +7,8 @@
 // (gradients) whose windows hold it. The gradient of the bias is a sum over positions, by blocks.
 //
 // Tiled kernels serve square windows of 3, 5 and 7, general ones everything else, with a warp for
-// a position.
+// a position. Where windows shift, the second pass of the backward is general: near a border more
+// queries than a window has see a key.
 #include <cmath>
 #include <utility>
 
@@ -364,6 +365,17 @@ struct Tiling {
   CTXOPS_HD int groups() const { return width * (height / kRows); }
 };
 
+// What stands at a step of a window with the query in its middle. Where windows shift, they hold at
+// one end what they lack at the other: k steps away, for all queries alike. So tiles know centred
+// windows alone.
+template <int k, bool kShift>
+__device__ int seen_at(int step, int steps) {
+  if (!kShift) return step;
+  return step < 0 ? step + k : step >= steps ? step - k : step;
+}
+
+__device__ bool within(int step, int steps) { return step >= 0 && step < steps; }
+
 struct Tile {
   int64_t b;
   int head, top, left;  // as in Place
@@ -417,7 +429,7 @@ CTXOPS_HD int stage_packs(const Tiling& tiling) {
 }
 
 // Where the staged positions lie; nullptr: not in the map. To be found once for all chunks.
-template <typename T, int k>
+template <typename T, int k, bool kShift>
 __device__ void find_sources(const T** sources /* (staged_positions,) */, const Tiling& tiling,
                              const Tile& tile, const Grid<T>& left, const Grid<T>& right) {
   const int queries = tiling.width * tiling.height, count = staged_positions<k>(tiling);
@@ -425,8 +437,12 @@ __device__ void find_sources(const T** sources /* (staged_positions,) */, const 
     const bool is_query = i < queries;
     const int n = is_query ? i : i - queries, before = is_query ? 0 : k / 2;
     const int width = tiling.width + 2 * before;
-    const int h = tile.row + n / width - before, w = tile.column + n % width - before;
-    const bool inside = h >= 0 && h < tile.rows && w >= 0 && w < tile.columns;
+    int h = tile.row + n / width - before, w = tile.column + n % width - before;
+    if (!is_query) {
+      h = seen_at<k, kShift>(h, tile.rows);
+      w = seen_at<k, kShift>(w, tile.columns);
+    }
+    const bool inside = within(h, tile.rows) && within(w, tile.columns);
     sources[i] = !inside ? nullptr : is_query ? left.at(h, w) : right.at(h, w);
   }
 }
@@ -522,13 +538,19 @@ __device__ void multiply(Weights* weights /* (k * k, groups) */,
 }
 
 // The products of one query become its weights, or the gradients of its logits.
-template <int k>
+template <int k, bool kShift>
 __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const Attend& p,
                       const Tile& tile, int row, int column, int group, int q) {
-  const int64_t top = window_start(p.window.rows, row, tile.rows);
-  const int64_t left = window_start(p.window.columns, column, tile.columns);
-  const StepRange in_rows = window_inside(p.window.rows, top, tile.rows);
-  const StepRange in_columns = window_inside(p.window.columns, left, tile.columns);
+  const int top = static_cast<int>(window_start(p.window.rows, row, tile.rows));
+  const int left = static_cast<int>(window_start(p.window.columns, column, tile.columns));
+  const auto row_of = [&](int i) { return seen_at<k, kShift>(row - k / 2 + i, tile.rows); };
+  const auto column_of = [&](int j) {
+    return seen_at<k, kShift>(column - k / 2 + j, tile.columns);
+  };
+  // Which neighbour of the window that is.
+  const auto neighbour = [&](int i, int j) {
+    return kShift ? (row_of(i) - top) * k + column_of(j) - left : i * k + j;
+  };
   const Entries<float> entries = entries_of<float>(p.weights, tile.place(), p.window);
   const float scale = static_cast<float>(p.scale);
   // f(i, x, inside) may change the products x[j] of row i of the window, and is told which of them
@@ -542,7 +564,7 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
 #pragma unroll
       for (int j = 0; j < k; ++j) {
         x[j] = weights[(i * k + j) * groups + group].x[q];
-        inside[j] = within(in_rows, top + i) && within(in_columns, left + j);
+        inside[j] = within(row_of(i), tile.rows) && within(column_of(j), tile.columns);
       }
       f(i, x, inside);
 #pragma unroll
@@ -551,7 +573,7 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
   };
   const auto load_entries = [&](int i, const bool (&inside)[k], float (&to)[k]) {
 #pragma unroll
-    for (int j = 0; j < k; ++j) to[j] = inside[j] ? *entries.at(i * k + j, row, column) : 0;
+    for (int j = 0; j < k; ++j) to[j] = inside[j] ? *entries.at(neighbour(i, j), row, column) : 0;
   };
   float total = 0;
   if (p.backward()) {
@@ -570,7 +592,7 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
 #pragma unroll
       for (int j = 0; j < k; ++j) x[j] = inside[j] ? weight[j] * (x[j] - total) : 0;
 #pragma unroll
-      for (int j = 0; j < k; ++j) *grads.at(i * k + j, row, column) = x[j];
+      for (int j = 0; j < k; ++j) *grads.at(neighbour(i, j), row, column) = x[j];
 #pragma unroll
       for (int j = 0; j < k; ++j) x[j] *= scale;
     });
@@ -589,11 +611,13 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
     if (p.bias.data == nullptr) {
       take([](float product, int, int) { return product; });
     } else {
-      // Windows that do not shift have their first neighbour k / 2 steps up and left.
+      // The middle entry is the query's own.
       constexpr int kAcross = 2 * k - 1;
       const float* const bias = static_cast<const float*>(p.bias.data) +
-                                tile.head * kAcross * kAcross + k / 2 * (kAcross + 1);
-      take([&](float product, int i, int j) { return product + bias[i * kAcross + j]; });
+                                tile.head * kAcross * kAcross + (k - 1) * (kAcross + 1);
+      take([&](float product, int i, int j) {
+        return product + bias[(row_of(i) - row) * kAcross + column_of(j) - column];
+      });
     }
     each_row([&](int, float (&x)[k], const bool (&)[k]) {
 #pragma unroll
@@ -604,13 +628,13 @@ __device__ void weigh(Weights* weights /* (k * k, groups) */, int groups, const 
       for (int j = 0; j < k; ++j) x[j] /= total;
       if (entries.data == nullptr) return;
 #pragma unroll
-      for (int j = 0; j < k; ++j) *entries.at(i * k + j, row, column) = x[j];
+      for (int j = 0; j < k; ++j) *entries.at(neighbour(i, j), row, column) = x[j];
     });
   }
 }
 
 // sum = the neighbours in `map`, weighted. Neighbours outside count as zeros.
-template <typename T, int k>
+template <typename T, int k, bool kShift>
 __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tiling& tiling,
                        const Tile& tile, const Grid<T>& map, const Grid<T>& sum, int channels) {
   const int groups = tiling.groups(), packs = channels / kWidth;
@@ -619,22 +643,22 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
     const int row = tile.row + group / tiling.width * kRows;
     const int column = tile.column + group % tiling.width;
     if (row >= tile.rows || column >= tile.columns) continue;
-    const T* column_of_neighbours = map.at(row - k / 2, column - k / 2) + c;
+    const T* const neighbours = map.at(row - k / 2, 0) + c;
     T* to = sum.at(row, column) + c;
     float sums[kRows][kWidth] = {};
 #pragma unroll 1
-    for (int j = 0; j < k; ++j, column_of_neighbours += map.column) {
-      const int w = column + j - k / 2;
-      if (w < 0 || w >= tile.columns) continue;
+    for (int j = 0; j < k; ++j) {
+      const int w = seen_at<k, kShift>(column + j - k / 2, tile.columns);
+      if (!within(w, tile.columns)) continue;
       Weights mine[k];
 #pragma unroll
       for (int i = 0; i < k; ++i) mine[i] = weights[(i * k + j) * groups + group];
-      const T* from = column_of_neighbours;
+      const T* from = neighbours + w * map.column;
 #pragma unroll
       for (int r = 0; r < kRows + k - 1; ++r) {
-        const int h = row + r - k / 2;
+        const int h = row + r - k / 2, seen = seen_at<k, kShift>(h, tile.rows);
         Packed<T> loaded = {};
-        if (h >= 0 && h < tile.rows) loaded = load_pack<kWidth>(from);
+        if (within(seen, tile.rows)) loaded = load_pack<kWidth>(from + (seen - h) * map.row);
         from += map.row;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
@@ -658,7 +682,7 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
   }
 }
 
-template <typename T, int k>
+template <typename T, int k, bool kShift>
 __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
     attend_tiles_kernel(const __grid_constant__ Attend p, const __grid_constant__ Tiling tiling) {
   CTXOPS_DYNAMIC_SHARED(const T*, sources);
@@ -667,8 +691,9 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
   for (int64_t item = blockIdx.x; item < tiling.tiles; item += gridDim.x) {
     const Tile tile = tile_of(item, tiling, p.window, p.heads);
     if (tile.row >= tile.rows || tile.column >= tile.columns) continue;  // a shorter class
-    find_sources<T, k>(sources, tiling, tile, grid_of<T>(p.left, tile.place(), p.window, p.heads),
-                       grid_of<T>(p.right, tile.place(), p.window, p.heads));
+    find_sources<T, k, kShift>(sources, tiling, tile,
+                               grid_of<T>(p.left, tile.place(), p.window, p.heads),
+                               grid_of<T>(p.right, tile.place(), p.window, p.heads));
     __syncthreads();  // the weights of the last tile have been read, too
     multiply<T, k>(weights, sources, tiling, static_cast<int>(p.left.size[1] / p.heads));
 
@@ -677,13 +702,14 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
     const int row = tile.row + group / tiling.width * kRows + q;
     const int column = tile.column + group % tiling.width;
     if (group < groups && row < tile.rows && column < tile.columns) {
-      weigh<k>(weights, groups, p, tile, row, column, group, q);
+      weigh<k, kShift>(weights, groups, p, tile, row, column, group, q);
     }
     __syncthreads();
     if (p.map.data) {
-      add_up<T, k>(weights, tiling, tile, grid_of<T>(p.map, tile.place(), p.window, p.heads),
-                   grid_of<T>(p.sum, tile.place(), p.window, p.heads),
-                   static_cast<int>(p.map.size[1] / p.heads));
+      add_up<T, k, kShift>(weights, tiling, tile,
+                           grid_of<T>(p.map, tile.place(), p.window, p.heads),
+                           grid_of<T>(p.sum, tile.place(), p.window, p.heads),
+                           static_cast<int>(p.map.size[1] / p.heads));
     }
   }
 }
@@ -709,9 +735,9 @@ __global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
           inside ? factor * *coefficients.at(k * k - 1 - n, row, column) : 0;
     }
     __syncthreads();
-    add_up<T, k>(weights, tiling, tile, grid_of<T>(p.map, tile.place(), p.window, p.heads),
-                 grid_of<T>(p.sum, tile.place(), p.window, p.heads),
-                 static_cast<int>(p.map.size[1] / p.heads));
+    add_up<T, k, false>(weights, tiling, tile, grid_of<T>(p.map, tile.place(), p.window, p.heads),
+                        grid_of<T>(p.sum, tile.place(), p.window, p.heads),
+                        static_cast<int>(p.map.size[1] / p.heads));
     __syncthreads();
   }
 }
@@ -784,8 +810,7 @@ constexpr int64_t kFewPositions = 16;
 bool tileable(const Window& window) {
   const int64_t k = window.rows.kernel;
   return window.columns.kernel == k && (k == 3 || k == 5 || k == 7) &&
-         window.rows.border != Border::shift && window.rows.extent < kLongAxis &&
-         window.columns.extent < kLongAxis &&
+         window.rows.extent < kLongAxis && window.columns.extent < kLongAxis &&
          class_steps(window.rows, 0) * class_steps(window.columns, 0) >= kFewPositions;
 }
 
@@ -813,8 +838,14 @@ const char* attend(const Attend& p, cudaStream_t stream) {
         tileable<T>(p.map, p.heads) && tileable<T>(p.sum, p.heads)) {
       return with_tiling<T>(p.window, maps, [&](auto size, const Tiling& t, unsigned threads) {
         constexpr int k = decltype(size)::value;
-        return CTXOPS_LAUNCH((attend_tiles_kernel<T, k>), grid_size(t.tiles), threads,
-                             (tile_bytes<T, k>(t)), stream, p, t);
+        const unsigned blocks = grid_size(t.tiles);
+        const int64_t bytes = tile_bytes<T, k>(t);
+        if (p.window.rows.border == Border::shift) {
+          return CTXOPS_LAUNCH((attend_tiles_kernel<T, k, true>), blocks, threads, bytes, stream, p,
+                               t);
+        }
+        return CTXOPS_LAUNCH((attend_tiles_kernel<T, k, false>), blocks, threads, bytes, stream, p,
+                             t);
       });
     }
   }
@@ -836,7 +867,8 @@ template <typename T>
 const char* gather(const Gather& p, cudaStream_t stream) {
   const int64_t maps = p.map.size[0] * p.heads;
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (tileable(p.window) && tileable<T>(p.map, p.heads) && tileable<T>(p.sum, p.heads)) {
+    if (p.window.rows.border != Border::shift && tileable(p.window) &&
+        tileable<T>(p.map, p.heads) && tileable<T>(p.sum, p.heads)) {
       return with_tiling<T>(p.window, maps, [&](auto size, const Tiling& t, unsigned threads) {
         constexpr int k = decltype(size)::value;
         return CTXOPS_LAUNCH((gather_tiles_kernel<T, k>), grid_size(t.tiles), threads,

@@ -295,8 +295,10 @@ def test_pyramid_pool_adds_many_values(programs, layout, dtype):
     [
         ("float32", "zeros"),
         ("float32", "mask"),
+        ("float32", "shift"),
         ("float16", "zeros"),
         ("bfloat16", "mask"),
+        ("bfloat16", "shift"),
     ],
 )
 def test_neighborhood_attention_in_tiles(programs, dtype, border):

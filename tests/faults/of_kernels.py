@@ -336,8 +336,14 @@ CUDA = [
         (
             "cuda-window-bias",
             "tiled: a neighbour gets the bias of one k / 2 steps to the left",
-            "k / 2 * (kAcross + 1);",
-            "k / 2 * kAcross;",
+            "(k - 1) * (kAcross + 1);",
+            "(k - 1) * kAcross;",
+        ),
+        (
+            "cuda-window-shift",
+            "tiled: windows that shift lack the last of what stands beyond the border",
+            "return step < 0 ? step + k : step >= steps ? step - k : step;",
+            "return step < 0 ? step + k : step > steps ? step - k : step;",
         ),
         (
             "cuda-window-bias-shift",
