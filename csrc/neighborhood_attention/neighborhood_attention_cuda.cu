@@ -683,7 +683,7 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
 }
 
 template <typename T, int k, bool kShift>
-__global__ void __launch_bounds__(kTileThreads<k>, kTileBlocks<T, k>)
+__global__ void __launch_bounds__(kTileThreads<k>, kShift ? 1 : kTileBlocks<T, k>)
     attend_tiles_kernel(const __grid_constant__ Attend p, const __grid_constant__ Tiling tiling) {
   CTXOPS_DYNAMIC_SHARED(const T*, sources);
   Weights* const weights = reinterpret_cast<Weights*>(sources + source_places<k>(tiling));

@@ -414,7 +414,11 @@ WATCHED = {
         for mode in ("avg", "max")
         for layout in ("contiguous", "channels_last")
     ],
-    "neighborhood_attention": [("float32", "zeros", cases) for cases in ("tiled", "general")],
+    "neighborhood_attention": [
+        ("float32", "zeros", "tiled"),
+        ("float32", "zeros", "general"),
+        ("float32", "shift", "tiled"),
+    ],
     "gated_fusion": [("float32", cases, "computed") for cases in ("one_size", "sizes")],
     "category_statistics": [("float32", "weighted", "small")],
 }
