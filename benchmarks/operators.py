@@ -218,7 +218,7 @@ def category_statistics(shape: Shape, options: Options) -> list[Case]:
         sums, weights, _ = ctxops.category_statistics(
             features, labels, memory, ignore_index=IGNORED
         )
-        return sums / weights.clamp_min(1e-12)[:, None]
+        return (sums / weights.clamp_min(1e-12)[:, None]).to(features.dtype)
 
     def means(classes: int, scale: int, channels: int, *, released: bool = False) -> list[Case]:
         sized, label_size = (batch, channels, height, width), (height * scale, width * scale)

@@ -295,7 +295,7 @@ def category_means_factorised(features: Tensor, labels: Tensor, memory: Tensor) 
     coefficients (K, positions): nothing is upsampled but scalars."""
     batch, _, height, width = features.shape
     classes = len(memory)
-    x = features.permute(0, 2, 3, 1).contiguous()
+    x = features.permute(0, 2, 3, 1).contiguous().float()  # squares need more than half precision
     up, low = x[:, :-1], x[:, 1:]
 
     def products_of(a: Tensor, b: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def category_means_factorised(features: Tensor, labels: Tensor, memory: Tensor) 
     to_down = products_of(up, low)
     to_across = products_of(up[:, :, :-1], low[:, :, 1:])
     anti = products_of(up[:, :, 1:], low[:, :, :-1])
-    products = x.flatten(1, 2) @ F.normalize(memory, dim=1).t()
+    products = x.flatten(1, 2) @ F.normalize(memory.float(), dim=1).t()
     top, bottom, v = _axis_taps(height, labels.shape[1], x.device)
     left, beside, u = _axis_taps(width, labels.shape[2], x.device)
     v = v[:, None]
@@ -338,7 +338,8 @@ def category_means_factorised(features: Tensor, labels: Tensor, memory: Tensor) 
         coefficients.scatter_add_(1, index, (weights * share).flatten(1))
     coefficients = coefficients.view(batch, classes, height * width)
     sums = (coefficients @ x.flatten(1, 2)).sum(dim=0)
-    return sums / coefficients.sum(dim=(0, 2)).clamp_min(1e-12)[:, None]
+    means = sums / coefficients.sum(dim=(0, 2)).clamp_min(1e-12)[:, None]
+    return means.to(features.dtype)
 
 
 def class_means_by_einsum(logits: Tensor, memory: Tensor) -> Tensor:
