@@ -24,7 +24,8 @@ the processor, the versions and the commit. "3.5 x name" means: 3.5 times as fas
 fastest one in the same memory format. Below 1 the rival is faster. Times are medians.
 `foreign_cores` in a file tells how busy other programs kept the machine. The files in `cpu_avx2`
 were written under `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=avx2` on a processor with AVX-512:
-there torch and `ctxops` both use AVX2."""
+there torch and `ctxops` both use AVX2. In the files in `cpu_bfloat16` all maps are bfloat16. There
+`ctxops` multiplies in float32, torch's products multiply in bfloat16."""
 
 
 class Shown(NamedTuple):
