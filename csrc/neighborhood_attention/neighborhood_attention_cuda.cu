@@ -682,6 +682,7 @@ __device__ void add_up(const Weights* weights /* (k * k, groups) */, const Tilin
   }
 }
 
+// Where windows shift, two blocks of the largest size would spill registers.
 template <typename T, int k, bool kShift>
 __global__ void __launch_bounds__(kTileThreads<k>, kShift ? 1 : kTileBlocks<T, k>)
     attend_tiles_kernel(const __grid_constant__ Attend p, const __grid_constant__ Tiling tiling) {

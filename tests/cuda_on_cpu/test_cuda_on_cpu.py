@@ -179,8 +179,10 @@ def test_race(watched, kernel, order):
 
 
 def test_race_of_two_blocks(watched):
+    """Right within a block, but every block writes the same places."""
     done = execute(watched["harness"], "neighbour", CTXOPS_BLOCKS="unordered")
     assert done.returncode == RACE
+    assert "ThreadSanitizer: data race" in done.stderr
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])

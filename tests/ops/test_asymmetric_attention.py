@@ -136,12 +136,20 @@ def test_many_blocks_give_the_same(limit, layout, dtype, keeps, monkeypatch):
     check(inputs)
 
 
-@pytest.mark.parametrize(("limit", "products"), [(4 * 12 * 16, 2 + 4), (0, 2 + 5)], ids=str)
-def test_products_of_weights_that_are_kept_or_not(limit, products, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "limit", "products"),
+    [
+        ("cpu", 4 * 12 * 16, 2 + 4),
+        ("cpu", 4 * 12 * 16 - 1, 2 + 5),
+        pytest.param("cuda", 4 * 12 * 16, 2 + 5, marks=pytest.mark.cuda),
+    ],
+)
+def test_products_of_weights_that_are_kept_or_not(device, limit, products, monkeypatch):
     monkeypatch.setattr(op, "KEPT_BYTES", limit)
-    query, key, value, _ = make((1, 4, 3, 4), 5, 4, bias=False)
+    query, key, value, _ = make((1, 4, 3, 4), 5, 4, device=device, bias=False)
     with flop_counter() as counter:
-        attend(query.requires_grad_(), key, value).sum().backward()
+        output = attend(query.requires_grad_(), key, value)
+        output.backward(torch.randn_like(output))
     assert counter.get_total_flops() == products * 2 * 12 * 5 * 4
 
 

@@ -71,8 +71,9 @@ def asymmetric_attention(
         and weights, in half precision also for its inputs and outputs in float32; keys and values
         once more, in float32 for half precision. All B * N * S weights are kept for the backward
         where they take at most 16 MiB in float32 (float64), S rounded up to a multiple of 64 bytes;
-        else it makes them anew, block by block. CUDA: B * N float32 are kept for the backward,
-        which takes 64 MiB. An upstream gradient in the other memory format is copied.
+        else it makes them anew, block by block. The same on CUDA in float64. CUDA otherwise: B * N
+        float32 are kept for the backward, which takes 64 MiB. An upstream gradient in the other
+        memory format is copied.
     """
     _check(query, key, value, bias)
     scale = resolve_scale(scale, query.shape[1])
